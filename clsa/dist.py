@@ -1,0 +1,74 @@
+"""torch.distributed as plain functions; with one process each is the identity.
+
+Every function may be called whether or not a process group exists, so no caller asks how many
+processes there are.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+from jaxtyping import Float
+from torch import Tensor
+
+
+def rank() -> int:
+    """Global rank of this process (0 with one process)."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes (1 without a group)."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Rank on this machine, as torchrun sets it; only for choosing a device, never for labels."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
+    """Join the group that torchrun announces (nccl on CUDA, gloo elsewhere); leave it at the end.
+
+    Without torchrun's environment (`WORLD_SIZE`) nothing is set up.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or td.is_initialized():
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    td.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        td.destroy_process_group()
+
+
+def all_gather(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:
+    """Concatenate equal-sized `rows` of all ranks in rank order; carries no gradient."""
+    if world_size() == 1:
+        return rows.detach()
+    gathered = [torch.empty_like(rows) for _ in range(world_size())]
+    td.all_gather(gathered, rows.detach().contiguous())
+    return torch.cat(gathered)
+
+
+def own_rows(rows: Tensor) -> Tensor:
+    """This rank's share of `rows`, which all ranks hold whole: the inverse of `all_gather`."""
+    return rows.chunk(world_size())[rank()]
+
+
+def all_max(value: Tensor) -> Tensor:
+    """Largest `value` over the ranks: how they agree on a flag."""
+    if world_size() > 1:
+        td.all_reduce(value, op=td.ReduceOp.MAX)
+    return value
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        td.barrier()

@@ -1,0 +1,33 @@
+"""Errors that a user can mend: what happened, why, what to do; each kind has its exit code."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of the command line (README lists them)."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    BAD_DATA = 65
+    NO_INPUT = 66
+    CANNOT_WRITE = 73
+    IO = 74
+    PREEMPTED = 75
+    UNHEALTHY = 76
+    UNTRUSTED = 77
+
+
+class ClsaError(Exception):
+    """An expected failure. Printed as one line `error: WHAT - WHY - WHAT TO DO`, no traceback.
+
+    Args:
+        what: what went wrong, with the path or the option.
+        why: the cause, in a few words.
+        next_step: what the user can do about it.
+        code: the exit code of the process.
+    """
+
+    def __init__(self, what: str, why: str, next_step: str, code: Exit = Exit.USAGE):
+        super().__init__(f"{what} - {why} - {next_step}")
+        self.code = code

@@ -1,0 +1,244 @@
+"""Losses: pure functions of tensors and a temperature, all built on one pass over the bank.
+
+Letters: B queries, N bank rows, M of them that `candidates` speaks about, D projection dim.
+Rows are L2-normalised unless a caller has reasons; nothing here normalises. The bank never
+receives a gradient, and no tensor larger than B x chunk is allocated, chunk <= `CHUNK`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CHUNK = 1024  # bank rows per tile; 1024 x 128 queries of float32 stay in a core's cache
+CUDA_CHUNK = 16384
+
+Queries = Float[Tensor, "B D"]
+PerQuery = Float[Tensor, "B"]
+
+
+def bank_statistics(
+    query: Queries,
+    bank: Float[Tensor, "N D"],
+    temperature: float,
+    candidates: Bool[Tensor, "B M"] | None = None,
+) -> tuple[PerQuery, Queries]:
+    """Log-partition and expected key of each query's similarity distribution over the bank.
+
+    lse_i = log sum_j exp(q_i . z_j / T) and E_i = sum_j w_ij z_j with w_i = softmax(q_i Z^T / T).
+    Every loss of this file and its gradient follow from these two, since d lse_i / d q_i = E_i / T
+    and sum_j w_ij (s . z_j) = s . E_i: one streaming pass with a running maximum (the online
+    softmax of Milakov and Gimelshein 2018) replaces the B x N matrices of probabilities.
+
+    Args:
+        query: rows to compare, any floating type; only `lse` carries a gradient to them.
+        bank: rows compared with; must not require a gradient.
+        temperature: T > 0.
+        candidates: which of the first M bank rows each query may see; the other N - M are seen
+            by all. None: every row. Each query must see at least one row.
+
+    Returns:
+        lse (B,) and expected_key (B, D), in float32 at least; expected_key is detached.
+
+    Raises:
+        ValueError: for a bank that requires a gradient, shapes that do not fit, or T <= 0.
+    """
+    if bank.requires_grad:
+        raise ValueError("the bank must not require a gradient: detach it")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if query.ndim != 2 or bank.ndim != 2 or query.shape[1] != bank.shape[1]:
+        raise ValueError(f"query (B, D) and bank (N, D) needed, got {query.shape}, {bank.shape}")
+    if candidates is not None and (
+        len(candidates) != len(query) or candidates.shape[1] > len(bank)
+    ):
+        raise ValueError(f"candidates (B, M <= N) needed, got {candidates.shape}")
+    lse, expected_key = _BankStatistics.apply(query, bank, temperature, candidates)
+    return lse, expected_key
+
+
+class _BankStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, bank, temperature, candidates):  # noqa: ANN001, ANN205
+        with torch.autocast(query.device.type, enabled=False):
+            lse, expected_key = _stream(query, bank, temperature, candidates)
+        ctx.save_for_backward(expected_key)
+        ctx.temperature, ctx.dtype = temperature, query.dtype
+        ctx.mark_non_differentiable(expected_key)
+        return lse, expected_key
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_lse, _):  # noqa: ANN001, ANN205
+        (expected_key,) = ctx.saved_tensors
+        grad = expected_key * (grad_lse / ctx.temperature)[:, None]
+        return grad.to(ctx.dtype), None, None, None
+
+
+def _stream(
+    query: Queries, bank: Tensor, temperature: float, candidates: Tensor | None
+) -> tuple[PerQuery, Queries]:
+    kind = torch.promote_types(query.dtype, torch.float32)
+    scaled = query.to(kind) / temperature
+    count, dim = scaled.shape
+    maximum = scaled.new_full((count, 1), torch.finfo(kind).min)  # finite: (-inf) - (-inf) is NaN
+    total = scaled.new_zeros(count, 1)
+    expected = scaled.new_zeros(count, dim)
+    chunk = CUDA_CHUNK if scaled.is_cuda else CHUNK
+    num_masked = 0 if candidates is None else candidates.shape[1]
+    for start in range(0, len(bank), chunk):
+        rows = bank[start : start + chunk].to(kind)
+        tile = scaled @ rows.T
+        masked = min(num_masked - start, len(rows))
+        if masked > 0:
+            assert candidates is not None
+            hidden = ~candidates[:, start : start + masked]
+            tile[:, :masked].masked_fill_(hidden, -torch.inf)
+        previous = maximum
+        maximum = torch.maximum(previous, tile.amax(1, keepdim=True))
+        tile.sub_(maximum).exp_()
+        shrink = (previous - maximum).exp_()
+        total.mul_(shrink).add_(tile.sum(1, keepdim=True))
+        expected.mul_(shrink).addmm_(tile, rows)
+    return (maximum + total.log()).squeeze(1), expected / total
+
+
+class Stream(NamedTuple):
+    """One set of queries with its statistics over the bank, shared by the losses that need it."""
+
+    query: Queries
+    temperature: float
+    lse: PerQuery
+    expected_key: Queries
+
+    def entropy(self) -> PerQuery:
+        """Entropy of the similarity distribution in nats: H = lse - q . E / T."""
+        return self.lse - _dot(self.query, self.expected_key) / self.temperature
+
+
+class Losses(NamedTuple):
+    """The terms of CLSA. `contrast` and `divergence` are summed over views and pairs."""
+
+    contrast: Float[Tensor, ""]
+    divergence: Float[Tensor, ""]
+    target_entropy: Float[Tensor, ""]
+    """Mean H(t) in nats: the floor that the divergence per pair cannot go below."""
+    kl: Float[Tensor, ""]
+    """Mean KL(t || r) per pair in nats: divergence per pair less its floor."""
+
+
+def info_nce(
+    query: Queries,
+    bank: Float[Tensor, "N D"],
+    positive: Int[Tensor, " B"],
+    temperature: float = 0.2,
+    candidates: Bool[Tensor, "B M"] | None = None,
+) -> Float[Tensor, ""]:
+    """Contrastive loss: L_C = mean_i [ lse(q_i Z^T / T) - q_i . z_{y_i} / T ], CLSA Eq. 1-3.
+
+    Gradient: d L_C / d q_i = (E_i - z_{y_i}) / (T B). Its value is ln N when nothing is learned.
+
+    Args:
+        query: (B, D) weak queries.
+        bank: (N, D) keys, the positives among them.
+        positive: bank row of each query's positive, int64; must be among its candidates.
+        temperature: T > 0.
+        candidates: see `bank_statistics`.
+    """
+    return _contrast(_streams([query], bank, temperature, candidates), bank, positive)
+
+
+def distribution_divergence(
+    weak: Queries | list[Queries],
+    strong: Queries | list[Queries],
+    bank: Float[Tensor, "N D"],
+    temperature: float = 0.2,
+    target_temperature: float | None = None,
+    candidates: Bool[Tensor, "B M"] | None = None,
+) -> Float[Tensor, ""]:
+    """Distributional divergence minimisation (DDM): L_D = mean_i - sum_j t_ij log r_ij, CLSA Eq. 6-7.
+
+    t = softmax(q Z^T / T_t) of the weak query, detached, is the target for r = softmax(s Z^T / T)
+    of the strong one. With E_t the target's expected key, L_D = lse_s - s . E_t / T and
+    d L_D / d s = (E_r - E_t) / (T B); nothing flows to the weak query or the bank. Deviations from
+    the official code: no log of a softmax (it underflows at small T), nothing materialised.
+
+    Args:
+        weak: target queries, or a list of W of them.
+        strong: predicted queries, or a list of S; the W x S pairs are summed, at W + S streams.
+        bank: (N, D) keys.
+        temperature: T of the strong distribution.
+        target_temperature: T_t of the weak one; None: T.
+        candidates: see `bank_statistics`; the same for weak and strong.
+    """
+    targets = [weak] if isinstance(weak, Tensor) else weak
+    predicted = [strong] if isinstance(strong, Tensor) else strong
+    target_streams = _streams(
+        [query.detach() for query in targets], bank, target_temperature or temperature, candidates
+    )
+    return _divergence(target_streams, _streams(predicted, bank, temperature, candidates))
+
+
+def contrast_and_divergence(
+    weak: list[Queries],
+    strong: list[Queries],
+    bank: Float[Tensor, "N D"],
+    positive: Int[Tensor, " B"],
+    temperature: float = 0.2,
+    strong_temperature: float = 0.2,
+    target_temperature: float = 0.2,
+    candidates: Bool[Tensor, "B M"] | None = None,
+    target: list[Queries] | None = None,
+) -> Losses:
+    """CLSA's two terms together: `info_nce` of each weak query, `distribution_divergence` of all pairs.
+
+    The weak streams serve both terms when the target is the weak queries at the same temperature,
+    so W = S = 5 costs ten streams for 5 + 25 terms.
+
+    Args:
+        weak, strong, bank, positive, candidates: as in the two losses.
+        temperature: of the contrastive loss.
+        strong_temperature, target_temperature: T and T_t of the divergence.
+        target: queries that give the target instead of `weak` (the keys, say).
+    """
+    weak_streams = _streams(weak, bank, temperature, candidates)
+    if target is None and target_temperature == temperature:
+        targets = [stream._replace(query=stream.query.detach()) for stream in weak_streams]
+    else:
+        rows = [query.detach() for query in (weak if target is None else target)]
+        targets = _streams(rows, bank, target_temperature, candidates)
+    predicted = _streams(strong, bank, strong_temperature, candidates)
+    divergence = _divergence(targets, predicted)
+    with torch.no_grad():
+        entropy = torch.stack([stream.entropy().mean() for stream in targets]).mean()
+        kl = divergence / (len(targets) * len(predicted)) - entropy
+    return Losses(_contrast(weak_streams, bank, positive), divergence, entropy, kl)
+
+
+def _dot(left: Tensor, right: Tensor) -> PerQuery:
+    return (left.to(right.dtype) * right).sum(1)
+
+
+def _streams(
+    queries: list[Queries], bank: Tensor, temperature: float, candidates: Tensor | None
+) -> list[Stream]:
+    return [
+        Stream(query, temperature, *bank_statistics(query, bank, temperature, candidates))
+        for query in queries
+    ]
+
+
+def _contrast(streams: list[Stream], bank: Tensor, positive: Tensor) -> Float[Tensor, ""]:
+    keys = bank[positive].to(streams[0].lse.dtype)
+    terms = [stream.lse - _dot(stream.query, keys) / stream.temperature for stream in streams]
+    return torch.stack(terms).sum(0).mean()
+
+
+def _divergence(targets: list[Stream], predicted: list[Stream]) -> Float[Tensor, ""]:
+    expected = torch.stack([stream.expected_key for stream in targets]).sum(0)
+    terms = [
+        len(targets) * stream.lse - _dot(stream.query, expected) / stream.temperature
+        for stream in predicted
+    ]
+    return torch.stack(terms).sum(0).mean()

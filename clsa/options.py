@@ -1,0 +1,194 @@
+"""Every option of a run and its default, in one place that needs no torch.
+
+`clsa pretrain --help`, `config.yaml` and `clsa.pretrain(...)` all read these classes. Defaults are
+those of the official CLSA code at ImageNet scale; `recipes.py` names the departures.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import tyro
+
+from clsa.config import Config
+
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(ge=1)]
+Sizes = tuple[Annotated[int, pydantic.Field(ge=8)], ...]
+
+
+class DataOptions(Config):
+    """Which pictures, and how they are read."""
+
+    data: str = ""
+    """Pictures to learn from: a folder, a list file, an .npz, `clipart`, or NAME[:PATH] with
+    fashion-mnist, cifar10, cifar100, stl10."""
+    val: str | None = None
+    """Labelled pictures for evaluation, in the same forms (default: the set's own test split)."""
+    class_list: Path | None = None
+    """Text file with one class folder a line: use only these (ImageNet subsets)."""
+    num_images: Count | None = None
+    """Use only the first N pictures."""
+    resident_limit: Positive = 1.0
+    """Sets of one picture size are kept on the device as uint8 up to this many GiB."""
+    resident_size: Annotated[int, pydantic.Field(ge=8)] | None = None
+    """Resize every picture once (short side, centre square, in pixels) and keep the set resident."""
+    workers: Annotated[int, pydantic.Field(ge=0)] = 1
+    """Processes that decode pictures when the set is streamed."""
+
+
+class WeakViews(Config):
+    """Weak views: MoCo v2's recipe (crop, jitter, grayscale, blur, flip)."""
+
+    sizes: Sizes = (224,)
+    """Sides of the weak query crops in pixels, one query each."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of brightness, contrast, saturation and hue jitter."""
+    jitter_probability: Fraction = 0.8
+    grayscale: Fraction = 0.2
+    """Probability of dropping the colour."""
+    blur: Fraction = 0.5
+    """Probability of Gaussian blur, sigma 0.1 to 2 pixels."""
+    flip: Fraction = 0.5
+    """Probability of mirroring left and right."""
+
+
+class StrongViews(Config):
+    """Strong views: the weak recipe, then `rounds` times one random operation of 14."""
+
+    sizes: Sizes = ()
+    """Sides of the strong query crops in pixels, one query each."""
+    pool: Literal["paper", "official"] = "official"
+    """paper: Invert, continuous ranges; official: Identity in its place, nine levels."""
+    rounds: Annotated[int, pydantic.Field(ge=0, le=20)] = 5
+    """How many times an operation is drawn."""
+    probability: Fraction = 0.5
+    """Probability of applying each drawn operation."""
+
+
+class ViewOptions(Config):
+    """Crops and pixel operations."""
+
+    size: Annotated[int, pydantic.Field(ge=8)] = 224
+    """Side in pixels of the key view and of pictures at evaluation."""
+    scale: tuple[Positive, Positive] = (0.2, 1.0)
+    """Share of the picture's area that a crop of `size` takes; smaller crops take
+    proportionally less (times side / size), as in the official code."""
+    eval_crop: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.875
+    """Side of the centre square seen at evaluation, as a share of the short side."""
+    weak: WeakViews = WeakViews()
+    strong: StrongViews = StrongViews()
+
+
+class ModelOptions(Config):
+    """Encoder and projector."""
+
+    encoder: str = "resnet50"
+    """Any timm model, or resnet10-w32 (small, for CPUs and pictures of 32 to 64 pixels)."""
+    small_stem: bool = False
+    """For ResNets: a 3x3 stride-1 first convolution and no max-pool (pictures under 100 pixels)."""
+    projector_layers: Annotated[int, pydantic.Field(ge=1, le=4)] = 2
+    """Linear layers of the projector, ReLU between them."""
+    projector_hidden: Count = 2048
+    projector_dim: Count = 128
+    norm_groups: Count = 8
+    """Batch norm takes its statistics over this many groups of the global batch (MoCo's 8 GPUs)."""
+
+
+class MethodOptions(Config):
+    """What is learned from the views."""
+
+    name: Literal["moco", "clsa"] = "clsa"
+    """moco: contrast only; clsa: contrast and the divergence of strong views."""
+    key_momentum: Fraction = 0.999
+    """The key network moves by 1 - key_momentum towards the query network at each step."""
+    queue_size: Count = 65536
+    """Number of past keys to compare with."""
+    bank: Literal["queue", "batch+queue"] = "batch+queue"
+    """queue: own key and queue (the papers); batch+queue: all keys of the batch too (the code)."""
+    temperature: Positive = 0.2
+    """Temperature of the contrastive loss."""
+    reduce: Literal["sum", "mean"] = "sum"
+    """Over several weak queries, strong queries and their pairs."""
+    strong_query: bool = False
+    """moco only: queries are strong views at the weak sizes (the paper's Table 5)."""
+    strong_key: bool = False
+    """moco only: keys are strong views too."""
+    beta: Annotated[float, pydantic.Field(ge=0)] = 1.0
+    """clsa: weight of the divergence."""
+    strong_temperature: Positive = 0.2
+    """clsa: temperature of the strong views' distribution."""
+    target_temperature: Positive = 0.2
+    """clsa: temperature of the weak views' distribution, the target."""
+    target: Literal["query", "key", "one-hot"] = "query"
+    """clsa: the target comes from the weak query, from the key, or is the positive alone."""
+
+
+class OptimOptions(Config):
+    """Optimiser and schedule."""
+
+    name: Literal["sgd", "lars"] = "sgd"
+    lr: Positive = 0.03
+    """Learning rate per 256 pictures: it is scaled by batch size / 256."""
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, pydantic.Field(ge=0)] = 1e-4
+    schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine-epoch"
+    """cosine moves at every step, cosine-epoch (official code) at every epoch, step at milestones."""
+    milestones: tuple[Fraction, ...] = (0.6, 0.8)
+    """step: shares of the run after which the rate drops to a tenth."""
+    warmup_epochs: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """Epochs over which the rate rises from zero."""
+
+
+class RunOptions(Config):
+    """Everything that decides a pretraining run."""
+
+    recipe: str = "clsa"
+    """Named starting point; `clsa recipes` lists them. Options given here win over it."""
+    config: Path | None = None
+    """YAML file of options (a run's config.yaml is one); flags win over it."""
+    out: Path = Path("runs/clsa")
+    """Folder of the run. The same command again resumes it."""
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    epochs: Count = 200
+    batch_size: Annotated[int, pydantic.Field(ge=2)] = 256
+    """Global: over all processes."""
+    max_steps: Count | None = None
+    """Stop after this step; the schedule still follows `epochs`, and the run can be resumed."""
+    max_minutes: Positive | None = None
+    """Stop after this long; the run can be resumed."""
+    save_minutes: Positive = 15.0
+    """A checkpoint at least this often, besides one an epoch."""
+    keep_every: Annotated[int, pydantic.Field(ge=0)] = 0
+    """Keep a checkpoint of every Nth epoch (0: only the last two and the best)."""
+    probe_every: Annotated[int, pydantic.Field(ge=0)] = 1
+    """Epochs between online 20-NN probes, when there are labels (0: none)."""
+    log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast where the hardware computes in it."""
+    compile: bool = False
+    """torch.compile the encoder."""
+    views: ViewOptions = ViewOptions()
+    model: ModelOptions = ModelOptions()
+    method: MethodOptions = MethodOptions()
+    optim: OptimOptions = OptimOptions()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "RunOptions":
+        method, strong = self.method, self.views.strong
+        if method.name == "moco" and strong.sizes:
+            raise ValueError("moco has no strong views of its own: set method.name clsa, or none")
+        if method.name == "clsa" and not strong.sizes:
+            raise ValueError("clsa needs strong views: set views.strong.sizes")
+        if method.name == "clsa" and (method.strong_query or method.strong_key):
+            raise ValueError("strong_query and strong_key belong to moco")
+        if method.strong_key and not method.strong_query:
+            raise ValueError("strong_key needs strong_query")
+        if not self.views.weak.sizes:
+            raise ValueError("at least one weak query: set views.weak.sizes")
+        return self

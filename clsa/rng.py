@@ -1,0 +1,61 @@
+"""Randomness from a counter: every draw is a pure function of (seed, epoch, index, view, slot).
+
+There is no generator and hence no state to save: the same views come out whatever the number of
+workers or processes and wherever a run was resumed. The arithmetic uses only 64-bit integer
+`* + ^ >> &`, which wrap alike in NumPy and in torch, so CPU and CUDA agree to the bit.
+
+The hash is SplitMix64's finaliser (Steele, Lea, Flood 2014), applied once per absorbed word.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+Ints = TypeVar("Ints", np.ndarray, Tensor)
+
+# Streams that are not views: numbers far above any view of a batch.
+ORDER, REPLACEMENT, PERMUTATION, HOLDOUT = 1_000_001, 1_000_002, 1_000_003, 1_000_004
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Ints, bits: int) -> Ints:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical, not arithmetic
+
+
+def _mix(x: Ints) -> Ints:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def hash_bits(seed: int, epoch: int, index: Ints, view: int, slots: Ints) -> Ints:
+    """64 hashed bits for every pair of `index` (any shape) and `slots` (S,): shape (..., S), int64.
+
+    `index` and `slots` are int64 arrays or tensors of one kind and on one device.
+    """
+    state = index * 0
+    for word in (seed, epoch):
+        state = _mix((state ^ word) + _GOLDEN)
+    for word in (index, view):
+        state = _mix((state ^ word) + _GOLDEN)
+    return _mix((state[..., None] ^ slots) + _GOLDEN)
+
+
+def uniforms(seed: int, epoch: int, index: Ints, view: int, slots: Ints) -> Ints:
+    """Uniform numbers in [0, 1), float64 on a grid of 2^-24 (exact in float32), shape (..., S)."""
+    return _shift_right(hash_bits(seed, epoch, index, view, slots), 40) * 2.0**-24
+
+
+def permutation(seed: int, epoch: int, count: int, stream: int = ORDER) -> np.ndarray:
+    """A permutation of range(count), int64: the order of the samples of one epoch."""
+    bits = hash_bits(seed, epoch, np.arange(count, dtype=np.int64), stream, np.zeros(1, np.int64))
+    return np.argsort(bits[:, 0], kind="stable")
