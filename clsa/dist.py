@@ -14,6 +14,8 @@ import torch.distributed as td
 from jaxtyping import Float
 from torch import Tensor
 
+from clsa.errors import ClsaError
+
 
 def rank() -> int:
     """Global rank of this process (0 with one process)."""
@@ -28,6 +30,28 @@ def world_size() -> int:
 def local_rank() -> int:
     """Rank on this machine, as torchrun sets it; only for choosing a device, never for labels."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` asks for; "auto" is this process's GPU where there is one, or the CPU.
+
+    Raises:
+        ClsaError: for a name torch does not know, or a GPU that is not there.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if has_gpu else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ClsaError(f"device {name}", "no such device", "use auto, cpu or cuda:N") from None
+    if device.type != "cuda" or not has_gpu or (device.index or 0) >= torch.cuda.device_count():
+        raise ClsaError(f"device {name}", "not on this machine", "use auto, cpu or cuda:N")
+    device = torch.device("cuda", local_rank() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Rows are L2-normalised unless a caller has reasons; nothing here normalises. The
 receives a gradient, and no tensor larger than B x chunk is allocated, chunk <= `CHUNK`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -147,6 +148,16 @@ def info_nce(
         candidates: see `bank_statistics`.
     """
     return _contrast(_streams([query], bank, temperature, candidates), bank, positive)
+
+
+def lowest_info_nce(num_candidates: int, dim: int, temperature: float) -> float:
+    """About the least that `info_nce` reaches: positive at 1, negatives spread over the sphere.
+
+    Their similarities then have variance 1/D, so that the loss is
+    ln(1 + (N - 1) exp(1 / (2 D T^2) - 1 / T)): 6.19 for N = 65,537, D = 128, T = 0.2.
+    """
+    spread = 1 / (2 * dim * temperature**2) - 1 / temperature
+    return math.log1p((num_candidates - 1) * math.exp(spread))
 
 
 def distribution_divergence(

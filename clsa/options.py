@@ -1,7 +1,7 @@
 """Every option of a run and its default, in one place that needs no torch.
 
 `clsa pretrain --help`, `config.yaml` and `clsa.pretrain(...)` all read these classes. Defaults are
-those of the official CLSA code at ImageNet scale; `recipes.py` names the departures.
+those of the official CLSA code on ImageNet; a recipe (`recipes.py`) is a set of departures.
 """
 
 from pathlib import Path
@@ -57,8 +57,8 @@ class WeakViews(Config):
 class StrongViews(Config):
     """Strong views: the weak recipe, then `rounds` times one random operation of 14."""
 
-    sizes: Sizes = ()
-    """Sides of the strong query crops in pixels, one query each."""
+    sizes: Sizes = (96,)
+    """Sides of the strong query crops in pixels, one query each; none for moco."""
     pool: Literal["paper", "official"] = "official"
     """paper: Invert, continuous ranges; official: Identity in its place, nine levels."""
     rounds: Annotated[int, pydantic.Field(ge=0, le=20)] = 5
@@ -144,8 +144,9 @@ class OptimOptions(Config):
 class RunOptions(Config):
     """Everything that decides a pretraining run."""
 
-    recipe: str = "clsa"
-    """Named starting point; `clsa recipes` lists them. Options given here win over it."""
+    recipe: str = "clsa-small"
+    """Named starting point (`clsa recipes` lists them); options win over it. The recipes that end
+    in -small suit a CPU and small pictures, the others a GPU."""
     config: Path | None = None
     """YAML file of options (a run's config.yaml is one); flags win over it."""
     out: Path = Path("runs/clsa")
@@ -182,7 +183,7 @@ class RunOptions(Config):
     def _consistent(self) -> "RunOptions":
         method, strong = self.method, self.views.strong
         if method.name == "moco" and strong.sizes:
-            raise ValueError("moco has no strong views of its own: set method.name clsa, or none")
+            raise ValueError("moco has no strong views: set method.name clsa, or no views.strong.sizes")
         if method.name == "clsa" and not strong.sizes:
             raise ValueError("clsa needs strong views: set views.strong.sizes")
         if method.name == "clsa" and (method.strong_query or method.strong_key):
@@ -192,3 +193,55 @@ class RunOptions(Config):
         if not self.views.weak.sizes:
             raise ValueError("at least one weak query: set views.weak.sizes")
         return self
+
+
+class EvaluateOptions(Config):
+    """How features are judged."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or an encoder.safetensors."""
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
+    protocols: tuple[Literal["knn", "knn-strong", "linear-fast", "linear"], ...] = (
+        "knn",
+        "knn-strong",
+        "linear-fast",
+    )
+    """knn: clean queries; knn-strong: strongly augmented ones; linear-fast: logistic regression on
+    cached features; linear: the paper's 100 epochs of SGD."""
+    random: bool = True
+    """Judge the same encoder at its random initialisation beside the trained one."""
+    neighbours: Count = 20
+    knn_temperature: Positive = 0.07
+    linear_epochs: Count = 100
+    linear_lr: Positive = 10.0
+    """Learning rate of `linear`, falling to 0.01 along a cosine."""
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    batch_size: Count = 256
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+class EmbedOptions(Config):
+    """Features of pictures as a table."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or an encoder.safetensors."""
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
+    split: Literal["train", "val"] = "train"
+    """Which split of a named set or of an ImageNet layout."""
+    out: Path = Path("embeddings.parquet")
+    """Parquet file: path, label, vector (one row a picture)."""
+    batch_size: Count = 256
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+class DemoOptions(Config):
+    """Pretrain on the embedded drawings, then compare random and trained encoder."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the run."""
+    recipe: str = "clsa-small"
+    """Any recipe that ends in -small (`clsa recipes`)."""
+    epochs: Count = 14
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0

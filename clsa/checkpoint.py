@@ -1,0 +1,161 @@
+"""One atomic training state with a manifest as its commit marker; safe loading; the digest."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from clsa import files
+from clsa.errors import ClsaError, Exit
+from clsa.models import build_encoder
+from clsa.options import ModelOptions
+
+NUM_KEPT = 2
+BEST = "best"
+
+
+class Saved(NamedTuple):
+    """A verified checkpoint on disk."""
+
+    state: dict[str, Any]
+    path: Path
+    skipped: list[str]
+    """Why newer checkpoints were passed over."""
+
+
+def save(folder: Path, name: str, state: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Write `NAME.ckpt`, then its manifest `NAME.json` (sha256, bytes, `facts`), which commits it."""
+    path = folder / f"{name}.ckpt"
+    with files.output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    sha256, size = files.write_atomic(path, lambda file: torch.save(state, file))
+    manifest = {"sha256": sha256, "bytes": size, **facts}
+    files.write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+    return path
+
+
+def step_name(step: int) -> str:
+    """Name of the checkpoint of `step`."""
+    return f"step-{step:06d}"
+
+
+def prune(folder: Path) -> None:
+    """Delete all numbered checkpoints but the newest two and those whose manifest says `keep`."""
+    for manifest in _numbered(folder)[NUM_KEPT:]:
+        if not json.loads(manifest.read_text()).get("keep"):
+            manifest.unlink()
+            manifest.with_suffix(".ckpt").unlink(missing_ok=True)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Manifests of numbered checkpoints, newest first."""
+    found = [path for path in folder.glob("step-*.json") if re.fullmatch(r"step-\d+", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
+
+
+def load_newest(folder: Path) -> Saved | None:
+    """The newest checkpoint whose size and sha256 match its manifest; None when there is none.
+
+    Raises:
+        ClsaError: 66 when there are checkpoints and none is whole.
+    """
+    skipped: list[str] = []
+    for manifest in _numbered(folder):
+        try:
+            return Saved(_load_verified(manifest), manifest.with_suffix(".ckpt"), skipped)
+        except (OSError, ValueError) as error:
+            skipped.append(f"{manifest.stem}: {error}")
+    if skipped:
+        why = "; ".join(skipped)
+        raise ClsaError(f"{folder}", f"no whole checkpoint ({why})", "start anew", Exit.NO_INPUT)
+    return None
+
+
+def _load_verified(manifest: Path) -> dict[str, Any]:
+    path = manifest.with_suffix(".ckpt")
+    expected = json.loads(manifest.read_text())
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            raise ValueError("sha256 mismatch")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from _leaves(value[key], f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            yield from _leaves(item, f"{name}/{place}")
+    else:
+        yield name, value
+
+
+def digest(state: Any) -> str:
+    """One sha256 over every leaf of nested dicts and lists: name, kind, shape and bytes.
+
+    Of a training state it covers model, key network, bank, optimiser and step: two runs with equal
+    digests are in the same state to the bit.
+    """
+    total = hashlib.sha256()
+    for name, value in _leaves(state):
+        if isinstance(value, Tensor):
+            tensor = value.detach().cpu().contiguous()
+            total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+            total.update(tensor.view(-1).view(torch.uint8).numpy())
+        else:
+            total.update(f"{name}:{value!r}:".encode())
+    return total.hexdigest()
+
+
+def run_digest(run: Path) -> str:
+    """`digest` of the newest whole checkpoint of a run folder (what decides its future)."""
+    saved = load_newest(run / "checkpoints")
+    if saved is None:
+        raise ClsaError(str(run), "holds no checkpoint", "give a run folder", Exit.NO_INPUT)
+    return digest({key: saved.state[key] for key in ("method", "optimizer", "step")})
+
+
+def save_encoder(path: Path, encoder: nn.Module, facts: dict[str, Any]) -> None:
+    """Write the encoder's weights as safetensors, with `facts` (JSON) to build it again."""
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    data = safetensors.torch.save(tensors, metadata={"clsa": json.dumps(facts)})
+    files.write_atomic(path, lambda file: file.write(data))
+
+
+def load_encoder_facts(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Encoder in eval mode and the facts saved with it, from a run folder or a safetensors file.
+
+    Raises:
+        ClsaError: 66 when there is none, 77 when the file is not what `save_encoder` writes.
+    """
+    file = path / "encoder.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        hint = "finish the run first (the same command resumes it)" if path.is_dir() else "check it"
+        raise ClsaError(str(file), "no such file", hint, Exit.NO_INPUT)
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:  # pyright: ignore
+            facts = json.loads((opened.metadata() or {})["clsa"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        encoder = build_encoder(ModelOptions.parse(facts["model"], str(file)), seed=0)
+        encoder.load_state_dict(tensors)
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        why = f"not an encoder of clsa ({type(error).__name__})"
+        raise ClsaError(str(file), why, "give a file that clsa wrote", Exit.UNTRUSTED) from error
+    return encoder.eval(), facts
+
+
+def load_encoder(path: str | Path) -> nn.Module:
+    """The trained encoder of a run folder or of an encoder.safetensors, in eval mode.
+
+    Takes (B, 3, S, S) pictures, scaled to [0, 1] and normalised by `clsa.views.MEAN` and `STD`,
+    and returns (B, F) features.
+    """
+    return load_encoder_facts(Path(path))[0]

@@ -1,0 +1,195 @@
+"""The command line: each command parses, then calls one function. torch is imported only inside."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pydantic
+import tyro
+
+from clsa import __version__
+from clsa.config import Config, merge, nearest, read_yaml
+from clsa.errors import ClsaError, Exit
+from clsa.options import DemoOptions, EmbedOptions, EvaluateOptions, RunOptions
+from clsa.recipes import NAMES, overrides_of, resolve
+
+Options = TypeVar("Options", bound=Config)
+
+
+def pretrain(args: list[str]) -> None:
+    """Learn an encoder from pictures; the same command again resumes the run."""
+    path, recipe = _value_of("--config", args), _value_of("--recipe", args)
+    values: dict[str, Any] = {} if path is None else read_yaml(Path(path))
+    values = merge(values, {"recipe": recipe} if recipe else {})
+    options = _parse("pretrain", RunOptions, args, resolve(values, path or "options"))
+    from clsa.train import pretrain as run
+
+    say_next(run(options), options)
+
+
+def say_next(out: Path, options: RunOptions) -> None:
+    """What to do with a run, for its owner."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        data = options.data.val or options.data.data
+        print(f"\n{out} holds the encoder, views.png (look at it), metrics.jsonl and config.yaml.")
+        print("Next:")
+        print(f"  clsa evaluate {out}                      did it learn? (needs labels)")
+        print(f"  clsa embed {out} --data {data}    a vector for every picture")
+        print(f"  tensorboard --logdir {out / 'tensorboard'}")
+        print(f'  python -c "import clsa; encoder = clsa.load_encoder({str(out)!r})"')
+
+
+def evaluate(args: list[str]) -> None:
+    """Judge a run's encoder beside its random initialisation; writes results.json."""
+    options = _parse("evaluate", EvaluateOptions, args)
+    from clsa.evaluate.run import evaluate as run
+
+    _print_table(run(options))
+
+
+def embed(args: list[str]) -> None:
+    """Write a parquet table: path, label, vector."""
+    options = _parse("embed", EmbedOptions, args)
+    from clsa.evaluate.embed import embed as run
+
+    print(f"{run(options)}: read it with pandas.read_parquet or any parquet reader")
+
+
+def demo(args: list[str]) -> None:
+    """Four minutes on a CPU: pretrain on embedded drawings, compare random and trained."""
+    options = _parse("demo", DemoOptions, args)
+    from clsa.evaluate.run import evaluate as judge
+    from clsa.train import pretrain as run
+
+    values = {
+        "recipe": options.recipe,
+        "data": {"data": "clipart"},
+        "out": str(options.out),
+        "epochs": options.epochs,
+        "seed": options.seed,
+    }
+    settings = resolve(values)
+    print(f"Pretraining {options.recipe} on 5,837 drawings, {options.epochs} epochs, no labels used.")
+    run(settings)
+    _print_table(judge(EvaluateOptions(run=options.out, seed=options.seed)))
+    say_next(options.out, settings)
+
+
+def recipes(args: list[str]) -> None:
+    """List the named runs."""
+    _parse("recipes", Config, args)
+    from clsa.recipes import FULL
+
+    width = max(map(len, NAMES))
+    for name in NAMES:
+        base = name.removesuffix("-small")
+        text = (FULL[base].__doc__ or "").strip()
+        small = f"{base} at 32 pixels, for a CPU"
+        print(f"{name:{width}}  {text if name == base else small}")
+
+
+class _Run(Config):
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+
+
+def digest(args: list[str]) -> None:
+    """One sha256 over model, key network, bank, optimiser and step of a run."""
+    options = _parse("digest", _Run, args)
+    from clsa.checkpoint import run_digest
+
+    print(run_digest(options.run))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": demo,
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "embed": embed,
+    "recipes": recipes,
+    "digest": digest,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code (see `errors.Exit`)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return Exit.OK if args else Exit.USAGE
+    if args[0] == "--version":
+        print(__version__)
+        return Exit.OK
+    try:
+        if args[0] not in COMMANDS:
+            close = nearest(args[0], list(COMMANDS))
+            hint = f"did you mean {close}?" if close else f"use one of {', '.join(COMMANDS)}"
+            raise ClsaError(f"command {args[0]}", "no such command", hint)
+        COMMANDS[args[0]](args[1:])
+    except ClsaError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("error: interrupted - the last checkpoint stands - run it again", file=sys.stderr)
+        return Exit.PREEMPTED
+    return Exit.OK
+
+
+def _overview() -> str:
+    lines = [f"  {name:9} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()]
+    return "\n".join(
+        [
+            "clsa: learn to see from pictures without labels.",
+            "",
+            "usage: clsa COMMAND [options]      clsa COMMAND --help lists the options",
+            "",
+            *lines,
+            "",
+            "Start: clsa demo, then: clsa pretrain --data MY/PICTURES --out runs/mine",
+        ]
+    )
+
+
+def _parse(command: str, kind: type[Options], args: list[str], default: Any = None) -> Options:
+    text = COMMANDS[command].__doc__
+    given = {} if default is None else {"default": default}
+    try:
+        return tyro.cli(
+            kind, prog=f"clsa {command}", description=text, args=args,
+            config=(tyro.conf.AvoidSubcommands,), **given,
+        )  # fmt: skip
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "options"
+        why = str(first["msg"]).removeprefix("Value error, ")
+        raise ClsaError(key, why, f"see clsa {command} --help") from None
+
+
+def _value_of(flag: str, args: list[str]) -> str | None:
+    """What follows `flag` on the command line; needed before the rest can be parsed."""
+    for place, arg in enumerate(args):
+        if arg == flag and place + 1 < len(args):
+            return args[place + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _printable(text: str) -> str:
+    """`text` without control bytes, on one line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _print_table(records: list[Any]) -> None:
+    from rich.console import Console
+
+    from clsa.evaluate.results import table
+
+    Console().print(table(records))

@@ -1,0 +1,146 @@
+"""Bytes of one picture -> uint8 RGB: every format, its limits, and a reason code when it fails."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from jaxtyping import Num, UInt8
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 64_000_000
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+_ORIENTATION = 0x0112
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples a pixel, by colour type
+_ADAM7 = (  # left, top, step across, step down of the passes of an interlaced PNG
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
+
+# Failures come back as reasons. A filter for good, as `catch_warnings` is not safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class DecodeError(Exception):
+    """A picture that cannot be used.
+
+    Args:
+        reason: empty, not-an-image, truncated, too-large, unsupported or broken;
+            unreadable where a source cannot open the file at all.
+        detail: the cause in a few words.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+
+
+def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """The first frame of an encoded picture, upright and in RGB.
+
+    JPEG, PNG, WebP, BMP, TIFF and GIF are read, whatever the file is called. EXIF orientation is
+    applied; transparent parts are laid over white; 16-bit gray is scaled, not clipped; 32-bit gray
+    is scaled from the smallest of 0..1, 0..255 and 0..65535 that holds it, or else from its own
+    range. Colour profiles are not applied. The result is writable.
+
+    Raises:
+        DecodeError: with its reason; too-large is over 64 million pixels, refused undecoded.
+    """
+    if not data:
+        raise DecodeError("empty")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                megapixels = image.width * image.height / 1e6
+                raise DecodeError("too-large", f"{megapixels:.1f} MP > limit 64 MP")
+            image.load()
+            if image.format == "PNG" and _lacks_rows(image, data):
+                raise DecodeError("truncated", "rows are missing")
+            return np.ascontiguousarray(_upright(_rgb(image), image))
+    except DecodeError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DecodeError("too-large", "over the limit of 64 MP") from None
+    except Exception as error:  # Pillow's readers raise nearly anything on hostile bytes
+        raise _reason(error, data) from error
+
+
+def _reason(error: Exception, data: bytes) -> DecodeError:
+    detail = str(error).split(" <")[0]  # without the address of a BytesIO
+    cut_webp = data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if cut_webp or "truncated" in detail.lower():
+        return DecodeError("truncated", detail)
+    if not data.startswith(_SIGNATURES):
+        return DecodeError("not-an-image")
+    if isinstance(error, UnidentifiedImageError) and data.startswith((b"II*\0", b"MM\0*")):
+        return DecodeError("unsupported", "a kind of TIFF that is not read")
+    return DecodeError("broken", detail)
+
+
+def _lacks_rows(image: Image.Image, data: bytes) -> bool:
+    """Whether a loaded PNG holds fewer rows than it declares; Pillow leaves those black, silently.
+
+    Missing rows show as zeros at the end, so most pictures are cleared without inflating twice.
+    """
+    bits, colour, _, _, interlaced = struct.unpack_from(">5B", data, 24)
+    if not interlaced and np.asarray(image.crop((0, image.height - 1, *image.size))).any():
+        return False
+    expected = 0
+    for left, top, across, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = (-((left - image.width) // across), -((top - image.height) // down))
+        row_bytes = 1 + (columns * bits * _PNG_SAMPLES[colour] + 7) // 8
+        expected += row_bytes * rows if columns > 0 and rows > 0 else 0
+    inflate, position, inflated = zlib.decompressobj(), 8, 0
+    while position + 8 <= len(data) and inflated < expected:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        chunk = data[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
+        position += 12 + length
+        while chunk and inflated < expected and not inflate.eof:
+            inflated += len(inflate.decompress(chunk, 1 << 20))
+            chunk = inflate.unconsumed_tail
+    return inflated < expected
+
+
+def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    if image.mode.startswith("I;16"):
+        return _gray(np.asarray(image), 65535)
+    if image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            return _gray(values - low, high - low)
+        return _gray(values, next(top for top in (1, 255, 65535) if high <= top))
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return np.array(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        return np.array(white)
+    return np.array(image.convert("RGB"))
+
+
+def _gray(values: Num[np.ndarray, "H W"], top: float) -> UInt8[np.ndarray, "H W 3"]:
+    scaled = np.rint(values * (255.0 / top)).astype(np.uint8)
+    return np.repeat(scaled[..., None], 3, axis=2)
+
+
+def _upright(
+    pixels: UInt8[np.ndarray, "H W 3"], image: Image.Image
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Undo the camera's orientation (EXIF 1 to 8); a broken EXIF block leaves the picture as is."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - a damaged block raises anything (Pillow #8605)
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels

@@ -1,0 +1,1 @@
+"""How good features are: one protocol a file; `run.evaluate` goes through them."""

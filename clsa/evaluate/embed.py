@@ -1,0 +1,73 @@
+"""Features of pictures as a table: a Parquet file that any data tool reads."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from clsa import checkpoint, dist, files, sources
+from clsa.evaluate.features import centre_views, encode, frozen
+from clsa.evaluate.run import data_of
+from clsa.models import feature_dim
+from clsa.options import EmbedOptions, ViewOptions
+
+
+def embed(options: EmbedOptions) -> Path:
+    """Write path, label and vector of every readable picture of a split to `options.out`.
+
+    Columns: `path` (string), `label` (string, null where unknown), `vector` (fixed-size list of
+    float32, features of the centre crop, not normalised). The file's metadata hold, under `clsa`, a
+    JSON object: digests of encoder and data, number of pictures left out as unreadable. Paths are
+    those of the source, relative to its folder; bytes that are not UTF-8 are written as `\\xNN`.
+
+    Returns:
+        The path of the table, which appears when it is whole.
+    """
+    import pyarrow as pa  # slow to import, needed nowhere else
+    import pyarrow.parquet as pq
+
+    encoder, facts = checkpoint.load_encoder_facts(options.run)
+    device = dist.pick_device(options.device)
+    encoder = encoder.to(device)
+    views = ViewOptions.parse(facts["views"], str(options.run))
+    data = data_of(options.data, facts)
+    spec = data.val if options.split == "val" and data.val else data.data
+    source = sources.open_source(spec, options.split, data)
+    names = np.array([*source.classes, None], dtype=object)  # the last is label -1's
+    width = feature_dim(encoder)
+    vector = pa.list_(pa.float32(), width)
+    schema = pa.schema({"path": pa.string(), "label": pa.string(), "vector": vector})
+
+    def write(file: IO[bytes]) -> None:
+        written = 0
+        with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema) as writer:
+            for rows, images in centre_views(source, np.arange(len(source)), views, device):
+                features = encode(encoder, images, options.batch_size).cpu().numpy()
+                columns = [
+                    pa.array([_text(source.ids[i]) for i in rows], pa.string()),
+                    pa.array(names[source.labels[rows]], pa.string()),
+                    pa.FixedSizeListArray.from_arrays(features.reshape(-1), width),
+                ]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                written += len(rows)
+            unreadable = len(source) - written
+            about = {
+                "encoder_digest": checkpoint.digest(encoder.state_dict()),
+                "data_digest": source.digest(),
+                "unreadable": unreadable,
+            }
+            writer.add_key_value_metadata({"clsa": json.dumps(about)})
+        if unreadable:
+            logging.getLogger("clsa").warning("%d pictures cannot be read", unreadable)
+
+    with frozen(encoder):
+        files.write_atomic(options.out, write)
+    return options.out
+
+
+def _text(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,0 +1,129 @@
+"""Features of a frozen encoder: of centre crops, or of strongly augmented views."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor, nn
+
+from clsa import checkpoint, color, views
+from clsa.data import eval_images
+from clsa.decode import DecodeError
+from clsa.errors import ClsaError, Exit
+from clsa.geometry import crop_one
+from clsa.options import ViewOptions
+from clsa.sources import Source
+
+CHUNK = 256
+
+
+@contextmanager
+def frozen(encoder: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; afterwards every submodule is in its mode again.
+
+    Raises:
+        ClsaError: 76 when a weight or a buffer is not what it was before, to the bit.
+    """
+    modes = [(module, module.training) for module in encoder.modules()]
+    before = checkpoint.digest(encoder.state_dict())
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+    if checkpoint.digest(encoder.state_dict()) != before:
+        why = "its layers change in evaluation mode too"
+        raise ClsaError("evaluation moved the encoder", why, "use another one", Exit.UNHEALTHY)
+
+
+@torch.no_grad()
+def encode(
+    encoder: nn.Module, images: Float[Tensor, "b 3 S S"], batch_size: int
+) -> Float32[Tensor, "b F"]:
+    """Features of normalised pictures, at most `batch_size` at a time.
+
+    In float32 on every device, as measured differences between encoders should not hang on where
+    they were measured.
+    """
+    parts = images.contiguous(memory_format=torch.channels_last).split(batch_size)
+    return torch.cat([encoder(part).float() for part in parts])
+
+
+def extract(
+    encoder: nn.Module,
+    source: Source,
+    rows: Int64[np.ndarray, "n"],
+    options: ViewOptions,
+    device: torch.device,
+    batch_size: int = CHUNK,
+    strong_seed: int | None = None,
+) -> tuple[Int64[np.ndarray, "m"], Float32[Tensor, "m F"]]:
+    """Features of the given pictures, which should be extracted inside `frozen(encoder)`.
+
+    Args:
+        rows: numbers of pictures in the source.
+        options: side and centre crop of the pictures, scale of strong crops.
+        strong_seed: draw one strong view of each picture (`views.strong_eval_spec`, epoch 0)
+            instead of its centre crop.
+
+    Returns:
+        Numbers of the pictures that could be read, in order, and their features on the device.
+
+    Raises:
+        ClsaError: 65 when none of them can be read.
+    """
+    if strong_seed is None:
+        images = centre_views(source, rows, options, device)
+    else:
+        images = _strong_views(source, rows, options, strong_seed, device)
+    kept, features = [], []
+    for numbers, batch in images:
+        kept.append(numbers)
+        features.append(encode(encoder, batch, batch_size))
+    if not kept:
+        why = f"none of its {len(rows)} pictures can be read"
+        raise ClsaError("nothing to evaluate", why, "check the data", Exit.BAD_DATA)
+    return np.concatenate(kept), torch.cat(features)
+
+
+def centre_views(
+    source: Source, rows: Int64[np.ndarray, "n"], options: ViewOptions, device: torch.device
+) -> Iterator[tuple[Int64[np.ndarray, "b"], Float32[Tensor, "b 3 S S"]]]:
+    """Normalised centre crops of the pictures that can be read, with their numbers."""
+    for numbers, crops in eval_images(source, rows, options.size, options.eval_crop, device):
+        yield numbers, color.normalize(crops / 255, views.MEAN, views.STD)
+
+
+def _strong_views(
+    source: Source,
+    rows: Int64[np.ndarray, "n"],
+    options: ViewOptions,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[Int64[np.ndarray, "b"], Float32[Tensor, "b 3 S S"]]]:
+    recipe, spec = views.strong_eval_options(options), views.strong_eval_spec(options)
+
+    def load(i: int) -> UInt8[Tensor, "3 S S"] | None:
+        try:
+            picture = source.read(i)
+        except DecodeError:
+            return None
+        height, width = (np.array([side]) for side in picture.shape[:2])
+        drawn = np.array([i], np.int64), height, width
+        (box,), (flip,) = views.crop_params(spec, seed, 0, *drawn, recipe.weak.flip)
+        return crop_one(picture, box, spec.size, bool(flip))
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            loaded = list(zip(chunk.tolist(), pool.map(load, chunk.tolist()), strict=True))
+            numbers = np.array([i for i, crop in loaded if crop is not None], np.int64)
+            crops = [crop for _, crop in loaded if crop is not None]
+            if crops:
+                params = views.sample(recipe, spec, seed, 0, numbers)
+                yield numbers, views.pixels(torch.stack(crops).to(device), params, recipe, spec)

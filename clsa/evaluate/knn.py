@@ -1,0 +1,76 @@
+"""Nearest neighbours: a picture gets the class of the training pictures most like it."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from clsa.evaluate.results import accuracies
+
+MAX_SIMILARITIES = 1 << 26
+
+
+@torch.no_grad()
+def knn_predict(
+    queries: Float[Tensor, "n F"],
+    bank: Float[Tensor, "N F"],
+    labels: Int64[Tensor, "N"],
+    num_classes: int,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+    weighted: bool = True,
+) -> Float[Tensor, "n C"]:
+    """Scores of every class from the K nearest rows of the bank, by cosine similarity.
+
+    Weighted (InstDisc): score_c = sum over neighbours j of class c of exp((s_j - s_1) / T), where
+    s_1 is the similarity of the nearest; InstDisc's scores without s_1 are these times
+    exp(s_1 / T). Plain: the number of neighbours of class c; of equal numbers the smaller summed
+    distance 1 - s wins, then the smaller class. The prediction is `argmax` of a row, the first of
+    equals.
+
+    Args:
+        queries, bank: features of any length.
+        neighbours: K, at least 1; all N rows when there are fewer.
+        temperature: T > 0.
+
+    Returns:
+        Scores, float64.
+    """
+    neighbours = min(neighbours, len(bank))
+    bank = F.normalize(bank, dim=1)
+    scores = []
+    for chunk in F.normalize(queries, dim=1).split(max(1, MAX_SIMILARITIES // len(bank))):
+        similarity, nearest = (chunk @ bank.T).topk(neighbours, dim=1)
+        similarity = similarity.double()
+        if weighted:
+            votes = ((similarity - similarity[:, :1]) / temperature).exp()
+        else:  # distances sum to 2 K at most, so they only decide between equal numbers
+            votes = 1 - (1 - similarity).clamp(0, 2) / (2 * neighbours + 1)
+        empty = votes.new_zeros(len(chunk), num_classes)
+        scores.append(empty.scatter_add_(1, labels[nearest], votes))
+    return torch.cat(scores)
+
+
+def knn(
+    bank: tuple[Float[Tensor, "N F"], Int64[Tensor, "N"]],
+    queries: tuple[Float[Tensor, "n F"], Int64[Tensor, "n"]],
+    num_classes: int,
+    neighbours: int,
+    temperature: float,
+) -> dict[str, float]:
+    """`top1` and `balanced` in percent of weighted kNN; `top1-plain`, and `top1-k200` weighted.
+
+    Args:
+        bank, queries: features and labels.
+    """
+    features, labels = queries
+    measured = {}
+    for suffix, count, weighted in (
+        ("", neighbours, True),
+        ("-plain", neighbours, False),
+        ("-k200", 200, True),
+    ):
+        scores = knn_predict(features, *bank, num_classes, count, temperature, weighted)
+        found = accuracies(scores.argmax(1), labels)
+        measured |= found if not suffix else {f"top1{suffix}": found["top1"]}
+    return measured

@@ -1,0 +1,71 @@
+"""Which labelled pictures classifiers learn from, and which they are judged on."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from clsa import checkpoint, rng
+from clsa.errors import ClsaError, Exit
+from clsa.sources import Source
+
+MIN_LABELLED = 5
+
+
+class Split(NamedTuple):
+    """Labelled pictures in two parts; labels of both are positions in `bank.classes`."""
+
+    bank: Source
+    queries: Source
+    name: str
+    """val: `queries` are the set's own; holdout: they are a fifth of the labelled pictures."""
+
+    def digest(self) -> str:
+        """One sha256 for both parts."""
+        return checkpoint.digest([self.bank.digest(), self.queries.digest()])
+
+
+def hold_out(
+    count: int, seed: int, slot: int
+) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "held"]]:
+    """Rows 0 to count - 1 as the kept four fifths and the held-out fifth, each in order.
+
+    Args:
+        count: at least 2.
+        slot: number of the draw; another slot gives an independent choice.
+    """
+    rows, slots = np.arange(count, dtype=np.int64), np.array([slot], np.int64)
+    drawn = rng.uniforms(seed, 0, rows, rng.HOLDOUT, slots)[:, 0]
+    order = np.argsort(drawn, kind="stable")
+    held = max(1, round(count / 5))
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def split(train: Source, val: Source | None, seed: int) -> Split:
+    """The labelled pictures of `train` as bank, those of `val` as queries.
+
+    Without `val` a seeded fifth of the labelled pictures is held out as queries. Pretraining saw
+    the pixels of those, never their labels.
+
+    Args:
+        val: its labels number `train.classes` (see `sources.open_val`).
+
+    Raises:
+        ClsaError: 65 when one of them has no labels to speak of.
+    """
+    labelled = np.flatnonzero(train.labels >= 0)
+    if len(labelled) < MIN_LABELLED:
+        raise _too_few(f"{len(labelled)} of {len(train)} training pictures have labels")
+    bank = train.subset(labelled)
+    if val is None:
+        kept, held = hold_out(len(bank), seed, slot=0)
+        return Split(bank.subset(kept), bank.subset(held), "holdout")
+    known = np.flatnonzero(val.labels >= 0)
+    if not len(known):
+        raise _too_few("no validation picture has a label that the training pictures have")
+    return Split(bank, val.subset(known), "val")
+
+
+def _too_few(why: str) -> ClsaError:
+    step = "put pictures in one subfolder a class, or use a list file of `path<tab>label`"
+    return ClsaError("too few labels to judge features", why, step, Exit.BAD_DATA)

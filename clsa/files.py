@@ -1,0 +1,80 @@
+"""Writing files so that no reader ever sees half of one."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from clsa.errors import ClsaError, Exit
+
+
+class _Hashing:
+    """Write-only file object that keeps the sha256 and the length of what went through."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._hash, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        self.size += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> tuple[str, int]:
+    """Have `write` fill a temporary file beside `path`, flush it to the disk, rename it to `path`.
+
+    Returns:
+        sha256 and length in bytes of what was written.
+
+    Raises:
+        ClsaError: 73 when the folder refuses, 74 when the disk does; no temporary file stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with output_errors(path):
+        try:
+            with open(temporary, "xb") as file:
+                hashing = _Hashing(file)
+                write(hashing)  # pyright: ignore[reportArgumentType]
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return hashing.sha256, hashing.size
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` of a text in UTF-8; undecodable bytes of file names survive."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write `path` into a `ClsaError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        step = "free some space and run again" if full else "choose another --out"
+        code = Exit.IO if full else Exit.CANNOT_WRITE
+        raise ClsaError(f"cannot write {path}", error.strerror or "I/O error", step, code) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

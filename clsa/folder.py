@@ -1,0 +1,81 @@
+"""The run folder: its files, whose it is, and what the run last said of itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clsa import files
+from clsa.config import flatten, read_yaml
+from clsa.errors import ClsaError, Exit
+from clsa.options import RunOptions
+
+# What may differ when a run is resumed: where it runs and how long, never what it computes.
+FREE = {
+    "recipe", "config", "out", "data.val", "data.workers", "max_steps", "max_minutes",
+    "save_minutes", "keep_every", "probe_every", "log_every", "device",
+}  # fmt: skip
+
+
+class RunFolder:
+    """Paths inside `out`; nothing is created before `claim`."""
+
+    def __init__(self, out: Path):
+        self.path = out
+        self.checkpoints = out / "checkpoints"
+        self.metrics = out / "metrics.jsonl"
+        self.encoder = out / "encoder.safetensors"
+        self.results = out / "results.json"
+        self.views = out / "views.png"
+        self.tensorboard = out / "tensorboard"
+        self.status_file = out / "status.json"
+        self.config = out / "config.yaml"
+
+    def check(self, options: RunOptions) -> None:
+        """See that `out` is free, or holds the run that `options` describe.
+
+        Raises:
+            ClsaError: 2 when it holds something else, naming what differs; 73 when it cannot be a
+                folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            why, hint = "a file, not a folder", "choose another --out"
+            raise ClsaError(str(self.path), why, hint, Exit.CANNOT_WRITE)
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.exists():
+            why = "neither empty nor a run's folder"
+            raise ClsaError(str(self.path), why, "choose another --out")
+        before = flatten(RunOptions.parse(read_yaml(self.config), str(self.config)))
+        now = flatten(options)
+        changed = [key for key in now if key not in FREE and now[key] != before[key]]
+        if changed:
+            differences = ", ".join(f"{key}: {before[key]} -> {now[key]}" for key in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            why = f"holds another run ({differences}{more})"
+            raise ClsaError(str(self.path), why, "choose another --out, or the run's own options")
+
+    def claim(self, options: RunOptions) -> None:
+        """Create the folder and write the resolved `config.yaml`."""
+        with files.output_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.config, options.to_yaml())
+
+    def write_status(self, code: int, reason: str, step: int, resumable: bool) -> None:
+        """`status.json`: how the last start of the run ended."""
+        status = {"code": int(code), "reason": reason, "step": step, "resumable": resumable}
+        files.write_text(self.status_file, json.dumps(status) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines of `metrics.jsonl` that lie after `step`, where a resumed run starts."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            files.write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        return float(values["step"])
+    except (ValueError, KeyError):
+        return float("inf")  # a torn last line

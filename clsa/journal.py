@@ -1,0 +1,108 @@
+"""What a run tells while it runs: a progress bar, metrics.jsonl, TensorBoard."""
+
+import json
+import math
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from clsa.folder import RunFolder
+
+
+class _Told(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("told", "")))
+
+
+class Journal:
+    """Logs one run. Only rank 0 keeps one that speaks; on the others every call does nothing.
+
+    Args:
+        folder: where metrics.jsonl and tensorboard/ go.
+        first_step, last_step: range of this start of the run.
+        steps_per_epoch: to count epochs.
+        landmarks: chance and floor of the contrastive loss, drawn beside it.
+        speaks: whether this process logs.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        first_step: int,
+        last_step: int,
+        steps_per_epoch: int,
+        landmarks: tuple[float, float],
+        speaks: bool,
+    ):
+        self.console = Console(stderr=True, quiet=not speaks)
+        self.speaks, self.landmarks, self.steps_per_epoch = speaks, landmarks, steps_per_epoch
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}"),
+            _Told(),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not (speaks and self.console.is_terminal),
+        )
+        self.task = self.progress.add_task("", total=last_step, completed=first_step, epoch=1)
+        self.folder, self.last_step = folder, last_step
+        self.since, self.images, self.waited = time.monotonic(), 0, 0.0
+
+    def __enter__(self) -> Self:
+        if self.speaks:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, rank 0 only
+
+            self.file = open(self.folder.metrics, "a", encoding="utf-8")  # noqa: SIM115
+            start = int(self.progress.tasks[0].completed)
+            self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=start + 1)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+        if self.speaks:
+            self.file.close()
+            self.board.close()
+
+    def count(self, images: int, waited_s: float) -> None:
+        """One step is done: `images` of the global batch, after waiting `waited_s` for data."""
+        self.images += images
+        self.waited += waited_s
+        self.progress.advance(self.task)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a line of metrics for `step` (steps done) with the rates since the last line."""
+        if not self.speaks:
+            return
+        elapsed = max(time.monotonic() - self.since, 1e-9)
+        rate, share = self.images / elapsed, self.waited / elapsed
+        self.since, self.images, self.waited = time.monotonic(), 0, 0.0
+        epoch = step / self.steps_per_epoch
+        self.write({"step": step, "epoch": round(epoch, 4), **values,
+                    "images_per_s": round(rate, 2), "data_wait": round(share, 4)})  # fmt: skip
+        chance, floor = self.landmarks
+        told = f"contrast {values['contrast']:.2f} (chance {chance:.2f}, floor {floor:.2f})"
+        if "kl" in values:
+            told += f" · KL {values['kl']:.3f}"
+        told += f" · {rate:,.0f} images/s · waiting {share:.0%}"
+        self.progress.update(self.task, told=told, epoch=math.ceil(epoch))
+        if not self.console.is_terminal and step % self.steps_per_epoch == 0:
+            self.say(f"epoch {math.ceil(epoch)} step {step}/{self.last_step} {told}")
+
+    def write(self, values: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and its numbers to TensorBoard."""
+        if not self.speaks:
+            return
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if name != "step":
+                self.board.add_scalar(name, value, int(values["step"]))
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

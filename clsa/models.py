@@ -1,0 +1,200 @@
+"""Encoders (timm), small-image stem, projector, momentum copy, batch norm in groups."""
+
+import copy
+
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from clsa import dist, rng
+from clsa.config import nearest
+from clsa.errors import ClsaError
+from clsa.options import ModelOptions
+
+SMALL = "resnet10-w32"
+
+
+class GroupedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose training statistics are taken per contiguous group of the batch.
+
+    One device then behaves as `groups` devices with their own batch norm do, without which MoCo
+    leaks the positive through the statistics. Memory format is kept. The running statistics see
+    the groups in turn, with momentum 1 - (1 - momentum)^(1/groups), so that a step moves them as
+    far as a step of plain batch norm.
+    """
+
+    groups = 1
+
+    def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Normalise; with running statistics in eval mode, by group in train mode."""
+        if not self.training or self.groups == 1:
+            return super().forward(input)
+        momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / self.groups)
+        parts = [
+            F.batch_norm(
+                part, self.running_mean, self.running_var, self.weight, self.bias,
+                True, momentum, self.eps,
+            )
+            for part in input.chunk(self.groups)
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+
+def group_norms(module: nn.Module, groups: int) -> None:
+    """Turn every BatchNorm2d inside `module` into one of `groups` groups, in place.
+
+    The class is exchanged and the tensors kept: timm's own subclasses, which fuse an activation,
+    would lose it, so they are refused.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            if type(child) not in (nn.BatchNorm2d, GroupedBatchNorm2d):
+                if groups == 1:
+                    continue
+                raise ClsaError(
+                    f"model.norm_groups {groups}",
+                    f"the encoder's {type(child).__name__} cannot be split",
+                    "set --model.norm-groups 1",
+                )
+            child.__class__ = GroupedBatchNorm2d
+            child.groups = groups
+
+
+def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
+    """Encoder of `options` with random weights from `seed`: (B, 3, S, S) -> (B, F) features.
+
+    ResNets start with ones in the last norm of each block, as torchvision's and MoCo's do; timm's
+    default is zeros.
+
+    Raises:
+        ClsaError: for an unknown encoder, or a small stem where there is no ResNet.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = _create(options.encoder)
+        if options.small_stem and options.encoder != SMALL:
+            _shrink_stem(encoder, options.encoder)
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def _create(name: str) -> nn.Module:
+    if name == SMALL:
+        encoder = ResNet(
+            BasicBlock, (1, 1, 1, 1), num_classes=0, stem_type="deep", stem_width=16,
+            channels=(32, 64, 128, 256), zero_init_last=False,
+        )  # fmt: skip
+        _shrink_stem(encoder, name)  # deep only so that timm builds stage 1 for 2 x 16 channels
+        return encoder
+    if not timm.is_model(name):
+        close = nearest(name, [SMALL, *timm.list_models()])
+        hint = f"did you mean {close}?" if close else "any name of timm.list_models() will do"
+        raise ClsaError(f"model.encoder {name}", "no such encoder", hint)
+    extra = {"zero_init_last": False} if _is_resnet(name) else {}
+    return timm.create_model(name, pretrained=False, num_classes=0, **extra)
+
+
+def _is_resnet(name: str) -> bool:
+    return timm.model_entrypoint(name).__module__ == "timm.models.resnet"
+
+
+def _shrink_stem(encoder: nn.Module, name: str) -> None:
+    if not isinstance(encoder, ResNet):
+        raise ClsaError("model.small_stem", f"{name} is not a ResNet", "leave the option out")
+    channels = encoder.bn1.num_features
+    encoder.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    encoder.maxpool = nn.Identity()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Context in which matrix products and convolutions run in bfloat16 where that pays.
+
+    Args:
+        device: where the tensors are.
+        precision: "bf16", "fp32", or "auto": bf16 where the hardware computes in it (CUDA from
+            compute capability 8 on, CPUs with AVX512-BF16 or AMX); elsewhere it would be slower.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            abilities = torch.cpu.get_capabilities()
+            native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    else:
+        native = precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+class Projector(nn.Sequential):
+    """Linear layers with ReLU between (no batch norm): (B, F) -> (B, D); one layer is MoCo v1's."""
+
+    def __init__(self, features: int, hidden: int, dim: int, layers: int):
+        widths = [features] + [hidden] * (layers - 1) + [dim]
+        modules: list[nn.Module] = []
+        for wide_in, wide_out in zip(widths, widths[1:], strict=False):
+            modules += [nn.Linear(wide_in, wide_out), nn.ReLU(inplace=True)]
+        super().__init__(*modules[:-1])
+
+
+class Network(nn.Module):
+    """Encoder, projector and L2 normalisation: (B, 3, S, S) -> unit rows (B, D), float32."""
+
+    def __init__(self, options: ModelOptions, seed: int):
+        super().__init__()
+        self.encoder = build_encoder(options, seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            self.projector = Projector(
+                feature_dim(self.encoder),
+                options.projector_hidden,
+                options.projector_dim,
+                options.projector_layers,
+            )
+        group_norms(self.encoder, max(1, options.norm_groups // dist.world_size()))
+
+    def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+        """Unit-length projections of one view."""
+        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
+
+
+def feature_dim(encoder: nn.Module) -> int:
+    """Width F of an encoder's features."""
+    width = encoder.head_hidden_size
+    assert isinstance(width, int)
+    return width
+
+
+def momentum_copy(network: Network) -> Network:
+    """A copy without gradients, to be moved by `move_towards` only."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def move_towards(key_network: nn.Module, network: nn.Module, momentum: float) -> None:
+    """xi <- momentum xi + (1 - momentum) theta for all parameters; buffers stay the copy's own."""
+    torch._foreach_lerp_(
+        list(key_network.parameters()), list(network.parameters()), 1 - momentum
+    )
+
+
+@torch.no_grad()
+def encode_shuffled(
+    network: nn.Module, images: Float[Tensor, "b 3 S S"], seed: int, step: int
+) -> Float[Tensor, "B D"]:
+    """Keys of the global batch, each batch-norm group made of other images than the queries' is.
+
+    MoCo's shuffle BN: gather all ranks' key images, permute them (the same permutation on every
+    rank, from the counter), encode one's own share, gather and put in order again. On one device
+    the groups of `GroupedBatchNorm2d` play the ranks' part; groups without the permutation would
+    leave an image's query and key together.
+    """
+    gathered = dist.all_gather(images)
+    order = torch.from_numpy(rng.permutation(seed, step, len(gathered), rng.PERMUTATION))
+    order = order.to(images.device)
+    shuffled = dist.own_rows(gathered[order]).contiguous(memory_format=torch.channels_last)
+    keys = dist.all_gather(network(shuffled))
+    return torch.empty_like(keys).index_copy_(0, order, keys)
+

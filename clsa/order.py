@@ -1,0 +1,101 @@
+"""Which picture a step shows: the order of the epochs, and what stands in for unreadable ones.
+
+Both are pure functions of (seed, epoch, index): there is no position to save.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+
+from clsa import rng
+from clsa.errors import ClsaError, Exit
+from clsa.sources import Source
+
+MAX_REPLACEMENTS = 64
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which pictures each step takes: a new permutation an epoch, without its partial last batch.
+
+    Args:
+        count: number of pictures.
+        batch_size: global, over all processes.
+
+    Raises:
+        ClsaError: 2 when the batch is larger than the set.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.count:
+            what = f"batch_size {self.batch_size}"
+            why = f"larger than the set of {self.count} pictures"
+            raise ClsaError(what, why, f"set batch_size to at most {self.count}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return self.count // self.batch_size
+
+    def epoch(self, step: int) -> int:
+        """The epoch that a step (counted from 0 over the run) belongs to."""
+        return step // self.steps_per_epoch
+
+    def indices(self, step: int) -> Int64[np.ndarray, " B"]:
+        """Pictures of the global batch of a step."""
+        start = step % self.steps_per_epoch * self.batch_size
+        order = _permutation(self.seed, self.epoch(step), self.count)
+        return order[start : start + self.batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " N"]:
+    return rng.permutation(seed, epoch, count)
+
+
+class Quarantine:
+    """Pictures that could not be read, with their reasons; too many end the run.
+
+    Attributes:
+        reasons: reason by number in the source.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.reasons: dict[int, str] = {}
+        self.budget = max(10, len(source) // 1000)
+
+    def add(self, reasons: dict[int, str]) -> None:
+        """Note unreadable pictures.
+
+        Raises:
+            ClsaError: 65 when more than max(10, 0.1 %) are known, or all of them.
+        """
+        self.reasons |= reasons
+        if len(self.reasons) > self.budget or len(self.reasons) == len(self.source):
+            raise self.error()
+
+    def error(self) -> ClsaError:
+        """The error that names the first ten."""
+        first = sorted(self.reasons)[:10]
+        named = ", ".join(f"{self.source.ids[i]} ({self.reasons[i]})" for i in first)
+        what = f"{len(self.reasons)} unreadable pictures among {len(self.source)}"
+        return ClsaError(what, f"first: {named}", "repair or remove them", Exit.BAD_DATA)
+
+
+def candidates(order: Order, epoch: int, i: int) -> Iterator[int]:
+    """Picture `i`, then those that replace it, in turn, where it cannot be read.
+
+    Replacements are hashed from (seed, epoch, i, attempt): no neighbour is favoured.
+    """
+    yield i
+    attempts = np.arange(MAX_REPLACEMENTS)
+    bits = rng.hash_bits(order.seed, epoch, np.array([i]), rng.REPLACEMENT, attempts)
+    yield from (bits[0] % order.count).tolist()

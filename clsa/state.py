@@ -1,0 +1,77 @@
+"""The training state of a run: what a checkpoint holds, saved whole and resumed to the bit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clsa import checkpoint, dist
+from clsa.errors import ClsaError
+from clsa.folder import RunFolder
+from clsa.methods.method import Method
+
+
+@dataclass
+class State:
+    """Everything that changes during a run. There is no random state: draws come from a counter.
+
+    Attributes:
+        method: model, key network and bank.
+        optimizer: over the method's trainable parameters.
+        data_digest: of the pictures; a run resumes on the same ones only.
+        folder: where checkpoints go.
+        step: optimiser steps done.
+        best: highest accuracy of the online probe so far, percent.
+    """
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    data_digest: str
+    folder: RunFolder
+    step: int = 0
+    best: float = -1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors, numbers and strings."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "data_digest": self.data_digest,
+        }
+
+    def save(self, keep: bool, best: bool) -> None:
+        """Write the checkpoint of this step on rank 0, then prune the older ones.
+
+        Args:
+            keep: never prune it.
+            best: write it as `best` too.
+        """
+        if dist.rank() == 0:
+            facts = {"step": self.step, "keep": keep}
+            folder = self.folder.checkpoints
+            checkpoint.save(folder, checkpoint.step_name(self.step), self.as_dict(), facts)
+            if best:
+                checkpoint.save(folder, checkpoint.BEST, self.as_dict(), facts)
+            checkpoint.prune(folder)
+
+    def resume(self) -> list[str]:
+        """Take up the newest whole checkpoint; stays as it is when there is none.
+
+        Returns:
+            Why newer checkpoints were passed over, a line each.
+
+        Raises:
+            ClsaError: 2 when the pictures are not those that the run began with.
+        """
+        saved = checkpoint.load_newest(self.folder.checkpoints)
+        if saved is None:
+            return []
+        if saved.state["data_digest"] != self.data_digest:
+            why = "the pictures are not those that the run began with"
+            raise ClsaError(str(self.folder.path), why, "restore them, or choose another --out")
+        self.method.load_state_dict(saved.state["method"])
+        self.optimizer.load_state_dict(saved.state["optimizer"])
+        self.step, self.best = saved.state["step"], saved.state["best"]
+        return saved.skipped

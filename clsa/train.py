@@ -1,0 +1,300 @@
+"""The run: `train_step` is one step, `fit` the loop around it. Read this first."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clsa import checkpoint, data, dist, files, views
+from clsa.errors import ClsaError, Exit
+from clsa.evaluate.run import probe
+from clsa.folder import RunFolder
+from clsa.journal import Journal
+from clsa.methods import METHODS
+from clsa.methods.method import Batch, Method, sum_of
+from clsa.models import autocast
+from clsa.optim import build_optimizer, lr_at, set_lr
+from clsa.options import RunOptions
+from clsa.order import Order, Quarantine
+from clsa.signals import Stop, stop_on_signals
+from clsa.sources import Source, open_source, open_val
+from clsa.state import State
+
+SHEET_ROWS = 6
+
+
+class Run(NamedTuple):
+    """What stays the same over a run."""
+
+    options: RunOptions
+    device: torch.device
+    steps_per_epoch: int
+    stop: Stop
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the whole schedule."""
+        return self.steps_per_epoch * self.options.epochs
+
+
+class Stats(NamedTuple):
+    """Detached tensors of one step, read by the host only when logged."""
+
+    terms: dict[str, Tensor]
+    lr: float
+    stop: bool
+
+    def numbers(self) -> dict[str, float]:
+        """The values for the log."""
+        return {**{name: float(value) for name, value in self.terms.items()}, "lr": self.lr}
+
+
+def make_views(crops: data.Batch, specs: list[views.ViewSpec], step: int, run: Run) -> Batch:
+    """Pixel operations of every view, on the device; draws from (seed, epoch, index, view)."""
+    options, epoch = run.options, step // run.steps_per_epoch
+    index = crops.index.numpy()
+    pixels = [
+        views.pixels(
+            crop.to(run.device, non_blocking=True),
+            views.sample(options.views, spec, options.seed, epoch, index),
+            options.views, spec, views.MEAN, views.STD,
+        )
+        for spec, crop in zip(specs, crops.crops, strict=True)
+    ]  # fmt: skip
+    return Batch(pixels, crops.index, crops.labels, step)
+
+
+def train_step(model: nn.Module, state: State, crops: data.Batch, run: Run) -> Stats:
+    """One step: views, losses, gradients, optimiser, then key network and bank.
+
+    Args:
+        model: `state.method`, or the same inside DistributedDataParallel.
+        state: method, optimiser and step; moved on by one.
+        crops: this rank's rows of the batch.
+        run: options and device.
+
+    Raises:
+        ClsaError: 76 when loss or gradient is not finite; weights, keys and bank have not moved.
+    """
+    options, method, optimizer = run.options, state.method, state.optimizer
+    batch = make_views(crops, method.view_specs, state.step, run)
+    lr = lr_at(options.optim, state.step, run.steps_per_epoch, options.epochs, options.batch_size)
+    set_lr(optimizer, lr)
+    with autocast(run.device, options.precision):
+        output = model(batch)
+        loss = sum_of(output.losses.values())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in method.parameters() if p.grad is not None]
+    )
+    stop = require_finite(loss, norm, state.step, run.stop)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    method.after_step(output.state, state.step)
+    state.step += 1
+    terms = {"loss": loss, **output.losses, **output.metrics, "grad_norm": norm}
+    return Stats({name: value.detach() for name, value in terms.items()}, lr, stop)
+
+
+def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> bool:
+    """The one look of the host at the device in a step: raise on a bad number, agree on stopping.
+
+    Returns:
+        Whether any rank was asked to stop.
+    """
+    bad = ~torch.isfinite(loss.detach() + norm)
+    flags = torch.stack([bad.float(), torch.full_like(norm, float(bool(stop)))])
+    any_bad, any_stop = dist.all_max(flags).tolist()
+    if any_bad:
+        why = "the loss or its gradient is not finite; nothing was changed by this step"
+        hint = "lower --optim.lr, add --optim.warmup-epochs, or try --precision fp32"
+        raise ClsaError(f"step {step}", why, hint, Exit.UNHEALTHY)
+    return bool(any_stop)
+
+
+def fit(state: State, source: Source, order: Order, run: Run) -> str:
+    """Train from where `state` stands to the end of the schedule or the first limit.
+
+    Returns:
+        Why it ended: "finished", "max_steps", "max_minutes" or the name of a signal.
+    """
+    options, method, folder = run.options, state.method, state.folder
+    last = min(run.num_steps, options.max_steps or run.num_steps)
+    model, quarantine = parallel(method, options), Quarantine(source)
+    batches = data.batches(
+        source, method.view_specs, options.views.weak.flip, order, state.step, last, run.device,
+        options.data, quarantine,
+    )  # fmt: skip
+    speaks, marks = dist.rank() == 0, (method.chance, method.floor)
+    with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
+        judge = Judge(state, source, open_val(options.data, source.classes), run, journal)
+        saved = waiting = time.monotonic()
+        reason = end_reason(state.step, last, run)
+        for crops in batches:
+            waited = time.monotonic() - waiting
+            if state.step == 0 and speaks:
+                draw_views(source, crops, method.view_specs, run, folder.views)
+            stats = train_step(model, state, crops, run)
+            journal.count(options.batch_size, waited)
+            epoch, rest = divmod(state.step, run.steps_per_epoch)
+            if not rest or state.step % options.log_every == 0:
+                journal.log(state.step, stats.numbers())
+            better = not rest and speaks and judge(epoch)
+            reason = run.stop.reason if stats.stop else end_reason(state.step, last, run)
+            if reason or not rest or time.monotonic() - saved > 60 * options.save_minutes:
+                state.save(keep=not rest and _divides(options.keep_every, epoch), best=better)
+                saved = time.monotonic()
+            if reason:
+                break
+            waiting = time.monotonic()
+        if quarantine.reasons and speaks:
+            write_quarantine(quarantine, source, folder, journal)
+    return reason
+
+
+def end_reason(step: int, last: int, run: Run) -> str:
+    """Why there is no step after `step`, or an empty string."""
+    if step >= run.num_steps:
+        return "finished"
+    return "max_steps" if step >= last else ""
+
+
+def pretrain(options: RunOptions) -> Path:
+    """Run, or resume, what `options` describe; returns the run folder.
+
+    Raises:
+        ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run.
+    """
+    folder = RunFolder(options.out)
+    device = dist.pick_device(options.device)
+    with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
+        folder.check(options)
+        source = open_source(options.data.data, "train", options.data)
+        order = Order(len(source), options.batch_size, options.seed)
+        method = METHODS[options.method.name](options).to(device)
+        optimizer = build_optimizer(method, options.optim)
+        state = State(method, optimizer, source.digest(), folder)
+        with report_end(folder, state):
+            for skipped in state.resume():
+                print(f"passed over {skipped}", file=sys.stderr)
+            dist.barrier()  # every rank has checked before the first one writes
+            if dist.rank() == 0:
+                folder.claim(options)
+                folder.cut_metrics(state.step)
+            run = Run(options, device, order.steps_per_epoch, stop)
+            reason = fit(state, source, order, run)
+            if dist.rank() == 0:
+                write_encoder(state, options)
+                folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
+            if reason not in ("finished", "max_steps", "max_minutes"):
+                what = f"stopped at step {state.step} of {run.num_steps}"
+                hint = "the same command resumes it"
+                raise ClsaError(what, f"{reason}; the state is saved", hint, Exit.PREEMPTED)
+    return options.out
+
+
+@contextmanager
+def report_end(folder: RunFolder, state: State) -> Iterator[None]:
+    """Leave `status.json` behind whatever happens."""
+    try:
+        yield
+    except BaseException as error:
+        if dist.rank() == 0 and folder.path.is_dir():
+            code = error.code if isinstance(error, ClsaError) else Exit.BUG
+            folder.write_status(code, str(error) or type(error).__name__, state.step, True)
+        raise
+
+
+class Judge:
+    """The online probe: 20-NN accuracy after an epoch, where there are labels."""
+
+    def __init__(self, state: State, source: Source, val: Source | None, run: Run, journal: Journal):
+        self.state, self.source, self.val, self.run, self.journal = state, source, val, run, journal
+        labelled = (source.labels >= 0).any() and len(source.classes) > 1
+        self.every = run.options.probe_every if labelled else 0
+
+    def __call__(self, epoch: int) -> bool:
+        """Judge the encoder after `epoch` epochs if it is time; whether it is the best so far."""
+        if not _divides(self.every, epoch):
+            return False
+        encoder, options = self.state.method.network.encoder, self.run.options
+        accuracy = probe(encoder, self.source, self.val, options.views, self.run.device)
+        self.journal.write({"step": self.state.step, "epoch": epoch, "knn": accuracy})
+        self.journal.say(f"epoch {epoch}: 20-NN {accuracy:.1f} %")
+        better = accuracy > self.state.best
+        self.state.best = max(accuracy, self.state.best)
+        return better
+
+
+def _divides(every: int, epoch: int) -> bool:
+    return every > 0 and epoch % every == 0
+
+
+def parallel(method: Method, options: RunOptions) -> nn.Module:
+    """`method`, compiled if asked for, inside DistributedDataParallel with several processes.
+
+    Buffers are not broadcast: banks are equal on all ranks by construction, and batch norm's
+    statistics are each rank's own, as in MoCo.
+    """
+    if options.compile:
+        method.network.encoder.compile()
+    if dist.world_size() == 1:
+        return method
+    return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def draw_views(
+    source: Source, crops: data.Batch, specs: list[views.ViewSpec], run: Run, path: Path
+) -> None:
+    """Write the contact sheet: originals of the first batch with all their views."""
+    few = data.Batch([crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:]))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (views.MEAN, views.STD))
+    drawn = [(view.cpu() * std + mean) * 255 for view in make_views(few, specs, 0, run).views]
+    size = run.options.views.size
+    originals = dict(originals_of(source, few.index.numpy(), size))
+    rows = [
+        [originals[int(i)], *(view[row] for view in drawn)]
+        for row, i in enumerate(few.index)
+        if int(i) in originals
+    ]
+    image = views.contact_sheet(rows, ["original", *(spec.name for spec in specs)])
+    files.write_atomic(path, lambda file: image.save(file, format="PNG"))
+
+
+def originals_of(source: Source, index: np.ndarray, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Centre squares of pictures that can be read, by number."""
+    cpu = torch.device("cpu")
+    for rows, images in data.eval_images(source, index, size, 1.0, cpu):
+        yield from zip(rows.tolist(), images, strict=True)
+
+
+def write_encoder(state: State, options: RunOptions) -> None:
+    """`encoder.safetensors`: the query encoder, with what is needed to use and to judge it."""
+    facts = {
+        "model": options.model.model_dump(mode="json"),
+        "views": options.views.model_dump(mode="json"),
+        "data": options.data.model_dump(mode="json"),
+        "recipe": options.recipe,
+        "seed": options.seed,
+        "step": state.step,
+        "data_digest": state.data_digest,
+    }
+    checkpoint.save_encoder(state.folder.encoder, state.method.network.encoder, facts)
+
+
+def write_quarantine(quarantine: Quarantine, source: Source, folder: RunFolder, journal: Journal) -> None:
+    """`quarantine.jsonl`: pictures that could not be read, and why."""
+    lines = [
+        json.dumps({"path": source.ids[i], "reason": reason}) + "\n"
+        for i, reason in sorted(quarantine.reasons.items())
+    ]
+    files.write_text(folder.path / "quarantine.jsonl", "".join(lines))
+    journal.say(f"{len(lines)} unreadable pictures were replaced: see quarantine.jsonl")

@@ -1,0 +1,34 @@
+"""Pictures for tests: drawn like photographs (gradients, coarse and fine noise), encoded anew."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def photograph(seed: int, height: int, width: int) -> np.ndarray:
+    """A uint8 RGB picture with a gradient, soft blobs and grain."""
+    rng = np.random.default_rng(seed)
+    blobs = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    soft = np.asarray(blobs.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+    ramp = np.linspace(-40, 40, width)[None, :, None] * rng.uniform(-1, 1, 3)
+    return (soft + ramp + rng.normal(0, 3, soft.shape)).clip(0, 255).astype(np.uint8)
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def jpeg_folder(root: Path, sizes: list[tuple[int, int]]) -> Path:
+    """A folder of JPEGs of these (height, width), 00.jpg, 01.jpg, ..."""
+    root.mkdir(parents=True, exist_ok=True)
+    for i, (height, width) in enumerate(sizes):
+        data = encoded(photograph(i, height, width), "JPEG", quality=90)
+        (root / f"{i:02d}.jpg").write_bytes(data)
+    return root

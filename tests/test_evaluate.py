@@ -1,0 +1,189 @@
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from clsa import checkpoint, models, sources
+from clsa.errors import ClsaError, Exit
+from clsa.evaluate.features import extract, frozen
+from clsa.evaluate.results import Record, append_records, read_records, table
+from clsa.evaluate.run import _spread, evaluate, probe
+from clsa.evaluate.split import split
+from clsa.options import DataOptions, EvaluateOptions, ModelOptions, ViewOptions
+from clsa.sources import Pictures
+
+MODEL = ModelOptions(encoder="resnet10-w32")
+VIEWS = ViewOptions(size=32)
+CLASSES = ("flag", "card", "icon")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 drawings in one folder a class."""
+    folder = tmp_path_factory.mktemp("drawings")
+    taken = dict.fromkeys(CLASSES, 0)
+    with tarfile.open(Path(models.__file__).parent / "assets" / "clipart.tar") as tar:
+        for member in tar:
+            split_name, name = member.name.split("/")[:2]
+            if member.isfile() and split_name == "train" and taken.get(name, 20) < 20:
+                path = folder / name / Path(member.name).name
+                path.parent.mkdir(exist_ok=True)
+                file = tar.extractfile(member)
+                assert file
+                path.write_bytes(file.read())
+                taken[name] += 1
+    assert set(taken.values()) == {20}
+    return folder
+
+
+def save_run(folder: Path, data: DataOptions) -> None:
+    """An encoder that moved away from its start, saved as a run of seed 7 does."""
+    encoder = models.build_encoder(MODEL, seed=7)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.1)
+    facts = {
+        "model": MODEL.model_dump(mode="json"),
+        "views": VIEWS.model_dump(mode="json"),
+        "data": data.model_dump(mode="json"),
+        "seed": 7,
+        "recipe": "clsa",
+        "step": 1,
+    }
+    checkpoint.save_encoder(folder / "encoder.safetensors", encoder, facts)
+
+
+@pytest.fixture
+def run(tmp_path: Path, drawings: Path) -> Path:
+    save_run(tmp_path, DataOptions(data=str(drawings)))
+    return tmp_path
+
+
+def test_evaluation_repeats_and_leaves_the_encoder_alone(run: Path) -> None:
+    before = (run / "encoder.safetensors").read_bytes()
+    options = EvaluateOptions(
+        run=run, protocols=("knn", "knn-strong", "linear-fast", "linear"), linear_epochs=2, device="cpu"
+    )
+    records = evaluate(options)
+    first = (run / "results.json").read_bytes()
+    assert evaluate(options) == records and (run / "results.json").read_bytes() == first
+    assert (run / "encoder.safetensors").read_bytes() == before
+    assert [Record(**entry) for entry in json.loads(first)] == records
+    assert {record.protocol for record in records} == set(options.protocols)
+    assert {(record.split, record.n, record.seed) for record in records} == {("holdout", 12, 0)}
+    assert all(0 <= record.value <= 100 for record in records)
+    digests = {record.encoder: record.encoder_digest for record in records}
+    assert digests == {
+        "random": checkpoint.digest(models.build_encoder(MODEL, seed=7).state_dict()),
+        "trained": checkpoint.digest(checkpoint.load_encoder(run).state_dict()),
+    }
+    knn_top1 = next(r for r in records if (r.protocol, r.metric) == ("knn", "top1"))
+    assert knn_top1.settings == "neighbours=20 knn_temperature=0.07"
+
+
+def test_knn_on_its_own_pictures_is_perfect(run: Path, drawings: Path) -> None:
+    data = DataOptions(data=str(drawings), val=str(drawings))
+    options = EvaluateOptions(
+        run=run / "encoder.safetensors", data=data, protocols=("knn",), neighbours=1, device="cpu"
+    )
+    records = evaluate(options)
+    values = {(r.encoder, r.metric): (r.value, r.split, r.n) for r in records}
+    assert values["random", "top1"] == values["trained", "balanced"] == (100.0, "val", 60)
+    assert read_records(run / "results.json") == records
+
+
+def test_pictures_without_labels_are_refused_with_a_remedy(run: Path, drawings: Path) -> None:
+    flat = DataOptions(data=str(drawings / "flag"))
+    with pytest.raises(ClsaError, match="subfolder") as caught:
+        evaluate(EvaluateOptions(run=run, data=flat, device="cpu"))
+    assert caught.value.code == Exit.BAD_DATA and not (run / "results.json").exists()
+
+
+def test_split_prefers_the_sets_own_and_drops_the_unlabelled() -> None:
+    images, labels = np.zeros((10, 4, 4, 3), np.uint8), np.array([0, 1, -1, 0, 1, 0, -1, 1, 0, 1])
+    train, val = Pictures(images, labels, ["a", "b"]), Pictures(images[:3], labels[:3], ["a", "b"])
+    bank, queries, name = split(train, val, seed=0)
+    assert name == "val" and bank.labels.min() == 0 and queries.labels.tolist() == [0, 1]
+    bank, queries, name = split(train, None, seed=0)
+    assert (name, len(bank), len(queries)) == ("holdout", 6, 2)
+    assert not set(bank.ids) & set(queries.ids)
+    with pytest.raises(ClsaError, match="4 of 10"):
+        split(Pictures(images, np.where(labels == 0, -1, labels), ["a", "b"]), val, seed=0)
+    with pytest.raises(ClsaError, match="validation"):
+        split(train, Pictures(images[:1], np.array([-1]), ["a", "b"]), seed=0)
+
+
+def test_frozen_restores_modes_and_notices_a_moved_buffer() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
+    with frozen(model):
+        assert not model[0].training and not torch.is_grad_enabled()
+    assert model[0].training and not model[1].training and torch.is_grad_enabled()
+    with pytest.raises(ClsaError, match="moved the encoder"), frozen(model):
+        model.train()
+        model(torch.randn(4, 2))
+    assert model[0].training and not model[1].training
+
+
+def test_features_do_not_hang_on_batch_size_and_strong_ones_follow_the_seed(drawings: Path) -> None:
+    source = sources.open_source(str(drawings), "train", DataOptions())
+    encoder, rows = models.build_encoder(MODEL, seed=0), np.array([3, 40, 7])
+
+    def features(batch_size: int = 256, seed: int | None = None) -> torch.Tensor:
+        with frozen(encoder):
+            kept, found = extract(encoder, source, rows, VIEWS, CPU, batch_size, seed)
+        assert kept.tolist() == [3, 40, 7] and found.dtype == torch.float32
+        return found
+
+    torch.testing.assert_close(features(1), features(256), rtol=1e-4, atol=1e-5)
+    assert torch.equal(features(seed=0), features(seed=0))
+    assert not torch.allclose(features(seed=0), features(seed=1), rtol=1e-2)
+    assert not torch.allclose(features(seed=0), features(), rtol=1e-2)
+    rows = rows[::-1]
+    with frozen(encoder):
+        alone = extract(encoder, source, rows, VIEWS, CPU, 256, 0)[1].flip(0)
+    rows = rows[::-1]
+    torch.testing.assert_close(alone, features(seed=0), rtol=1e-4, atol=1e-5)
+
+
+def test_unreadable_pictures_are_left_out(run: Path, drawings: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    for path in drawings.glob("*/*"):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
+    for name in CLASSES:
+        (folder / name / "0broken.png").write_bytes(b"not a picture")
+    data = DataOptions(data=str(drawings), val=str(folder))
+    protocols = ("knn", "knn-strong")
+    records = evaluate(EvaluateOptions(run=run, data=data, protocols=protocols, device="cpu"))
+    assert {record.n for record in records} == {60}
+
+
+def test_probe_gives_percent_and_keeps_the_train_mode(drawings: Path) -> None:
+    source = sources.open_source(str(drawings), "train", DataOptions())
+    encoder = models.build_encoder(MODEL, seed=0).train()
+    value = probe(encoder, source, None, VIEWS, CPU)
+    assert value == probe(encoder, source, None, VIEWS, CPU)
+    assert encoder.training and 100 / 3 < value <= 100
+    assert probe(encoder, source, source, VIEWS, CPU) >= value
+    assert _spread(7, 3).tolist() == [0, 2, 4] and _spread(3, 7).tolist() == [0, 1, 2]
+
+
+def test_records_replace_their_own_kind(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    old = Record("knn", "top1", 50.0, "random", "val", 10, 0, "neighbours=20", "e", "d")
+    append_records(path, [old, old._replace(encoder="trained", value=61.5)])
+    append_records(path, [old._replace(value=55.0, n=12), old._replace(settings="neighbours=1")])
+    values = [(record.value, record.n) for record in read_records(path)]
+    assert values == [(55.0, 12), (61.5, 10), (50.0, 10)]
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table(read_records(path)[:2]))
+    assert all(text in console.export_text() for text in ("55.00", "61.50", "+6.50", "val"))
+    path.write_text("{")
+    with pytest.raises(ClsaError, match="not a list of results"):
+        append_records(path, [old])
