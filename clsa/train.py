@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -256,24 +255,15 @@ def draw_views(
 ) -> None:
     """Write the contact sheet: originals of the first batch with all their views."""
     few = data.Batch([crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:]))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (views.MEAN, views.STD))
-    drawn = [(view.cpu() * std + mean) * 255 for view in make_views(few, specs, 0, run).views]
-    size = run.options.views.size
-    originals = dict(originals_of(source, few.index.numpy(), size))
-    rows = [
-        [originals[int(i)], *(view[row] for view in drawn)]
-        for row, i in enumerate(few.index)
-        if int(i) in originals
-    ]
+    drawn = make_views(few, specs, 0, run).views
+    size, cpu = run.options.views.size, torch.device("cpu")
+    rows = []
+    for numbers, originals in data.eval_images(source, few.index.numpy(), size, 1.0, cpu):
+        for number, original in zip(numbers, originals.round().byte(), strict=True):
+            row = int((few.index == number).nonzero()[0])
+            rows.append([original, *(view[row] for view in drawn)])
     image = views.contact_sheet(rows, ["original", *(spec.name for spec in specs)])
     files.write_atomic(path, lambda file: image.save(file, format="PNG"))
-
-
-def originals_of(source: Source, index: np.ndarray, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Centre squares of pictures that can be read, by number."""
-    cpu = torch.device("cpu")
-    for rows, images in data.eval_images(source, index, size, 1.0, cpu):
-        yield from zip(rows.tolist(), images, strict=True)
 
 
 def write_encoder(state: State, options: RunOptions) -> None:

@@ -1,11 +1,14 @@
 """Pictures for tests: drawn like photographs (gradients, coarse and fine noise), encoded anew."""
 
 import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+CLIPART = Path(__file__).parent.parent / "clsa" / "assets" / "clipart.tar"
 
 
 def photograph(seed: int, height: int, width: int) -> np.ndarray:
@@ -31,4 +34,20 @@ def jpeg_folder(root: Path, sizes: list[tuple[int, int]]) -> Path:
     for i, (height, width) in enumerate(sizes):
         data = encoded(photograph(i, height, width), "JPEG", quality=90)
         (root / f"{i:02d}.jpg").write_bytes(data)
+    return root
+
+
+def clipart_folder(root: Path, classes: int, each: int) -> Path:
+    """The first `each` embedded drawings of the first `classes` classes, as root/CLASS/NAME.webp."""
+    counts: dict[str, int] = {}
+    with tarfile.open(CLIPART) as tar:
+        for member in tar:
+            split, name, *file = member.name.split("/")
+            known = name in counts or len(counts) < classes
+            if split == "train" and known and counts.setdefault(name, 0) < each:
+                counts[name] += 1
+                (root / name).mkdir(parents=True, exist_ok=True)
+                stream = tar.extractfile(member)
+                assert stream is not None
+                (root / name / file[-1]).write_bytes(stream.read())
     return root

@@ -40,7 +40,9 @@ def pictures(tmp_path: Path) -> Path:
     for name in (b"cat/1.png", b"cat/b\xff.png", "dög/3.png".encode()):
         path = Path(os.fsdecode(name))
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(folder / path)
+        Image.fromarray(generator.integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(
+            folder / path
+        )
     (folder / "cat" / "2.png").write_bytes(b"\x89PNG and no more")
     return folder
 

@@ -19,7 +19,7 @@ from clsa.sources import Pictures
 
 MODEL = ModelOptions(encoder="resnet10-w32")
 VIEWS = ViewOptions(size=32)
-CLASSES = ("flag", "card", "icon")
+CLASSES = ["flag", "card", "icon"]
 CPU = torch.device("cpu")
 
 
@@ -68,7 +68,10 @@ def run(tmp_path: Path, drawings: Path) -> Path:
 def test_evaluation_repeats_and_leaves_the_encoder_alone(run: Path) -> None:
     before = (run / "encoder.safetensors").read_bytes()
     options = EvaluateOptions(
-        run=run, protocols=("knn", "knn-strong", "linear-fast", "linear"), linear_epochs=2, device="cpu"
+        run=run,
+        protocols=("knn", "knn-strong", "linear-fast", "linear"),
+        linear_epochs=2,
+        device="cpu",
     )
     records = evaluate(options)
     first = (run / "results.json").read_bytes()
@@ -183,7 +186,8 @@ def test_records_replace_their_own_kind(tmp_path: Path) -> None:
     assert values == [(55.0, 12), (61.5, 10), (50.0, 10)]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table(read_records(path)[:2]))
-    assert all(text in console.export_text() for text in ("55.00", "61.50", "+6.50", "val"))
+    shown = console.export_text()
+    assert all(text in shown for text in ("55.00", "61.50", "+6.50", "12 val"))
     path.write_text("{")
     with pytest.raises(ClsaError, match="not a list of results"):
         append_records(path, [old])

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ QUERY = torch.tensor([[2.0, 0.0]])
 def test_hand_value_weighted_takes_the_near_one_and_plain_the_many() -> None:
     bank, labels = at_similarities(0.9, 0.8, 0.8), torch.tensor([0, 1, 1])
     weighted = knn_predict(QUERY, bank, labels, 2, 3, 0.07)[0] * math.exp(0.9 / 0.07)
-    torch.testing.assert_close(weighted, torch.tensor([383500.0, 183800.0]).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        weighted, torch.tensor([383500.0, 183800.0]).double(), rtol=1e-3, atol=0
+    )
     plain = knn_predict(QUERY, bank, labels, 2, 3, weighted=False)[0]
     assert plain.argmax() == 1 and plain.ceil().tolist() == [1, 2]
 
@@ -50,11 +53,16 @@ def test_a_distant_majority_still_outvotes_a_near_minority() -> None:
 @pytest.mark.parametrize("neighbours", [1, 2, 7, 20])
 def test_equals_scikit_learn(neighbours: int) -> None:
     (bank, labels), (queries, _) = blobs(1, 400, 5), blobs(2, 100, 5)
-    arguments = {"n_neighbors": neighbours, "algorithm": "brute", "metric": "cosine"}
+    arguments: dict[str, Any] = {
+        "n_neighbors": neighbours,
+        "algorithm": "brute",
+        "metric": "cosine",
+    }
     plain = KNeighborsClassifier(**arguments).fit(bank.numpy(), labels.numpy())
     votes = knn_predict(queries, bank, labels, 5, neighbours, weighted=False).ceil()
     np.testing.assert_allclose(votes / neighbours, plain.predict_proba(queries.numpy()), atol=1e-9)
-    weigh = KNeighborsClassifier(**arguments, weights=lambda distance: np.exp(-distance / 0.07))
+    arguments["weights"] = lambda distance: np.exp(-distance / 0.07)
+    weigh = KNeighborsClassifier(**arguments)
     shares = knn_predict(queries, bank, labels, 5, neighbours)
     shares /= shares.sum(1, keepdim=True)
     expected = weigh.fit(bank.numpy(), labels.numpy()).predict_proba(queries.numpy())

@@ -1,13 +1,13 @@
 """Features of pictures as a table: a Parquet file that any data tool reads."""
 
+import io
 import json
 import logging
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-import torch
 
 from clsa import checkpoint, dist, files, sources
 from clsa.evaluate.features import centre_views, encode, frozen
@@ -44,7 +44,7 @@ def embed(options: EmbedOptions) -> Path:
 
     def write(file: IO[bytes]) -> None:
         written = 0
-        with pq.ParquetWriter(pa.PythonFile(file, mode="w"), schema) as writer:
+        with pq.ParquetWriter(_Sink(file), schema) as writer:
             for rows, images in centre_views(source, np.arange(len(source)), views, device):
                 features = encode(encoder, images, options.batch_size).cpu().numpy()
                 columns = [
@@ -67,6 +67,19 @@ def embed(options: EmbedOptions) -> Path:
     with frozen(encoder):
         files.write_atomic(options.out, write)
     return options.out
+
+
+class _Sink(io.RawIOBase):
+    """What pyarrow wants a file to be, around one that can only be written to."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._file.write(data)
 
 
 def _text(name: str) -> str:

@@ -47,8 +47,9 @@ def encode(
 ) -> Float32[Tensor, "b F"]:
     """Features of normalised pictures, at most `batch_size` at a time.
 
-    In float32 on every device, as measured differences between encoders should not hang on where
-    they were measured.
+    In float32 (convolutions on CUDA in TF32, torch's default), although bf16 takes 0.45 of the time
+    on a CPU that has it: features of an untrained encoder are nearly parallel, and on Fashion-MNIST
+    rounding them moved 20-NN top-1 by 0.6 points (73.5 to 72.9), logistic regression by none.
     """
     parts = images.contiguous(memory_format=torch.channels_last).split(batch_size)
     return torch.cat([encoder(part).float() for part in parts])

@@ -31,7 +31,7 @@ def linear(
     options: EvaluateOptions,
     data: DataOptions,
 ) -> dict[str, float]:
-    """`top1` and `balanced` in percent after the last epoch, `top1-best`, `balanced-best` of the best.
+    """`top1` and `balanced` in percent after the last epoch; with `-best` those of the best one.
 
     CLSA and its code: random crops (0.08 to 1 of the area) and flips, drawn anew each epoch; SGD
     with momentum 0.9, no weight decay, batches of 256, rate from 10 to 0.01 along a cosine that

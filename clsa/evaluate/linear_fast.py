@@ -23,7 +23,8 @@ def linear_fast(
     """`top1` and `balanced` in percent of logistic regression on standardised features.
 
     The L2 weight is the one of `GRID` that is best on a seeded fifth of the bank (of equals the
-    largest); the classifier is then fitted to the whole bank. No picture of `queries` has a say.
+    largest), tried from the largest down until two in a row are worse; the classifier is then
+    fitted to the whole bank. No picture of `queries` has a say.
 
     Args:
         bank, queries: features and labels.
@@ -31,13 +32,15 @@ def linear_fast(
     features, labels = bank
     kept, held = (torch.from_numpy(rows) for rows in hold_out(len(labels), seed, HOLDOUT_SLOT))
     train, test = _standardise(features[kept], features[held])
-    weights, found = None, {}
+    weights, fits, found = None, {}, {}
     for l2 in GRID:  # each fit starts where the more restrained one before it ended
-        weights = fit_logistic(train, labels[kept], num_classes, l2, weights)
+        weights = fits[l2] = fit_logistic(train, labels[kept], num_classes, l2, weights)
         found[l2] = accuracies(predict_logistic(test, weights).argmax(1), labels[held])["top1"]
+        if max(list(found.values())[-2:]) < max(found.values()):
+            break
     best = max(found, key=lambda l2: found[l2])
     train, test = _standardise(features, queries[0])
-    weights = fit_logistic(train, labels, num_classes, best, weights)
+    weights = fit_logistic(train, labels, num_classes, best, fits[best])
     return accuracies(predict_logistic(test, weights).argmax(1), queries[1])
 
 
@@ -56,18 +59,19 @@ def fit_logistic(
     num_classes: int,
     l2: float,
     start: Float64[Tensor, "C F+1"] | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
 ) -> Float64[Tensor, "C F+1"]:
     """Weights and, in the last column, biases of multinomial logistic regression.
 
     Minimises mean_i -log softmax(W x_i + b)[y_i] + l2/2 |W|^2 by full-batch L-BFGS in float64:
     nothing is random. scikit-learn's C is 1 / (n l2). The search runs over U with [W b] = U P,
     where (P^T P)^-1 is the Hessian of one class at zero weights: features of deep networks are so
-    correlated that it takes 5 to 20 times as many steps over W itself.
+    correlated that a search over W itself takes 2 to 5 times as many steps.
 
     Args:
         start: where to begin, zeros if not given.
-        tolerance: on the largest entry of the gradient with respect to U.
+        tolerance: on the largest entry of the gradient with respect to U. Measured on 60,000
+            pictures: 1e-5 takes 1.6 times as long and moves top-1 by 0.1 points at most.
     """
     hessian = _second_moment(features) / num_classes
     hessian.diagonal()[:-1] += l2
@@ -97,7 +101,10 @@ def fit_logistic(
 def _second_moment(features: Float[Tensor, "n F"]) -> Float64[Tensor, "F+1 F+1"]:
     """Mean of x x^T, x with a one at the end."""
     parts = (functional.pad(x.double(), (0, 1), value=1.0) for x in features.split(CHUNK))
-    return torch.stack([x.T @ x for x in parts]).sum(0) / len(features)
+    total = features.new_zeros(features.shape[1] + 1, features.shape[1] + 1, dtype=torch.float64)
+    for x in parts:
+        total.addmm_(x.T, x)
+    return total / len(features)
 
 
 def predict_logistic(

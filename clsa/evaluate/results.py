@@ -80,7 +80,9 @@ def table(records: Iterable[Record]) -> Table:
     for title in ("random %", "trained %", "difference"):
         result.add_column(title, justify="right")
     for (protocol, metric, split), found in rows.items():
-        random, trained = (found[name].value if name in found else None for name in ("random", "trained"))
+        random, trained = (
+            found[name].value if name in found else None for name in ("random", "trained")
+        )
         difference = None if random is None or trained is None else f"{trained - random:+.2f}"
         shown = ["" if value is None else f"{value:.2f}" for value in (random, trained)]
         n = next(iter(found.values())).n

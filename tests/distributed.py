@@ -1,0 +1,58 @@
+"""One rank of a two-process run, started by test_train.py; prints nothing, saves what it saw."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from clsa import dist
+from clsa.data import batches
+from clsa.folder import RunFolder
+from clsa.methods import METHODS
+from clsa.optim import build_optimizer
+from clsa.order import Order
+from clsa.recipes import resolve
+from clsa.signals import Stop
+from clsa.sources import open_source
+from clsa.state import State
+from clsa.train import Run, parallel, train_step
+
+
+def main(pictures: str, out: str, recipe: str, steps: int) -> None:
+    """Take `steps` steps with frozen batch norm; save gradients of each and the final weights."""
+    options = resolve(
+        {
+            "recipe": recipe,
+            "data": {"data": pictures, "workers": 0},
+            "batch_size": 8,
+            "precision": "fp32",
+            "views": {"size": 16, "weak": {"sizes": (16,)}},
+            "model": {"projector_hidden": 32, "projector_dim": 16},
+            "method": {"queue_size": 20},
+        }
+    )
+    device = torch.device("cpu")
+    with dist.process_group(device):
+        source = open_source(pictures, "train", options.data)
+        order = Order(len(source), 8, 0)
+        method = METHODS[options.method.name](options).eval()
+        optimizer = build_optimizer(method, options.optim)
+        state = State(method, optimizer, "", RunFolder(Path(out)))
+        run = Run(options, device, order.steps_per_epoch, Stop())
+        model = parallel(method, options)
+        seen: list[list[torch.Tensor]] = []
+        hook = optimizer.register_step_pre_hook(
+            lambda *_: seen.append([p.grad.clone() for p in method.parameters() if p.grad is not None])
+        )
+        stream = batches(
+            source, method.view_specs, 0.5, order, 0, steps, device, options.data
+        )
+        for crops in stream:
+            train_step(model, state, crops, run)
+        hook.remove()
+        result = {"grads": seen, "state": method.state_dict()}
+        torch.save(result, f"{out}/rank{dist.rank()}-of-{dist.world_size()}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
