@@ -1,8 +1,6 @@
 """`python -m clsa` and `torchrun -m clsa`."""
 
-import sys
-
-from clsa.cli import main
+from clsa.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,7 @@ class Saved(NamedTuple):
 
 
 def save(folder: Path, name: str, state: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Write `NAME.ckpt`, then its manifest `NAME.json` (sha256, bytes, `facts`), which commits it."""
+    """Write `NAME.ckpt`, then its manifest `NAME.json` (sha256, bytes, `facts`): the commit."""
     path = folder / f"{name}.ckpt"
     with files.output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def step_name(step: int) -> str:
 def prune(folder: Path) -> None:
     """Delete all numbered checkpoints but the newest two and those whose manifest says `keep`."""
     for manifest in _numbered(folder)[NUM_KEPT:]:
-        if not json.loads(manifest.read_text()).get("keep"):
+        if not _facts(manifest).get("keep"):
             manifest.unlink()
             manifest.with_suffix(".ckpt").unlink(missing_ok=True)
 
@@ -60,11 +62,21 @@ def _numbered(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
+def _facts(manifest: Path) -> dict[str, Any]:
+    """What a manifest says; nothing when it is damaged."""
+    try:
+        facts = json.loads(manifest.read_bytes())
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def load_newest(folder: Path) -> Saved | None:
-    """The newest checkpoint whose size and sha256 match its manifest; None when there is none.
+    """The newest checkpoint whose sha256 matches its manifest; None when there is none.
 
     Raises:
-        ClsaError: 66 when there are checkpoints and none is whole.
+        ClsaError: 66 when there are checkpoints and none is whole; 77 when one is whole and holds
+            more than tensors and plain values.
     """
     skipped: list[str] = []
     for manifest in _numbered(folder):
@@ -80,11 +92,14 @@ def load_newest(folder: Path) -> Saved | None:
 
 def _load_verified(manifest: Path) -> dict[str, Any]:
     path = manifest.with_suffix(".ckpt")
-    expected = json.loads(manifest.read_text())
     with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+        if hashlib.file_digest(file, "sha256").hexdigest() != _facts(manifest).get("sha256"):
             raise ValueError("sha256 mismatch")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        why = "holds more than tensors and plain values"
+        raise ClsaError(str(path), why, "remove it", Exit.UNTRUSTED) from error
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -137,16 +152,17 @@ def load_encoder_facts(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         ClsaError: 66 when there is none, 77 when the file is not what `save_encoder` writes.
     """
     file = path / "encoder.safetensors" if path.is_dir() else path
-    if not file.is_file():
+    if not file.is_file() or not os.access(file, os.R_OK):
         hint = "finish the run first (the same command resumes it)" if path.is_dir() else "check it"
-        raise ClsaError(str(file), "no such file", hint, Exit.NO_INPUT)
+        raise ClsaError(str(file), "no such readable file", hint, Exit.NO_INPUT)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:  # pyright: ignore
             facts = json.loads((opened.metadata() or {})["clsa"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         encoder = build_encoder(ModelOptions.parse(facts["model"], str(file)), seed=0)
         encoder.load_state_dict(tensors)
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError,
+            ClsaError) as error:  # fmt: skip
         why = f"not an encoder of clsa ({type(error).__name__})"
         raise ClsaError(str(file), why, "give a file that clsa wrote", Exit.UNTRUSTED) from error
     return encoder.eval(), facts

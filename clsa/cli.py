@@ -1,20 +1,20 @@
 """The command line: each command parses, then calls one function. torch is imported only inside."""
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import pydantic
 import tyro
 
 from clsa import __version__
 from clsa.config import Config, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.options import DemoOptions, EmbedOptions, EvaluateOptions, RunOptions
-from clsa.recipes import NAMES, overrides_of, resolve
+from clsa.recipes import NAMES, resolve
 
 Options = TypeVar("Options", bound=Config)
 
@@ -27,18 +27,18 @@ def pretrain(args: list[str]) -> None:
     options = _parse("pretrain", RunOptions, args, resolve(values, path or "options"))
     from clsa.train import pretrain as run
 
-    say_next(run(options), options)
+    say_next(run(options))
 
 
-def say_next(out: Path, options: RunOptions) -> None:
+def say_next(out: Path) -> None:
     """What to do with a run, for its owner."""
     if int(os.environ.get("RANK", 0)) == 0:
-        data = options.data.val or options.data.data
+        name = shlex.quote(str(out))
         print(f"\n{out} holds the encoder, views.png (look at it), metrics.jsonl and config.yaml.")
         print("Next:")
-        print(f"  clsa evaluate {out}                      did it learn? (needs labels)")
-        print(f"  clsa embed {out} --data {data}    a vector for every picture")
-        print(f"  tensorboard --logdir {out / 'tensorboard'}")
+        print(f"  clsa evaluate {name}    did it learn? (needs labels; --data names other pictures)")
+        print(f"  clsa embed {name}       a vector for every picture")
+        print(f"  tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")
         print(f'  python -c "import clsa; encoder = clsa.load_encoder({str(out)!r})"')
 
 
@@ -72,10 +72,11 @@ def demo(args: list[str]) -> None:
         "seed": options.seed,
     }
     settings = resolve(values)
-    print(f"Pretraining {options.recipe} on 5,837 drawings, {options.epochs} epochs, no labels used.")
+    told = f"{options.recipe} on 5,837 drawings, {options.epochs} epochs, no labels used"
+    print(f"Pretraining {told}.")
     run(settings)
     _print_table(judge(EvaluateOptions(run=options.out, seed=options.seed)))
-    say_next(options.out, settings)
+    say_next(options.out)
 
 
 def recipes(args: list[str]) -> None:
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {close}?" if close else f"use one of {', '.join(COMMANDS)}"
             raise ClsaError(f"command {args[0]}", "no such command", hint)
         COMMANDS[args[0]](args[1:])
+        sys.stdout.flush()
     except ClsaError as error:
         if debug:
             traceback.print_exc()
@@ -139,7 +141,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted - the last checkpoint stands - run it again", file=sys.stderr)
         return Exit.PREEMPTED
+    except BrokenPipeError:  # whoever read our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.IO
     return Exit.OK
+
+
+def console() -> None:
+    """Entry point of the `clsa` script."""
+    sys.exit(main())
 
 
 def _overview() -> str:
@@ -160,26 +170,20 @@ def _overview() -> str:
 def _parse(command: str, kind: type[Options], args: list[str], default: Any = None) -> Options:
     text = COMMANDS[command].__doc__
     given = {} if default is None else {"default": default}
-    try:
-        return tyro.cli(
-            kind, prog=f"clsa {command}", description=text, args=args,
-            config=(tyro.conf.AvoidSubcommands,), **given,
-        )  # fmt: skip
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "options"
-        why = str(first["msg"]).removeprefix("Value error, ")
-        raise ClsaError(key, why, f"see clsa {command} --help") from None
+    return tyro.cli(
+        kind, prog=f"clsa {command}", description=text, args=args,
+        config=(tyro.conf.AvoidSubcommands,), **given,
+    )  # fmt: skip
 
 
 def _value_of(flag: str, args: list[str]) -> str | None:
-    """What follows `flag` on the command line; needed before the rest can be parsed."""
-    for place, arg in enumerate(args):
-        if arg == flag and place + 1 < len(args):
-            return args[place + 1]
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-    return None
+    """What last follows `flag` on the command line; needed before the rest can be parsed."""
+    value = None
+    for arg, after in zip(args, [*args[1:], None], strict=False):
+        name, equals, given = arg.partition("=")
+        if name == flag:
+            value = given if equals else after
+    return value
 
 
 def _printable(text: str) -> str:

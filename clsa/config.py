@@ -1,4 +1,4 @@
-"""Base class of every configuration: frozen, typed, YAML in and out, nearest name for an unknown one."""
+"""Base class of every configuration: frozen, typed, YAML in and out, nearest name for a typo."""
 
 import difflib
 import re
@@ -19,22 +19,19 @@ class Config(pydantic.BaseModel):
     Not pydantic's `strict`, which would refuse the path strings and lists that YAML holds.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _keep_kinds(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        kinds = {annotation, *get_args(annotation)} & {bool, int, float}
-        if value is None or not kinds or isinstance(value, (list, tuple, dict, pydantic.BaseModel)):
-            return value
-        accepted = int in kinds and type(value) is int
-        accepted |= float in kinds and type(value) in (int, float)
-        accepted |= bool in kinds and type(value) is bool
-        accepted |= str in get_args(annotation) and isinstance(value, str)
-        if not accepted:
-            names = " or ".join(sorted(kind.__name__ for kind in kinds))
-            raise ValueError(f"expected {names}, got {value!r}")
+        kinds = _numbers_in(cls.model_fields[str(info.field_name)].annotation)
+        accepted = kinds | ({int} if float in kinds else set())
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if kinds and item is not None and type(item) not in accepted:
+                names = " or ".join(sorted(kind.__name__ for kind in kinds))
+                raise ValueError(f"expected {names}, got {item!r}")
         return value
 
     @classmethod
@@ -47,14 +44,25 @@ class Config(pydantic.BaseModel):
             key = ".".join(str(part) for part in first["loc"])
             if first["type"] != "extra_forbidden":
                 why = str(first["msg"]).removeprefix("Value error, ")
-                raise ClsaError(f"{source}: {key or 'settings'}", why, "correct the value") from None
-            close = nearest(key, list(flatten(cls.model_construct())))
+                what = f"{source}: {key or 'settings'}"
+                raise ClsaError(what, why, "correct the value") from None
+            names = list(flatten(cls.model_construct()))
+            same = [name for name in names if name.endswith(f".{key}")]
+            groups = {name.rpartition(".")[0] for name in names}
+            close = same[0] if same else nearest(key, [*names, *sorted(groups)])
             hint = f"did you mean {close}?" if close else "see --help for the names"
             raise ClsaError(f"{source}: {key}", "no such setting", hint) from None
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, readable by `from_yaml`."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The configuration as YAML, readable by `read_yaml`."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+def _numbers_in(annotation: Any) -> set[type]:
+    """Which of bool, int and float an annotation names, at any depth (`int | None`, tuples)."""
+    if annotation in (bool, int, float):
+        return {annotation}
+    return set().union(*map(_numbers_in, get_args(annotation)))
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
@@ -85,19 +93,26 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers and booleans (1e-3 is a number, `no` a word); no aliases, no repeated keys."""
+    """Numbers and booleans of YAML 1.2 (1e-3 is one, `no` a word); no alias, no repeated key."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are refused", problem_mark=self.peek_event().start_mark)
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are refused", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        seen: set[str] = set()
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} twice", problem_mark=key.start_mark)
+            if str(key.value) in seen:
+                problem = f"{key.value} twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that `_Loader`, or a reader of YAML 1.1, would take for something else."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -107,7 +122,8 @@ for _tag, _pattern, _first in (
     ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
     ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 _Loader.add_constructor(
     "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
 )
@@ -122,15 +138,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ClsaError(str(path), "larger than 1 MB", "give a configuration file")
-        values = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(path.read_text("utf-8"), Loader=_Loader)  # a SafeLoader
     except OSError as error:
         why = error.strerror or str(error)
         raise ClsaError(str(path), why, "check the path", Exit.NO_INPUT) from None
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ClsaError(str(path), f"{line}{error.problem}", "correct the file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ClsaError(str(path), f"not YAML ({type(error).__name__})", "correct the file") from None
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
+        why = f"not plain YAML ({type(error).__name__})"
+        raise ClsaError(str(path), why, "correct the file") from None
     if not isinstance(values, dict):
         raise ClsaError(str(path), "holds no `name: value` lines", "see a run's config.yaml")
     return values

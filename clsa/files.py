@@ -16,11 +16,16 @@ class _Hashing:
 
     def __init__(self, file: IO[bytes]):
         self._file, self._hash, self.size = file, hashlib.sha256(), 0
+        self.refusal: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self._hash.update(data)
         self.size += memoryview(data).nbytes
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -41,10 +46,14 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> tuple[str,
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with output_errors(path):
+        temporary.unlink(missing_ok=True)  # of a killed process that had our number
         try:
             with open(temporary, "xb") as file:
                 hashing = _Hashing(file)
-                write(hashing)  # pyright: ignore[reportArgumentType]
+                try:
+                    write(hashing)  # pyright: ignore[reportArgumentType]
+                except RuntimeError as error:  # torch.save hides the disk's refusal behind one
+                    raise hashing.refusal or error from None
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -68,7 +77,8 @@ def output_errors(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
         step = "free some space and run again" if full else "choose another --out"
         code = Exit.IO if full else Exit.CANNOT_WRITE
-        raise ClsaError(f"cannot write {path}", error.strerror or "I/O error", step, code) from error
+        why = error.strerror or "I/O error"
+        raise ClsaError(f"cannot write {path}", why, step, code) from error
 
 
 def sync_folder(folder: Path) -> None:

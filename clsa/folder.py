@@ -6,7 +6,7 @@ from typing import Any
 
 from clsa import files
 from clsa.config import flatten, read_yaml
-from clsa.errors import ClsaError, Exit
+from clsa.errors import ClsaError
 from clsa.options import RunOptions
 
 # What may differ when a run is resumed: where it runs and how long, never what it computes.
@@ -37,11 +37,9 @@ class RunFolder:
             ClsaError: 2 when it holds something else, naming what differs; 73 when it cannot be a
                 folder.
         """
-        if self.path.exists() and not self.path.is_dir():
-            why, hint = "a file, not a folder", "choose another --out"
-            raise ClsaError(str(self.path), why, hint, Exit.CANNOT_WRITE)
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
+        with files.output_errors(self.path):
+            if not self.path.exists() or not any(self.path.iterdir()):
+                return
         if not self.config.exists():
             why = "neither empty nor a run's folder"
             raise ClsaError(str(self.path), why, "choose another --out")
@@ -68,7 +66,7 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` that lie after `step`, where a resumed run starts."""
         if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines()
+            lines = self.metrics.read_text("utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             files.write_text(self.metrics, "".join(line + "\n" for line in kept))
 
@@ -77,5 +75,5 @@ def _step_of(line: str) -> float:
     try:
         values: dict[str, Any] = json.loads(line)
         return float(values["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # a torn last line

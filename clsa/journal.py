@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from clsa import files
 from clsa.folder import RunFolder
 
 
@@ -56,7 +57,7 @@ class Journal:
         if self.speaks:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, rank 0 only
 
-            self.file = open(self.folder.metrics, "a", encoding="utf-8")  # noqa: SIM115
+            self.file = open(self.folder.metrics, "a", encoding="utf-8")
             start = int(self.progress.tasks[0].completed)
             self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=start + 1)
         self.progress.start()
@@ -97,8 +98,9 @@ class Journal:
         """Append one line to metrics.jsonl and its numbers to TensorBoard."""
         if not self.speaks:
             return
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        with files.output_errors(self.folder.metrics):
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
         for name, value in values.items():
             if name != "step":
                 self.board.add_scalar(name, value, int(values["step"]))

@@ -60,10 +60,10 @@ def build_optimizer(method: nn.Module, options: OptimOptions) -> torch.optim.Opt
     SGD decays every parameter, as the official code does.
     """
     params = [param for param in method.parameters() if param.requires_grad]
-    kwargs = {"lr": 0.0, "momentum": options.momentum, "weight_decay": options.weight_decay}
+    momentum, decay = options.momentum, options.weight_decay
     if options.name == "lars":
-        return LARS(params, **kwargs)
-    return torch.optim.SGD(params, **kwargs, foreach=True)
+        return LARS(params, lr=0.0, momentum=momentum, weight_decay=decay)
+    return torch.optim.SGD(params, lr=0.0, momentum=momentum, weight_decay=decay, foreach=True)
 
 
 def lr_at(options: OptimOptions, step: int, steps_per_epoch: int, epochs: int, batch: int) -> float:

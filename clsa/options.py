@@ -13,8 +13,11 @@ import tyro
 from clsa.config import Config
 
 Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Share = Annotated[float, pydantic.Field(gt=0, le=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
+NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 62)]
 Sizes = tuple[Annotated[int, pydantic.Field(ge=8)], ...]
 
 
@@ -33,7 +36,7 @@ class DataOptions(Config):
     resident_limit: Positive = 1.0
     """Sets of one picture size are kept on the device as uint8 up to this many GiB."""
     resident_size: Annotated[int, pydantic.Field(ge=8)] | None = None
-    """Resize every picture once (short side, centre square, in pixels) and keep the set resident."""
+    """Resize every picture once (short side, centre square, in pixels); keep the set resident."""
     workers: Annotated[int, pydantic.Field(ge=0)] = 1
     """Processes that decode pictures when the set is streamed."""
 
@@ -43,9 +46,12 @@ class WeakViews(Config):
 
     sizes: Sizes = (224,)
     """Sides of the weak query crops in pixels, one query each."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter: tuple[
+        NotNegative, NotNegative, NotNegative, Annotated[float, pydantic.Field(ge=0, le=0.5)]
+    ] = (0.4, 0.4, 0.4, 0.1)
     """Strength of brightness, contrast, saturation and hue jitter."""
     jitter_probability: Fraction = 0.8
+    """Probability of jitter."""
     grayscale: Fraction = 0.2
     """Probability of dropping the colour."""
     blur: Fraction = 0.5
@@ -72,10 +78,10 @@ class ViewOptions(Config):
 
     size: Annotated[int, pydantic.Field(ge=8)] = 224
     """Side in pixels of the key view and of pictures at evaluation."""
-    scale: tuple[Positive, Positive] = (0.2, 1.0)
+    scale: tuple[Share, Share] = (0.2, 1.0)
     """Share of the picture's area that a crop of `size` takes; smaller crops take
     proportionally less (times side / size), as in the official code."""
-    eval_crop: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.875
+    eval_crop: Share = 0.875
     """Side of the centre square seen at evaluation, as a share of the short side."""
     weak: WeakViews = WeakViews()
     strong: StrongViews = StrongViews()
@@ -91,7 +97,9 @@ class ModelOptions(Config):
     projector_layers: Annotated[int, pydantic.Field(ge=1, le=4)] = 2
     """Linear layers of the projector, ReLU between them."""
     projector_hidden: Count = 2048
+    """Width of the projector's hidden layers."""
     projector_dim: Count = 128
+    """Length of the projections that are compared."""
     norm_groups: Count = 8
     """Batch norm takes its statistics over this many groups of the global batch (MoCo's 8 GPUs)."""
 
@@ -115,7 +123,7 @@ class MethodOptions(Config):
     """moco only: queries are strong views at the weak sizes (the paper's Table 5)."""
     strong_key: bool = False
     """moco only: keys are strong views too."""
-    beta: Annotated[float, pydantic.Field(ge=0)] = 1.0
+    beta: NotNegative = 1.0
     """clsa: weight of the divergence."""
     strong_temperature: Positive = 0.2
     """clsa: temperature of the strong views' distribution."""
@@ -129,15 +137,19 @@ class OptimOptions(Config):
     """Optimiser and schedule."""
 
     name: Literal["sgd", "lars"] = "sgd"
+    """lars: layer-wise rates, for large batches."""
     lr: Positive = 0.03
     """Learning rate per 256 pictures: it is scaled by batch size / 256."""
     momentum: Fraction = 0.9
-    weight_decay: Annotated[float, pydantic.Field(ge=0)] = 1e-4
+    """Share of the last update in the next."""
+    weight_decay: NotNegative = 1e-4
+    """Share of each weight added to its gradient."""
     schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine-epoch"
-    """cosine moves at every step, cosine-epoch (official code) at every epoch, step at milestones."""
+    """cosine moves at every step, cosine-epoch (official code) at every epoch, step at
+    milestones."""
     milestones: tuple[Fraction, ...] = (0.6, 0.8)
     """step: shares of the run after which the rate drops to a tenth."""
-    warmup_epochs: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    warmup_epochs: NotNegative = 0.0
     """Epochs over which the rate rises from zero."""
 
 
@@ -152,8 +164,10 @@ class RunOptions(Config):
     out: Path = Path("runs/clsa")
     """Folder of the run. The same command again resumes it."""
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    seed: Seed = 0
+    """Of the first weights, the order of the pictures and every draw of the views."""
     epochs: Count = 200
+    """Passes over the pictures."""
     batch_size: Annotated[int, pydantic.Field(ge=2)] = 256
     """Global: over all processes."""
     max_steps: Count | None = None
@@ -183,7 +197,7 @@ class RunOptions(Config):
     def _consistent(self) -> "RunOptions":
         method, strong = self.method, self.views.strong
         if method.name == "moco" and strong.sizes:
-            raise ValueError("moco has no strong views: set method.name clsa, or no views.strong.sizes")
+            raise ValueError("moco takes no views.strong.sizes: leave them empty, or choose clsa")
         if method.name == "clsa" and not strong.sizes:
             raise ValueError("clsa needs strong views: set views.strong.sizes")
         if method.name == "clsa" and (method.strong_query or method.strong_key):
@@ -192,6 +206,8 @@ class RunOptions(Config):
             raise ValueError("strong_key needs strong_query")
         if not self.views.weak.sizes:
             raise ValueError("at least one weak query: set views.weak.sizes")
+        if self.views.scale[0] > self.views.scale[1]:
+            raise ValueError("views.scale: the smaller share comes first")
         return self
 
 
@@ -215,8 +231,10 @@ class EvaluateOptions(Config):
     linear_epochs: Count = 100
     linear_lr: Positive = 10.0
     """Learning rate of `linear`, falling to 0.01 along a cosine."""
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    seed: Seed = 0
+    """Of the strong queries and, where there are no test pictures, of the hold-out."""
     batch_size: Count = 256
+    """Pictures at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -232,6 +250,7 @@ class EmbedOptions(Config):
     out: Path = Path("embeddings.parquet")
     """Parquet file: path, label, vector (one row a picture)."""
     batch_size: Count = 256
+    """Pictures at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -244,4 +263,6 @@ class DemoOptions(Config):
     recipe: str = "clsa-small"
     """Any recipe that ends in -small (`clsa recipes`)."""
     epochs: Count = 14
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    """Passes over the drawings."""
+    seed: Seed = 0
+    """Of everything random."""

@@ -13,7 +13,7 @@ FIVE_SMALL = {224: 32, 192: 28, 160: 24, 128: 20, 96: 16}
 
 
 def moco_v1() -> Overrides:
-    """MoCo v1: linear projector, T 0.07, jitter always and no blur, rate to a tenth at 120 and 160."""
+    """MoCo v1: linear projector, T 0.07, always jitter, no blur, rate to a tenth at 60 and 80 %."""
     return {
         "views": {
             "weak": {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_probability": 1.0, "blur": 0.0},
@@ -64,9 +64,7 @@ def clsa_multi_paper() -> Overrides:
 
 def clsa_multi() -> Overrides:
     """CLSA* as its released code computes it: five weak and five strong queries, 5 + 25 terms."""
-    return merge(
-        clsa_official(), {"views": {"weak": {"sizes": FIVE}, "strong": {"sizes": FIVE}}}
-    )
+    return merge(clsa_official(), {"views": {"weak": {"sizes": FIVE}, "strong": {"sizes": FIVE}}})
 
 
 def moco_strong_query() -> Overrides:

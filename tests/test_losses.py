@@ -41,7 +41,10 @@ def test_losses_equal_float64_loops(chunk: int, mask: str) -> None:
     expected = reference.info_nce(weak, *args)
     assert abs(info_nce(weak, *args).item() - expected) < 1e-10
     got = distribution_divergence(weak, strong, bank, 0.2, 0.1, MASKS[mask]).item()
-    assert abs(got - reference.distribution_divergence(weak, strong, bank, 0.2, 0.1, MASKS[mask])) < 1e-10
+    assert (
+        abs(got - reference.distribution_divergence(weak, strong, bank, 0.2, 0.1, MASKS[mask]))
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -191,7 +194,9 @@ def test_two_shards_merge_to_the_whole() -> None:
 
 @pytest.mark.parametrize("temperature", [0.01, 0.2, 5.0])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_low_temperatures_and_long_rows_stay_finite_and_right(temperature: float, scale: float) -> None:
+def test_low_temperatures_and_long_rows_stay_finite_and_right(
+    temperature: float, scale: float
+) -> None:
     query, bank = scale * unit(4, 6), scale * unit(20, 6, seed=2)
     lse, expected = bank_statistics(query.float(), bank.float(), temperature)
     wanted = torch.logsumexp(query @ bank.T / temperature, 1)

@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each needs Python 3.11+ and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FILES := clsa tests benchmarks
+
+.PHONY: demo test check pytest format parity clean
+
+demo: $(VENV)/ready
+	$(BIN)/clsa demo
+
+test: $(VENV)/ready-to-test check pytest
+
+check: $(VENV)/ready-to-test
+	$(BIN)/ruff format --check $(FILES)
+	$(BIN)/ruff check $(FILES)
+	$(BIN)/pyright
+
+pytest: $(VENV)/ready-to-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --durations 5
+
+format: $(VENV)/ready-to-test
+	$(BIN)/ruff check --fix $(FILES)
+	$(BIN)/ruff format $(FILES)
+
+parity: $(VENV)/ready-to-test
+	$(BIN)/python -m benchmarks.parity
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("clsa needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/ready-to-test: $(VENV)/ready
+	$(PIP) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
