@@ -36,7 +36,7 @@ def say_next(out: Path) -> None:
         name = shlex.quote(str(out))
         print(f"\n{out} holds the encoder, views.png (look at it), metrics.jsonl and config.yaml.")
         print("Next:")
-        print(f"  clsa evaluate {name}    did it learn? (needs labels; --data names other pictures)")
+        print(f"  clsa evaluate {name}    did it learn? (needs labels)")
         print(f"  clsa embed {name}       a vector for every picture")
         print(f"  tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")
         print(f'  python -c "import clsa; encoder = clsa.load_encoder({str(out)!r})"')

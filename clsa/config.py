@@ -125,7 +125,8 @@ for _tag, _pattern, _first in (
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 _Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node))
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(loader.construct_scalar(node)),  # pyright: ignore[reportArgumentType]
 )
 
 

@@ -1,6 +1,8 @@
 """Encoders (timm), small-image stem, projector, momentum copy, batch norm in groups."""
 
 import copy
+import functools
+from pathlib import Path
 
 import timm
 import torch
@@ -121,11 +123,20 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
         if device.type == "cuda":
             native = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            abilities = torch.cpu.get_capabilities()
-            native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+            native = _cpu_has_bf16()
     else:
         native = precision == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    """From /proc/cpuinfo (Linux), since torch's own answer is newer than the oldest torch we take."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16"})
 
 
 class Projector(nn.Sequential):

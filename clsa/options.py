@@ -227,8 +227,11 @@ class EvaluateOptions(Config):
     random: bool = True
     """Judge the same encoder at its random initialisation beside the trained one."""
     neighbours: Count = 20
+    """Nearest pictures of the bank that vote in knn."""
     knn_temperature: Positive = 0.07
+    """Votes weigh exp(cosine / this)."""
     linear_epochs: Count = 100
+    """Length of `linear`."""
     linear_lr: Positive = 10.0
     """Learning rate of `linear`, falling to 0.01 along a cosine."""
     seed: Seed = 0

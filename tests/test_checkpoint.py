@@ -182,9 +182,9 @@ def test_an_encoder_file_that_is_none_is_refused_and_not_run(form: str, tmp_path
 @pytest.mark.parametrize(
     "metadata",
     [None, {}, {"clsa": "{"}, {"clsa": "[]"}, {"clsa": "3"}, {"clsa": "{}"}]
-    + [{"clsa": json.dumps({"model": model})} for model in ("x", {"zz": 1}, {"encoder": "nope"}, SMALL)]
-    + [{"clsa": json.dumps({"model": {"encoder": "hf-hub:somebody/something"}})}],
-)  # fmt: skip
+    + [{"clsa": json.dumps({"model": model})} for model in ("x", {"zz": 1}, SMALL)]
+    + [{"clsa": json.dumps({"model": {"encoder": name}})} for name in ("nope", "hf-hub:a/b")],
+)
 def test_safetensors_of_another_program_are_refused(metadata: Any, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     safetensors.torch.save_file({"weight": torch.zeros(3)}, file, metadata=metadata)

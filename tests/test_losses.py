@@ -223,7 +223,7 @@ def test_nothing_larger_than_queries_times_chunk_is_allocated() -> None:
     class Largest(TorchDispatchMode):
         numel = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             tensors = [item for item in tree_flatten(out)[0] if isinstance(item, Tensor)]
             self.numel = max([self.numel, *(item.numel() for item in tensors)])
@@ -249,5 +249,5 @@ def test_nothing_larger_than_queries_times_chunk_is_allocated() -> None:
 def test_shapes_and_temperatures_that_make_no_sense_are_refused(
     query: Tensor, bank: Tensor, temperature: float, candidates: Tensor | None
 ) -> None:
-    with pytest.raises(ValueError, match="needed|positive"):
+    with pytest.raises(ValueError, match=r"needed|positive"):
         bank_statistics(query, bank, temperature, candidates)

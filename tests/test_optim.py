@@ -1,4 +1,4 @@
-"""Schedules against hand-computed values, LARS against a loop over lists, SGD against its formula."""
+"""Schedules against values worked out by hand, LARS against a loop, SGD against its formula."""
 
 import math
 from typing import Any
@@ -31,7 +31,9 @@ def test_cosine_by_step() -> None:
 
 def test_cosine_by_epoch_is_the_official_codes() -> None:
     official = [0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
-    assert rates(8, 2, schedule="cosine-epoch") == pytest.approx([r for r in official for _ in "ab"])
+    assert rates(8, 2, schedule="cosine-epoch") == pytest.approx(
+        [r for r in official for _ in "ab"]
+    )
 
 
 def test_steps_at_shares_of_the_run() -> None:
@@ -64,13 +66,17 @@ def test_warm_up_of_a_share_of_an_epoch_never_exceeds_the_peak() -> None:
             got = rates(9, 3, schedule=schedule, warmup_epochs=warmup)
             assert all(0 < rate <= 1 for rate in got), (schedule, warmup, got)
             count = min(9, math.ceil(warmup * 3))
-            assert got[:count] == pytest.approx([(k + 1) / math.ceil(warmup * 3) for k in range(count)])
+            assert got[:count] == pytest.approx(
+                [(k + 1) / math.ceil(warmup * 3) for k in range(count)]
+            )
 
 
 @pytest.mark.parametrize("batch", [64, 256, 4096])
 def test_the_rate_is_per_256_pictures(batch: int) -> None:
     got = rates(6, 2, batch, schedule="cosine", warmup_epochs=1)
-    assert got == pytest.approx([batch / 256 * rate for rate in rates(6, 2, schedule="cosine", warmup_epochs=1)])
+    assert got == pytest.approx(
+        [batch / 256 * rate for rate in rates(6, 2, schedule="cosine", warmup_epochs=1)]
+    )
     assert lr_at(OptimOptions(), 0, 10, 10, batch) == pytest.approx(0.03 * batch / 256)
 
 

@@ -1,0 +1,494 @@
+"""The command line: what it says and when, and that bad input loses and writes nothing."""
+
+import ast
+import inspect
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import clsa
+from clsa import checkpoint, options
+from clsa.archives import CLIPART
+from clsa.cli import COMMANDS, main
+from clsa.config import Config
+from clsa.errors import Exit
+from clsa.recipes import FULL, NAMES
+
+TINY = [
+    "--recipe", "clsa-small", "--batch-size", "8", "--max-steps", "2",
+    "--model.encoder", "resnet10-w32", "--views.size", "16", "--views.weak.sizes", "16",
+    "--views.strong.sizes", "16", "--method.queue-size", "32", "--probe-every", "0",
+    "--workers", "0", "--device", "cpu",
+]  # fmt: skip
+TINY_PYTHON: dict[str, Any] = {
+    "recipe": "clsa-small",
+    "batch_size": 8,
+    "max_steps": 2,
+    "views": {"size": 16, "weak": {"sizes": [16]}, "strong": {"sizes": [16]}},
+    "model": {"encoder": "resnet10-w32"},
+    "method": {"queue_size": 32},
+    "probe_every": 0,
+    "workers": 0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 of the embedded drawings in folders of their classes."""
+    folder = tmp_path_factory.mktemp("drawings")
+    with tarfile.open(CLIPART) as tar:
+        members = [member for member in tar if member.name.startswith("train/")]
+        for member in members[:: len(members) // 40][:40]:
+            path = folder / member.name.removeprefix("train/")
+            path.parent.mkdir(exist_ok=True)
+            file = tar.extractfile(member)
+            assert file
+            path.write_bytes(file.read())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps. To be read only."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["pretrain", "--data", str(drawings), "--out", str(out), *TINY]) == 0
+    return out
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command; its exit code, output and errors."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as stop:  # tyro's boxes
+            assert isinstance(stop.code, int)
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def refusal(result: tuple[int, str, str]) -> tuple[int, str]:
+    """Exit code and text of the one line that says what, why and what to do."""
+    code, out, err = result
+    assert out == "" and "Traceback" not in err
+    assert re.fullmatch(r"error: .+ - .+ - .+\n", err), err
+    return code, err[7:-1]
+
+
+# ---- help
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from clsa.cli import main
+for args in (["--help"], ["recipes"], ["--version"], ["pretrain", "--recipe", "nope"]):
+    main(args)
+for command in ("pretrain", "evaluate", "embed", "demo", "digest", "recipes"):
+    try:
+        main([command, "--help"])
+    except SystemExit as stop:
+        assert not stop.code
+assert not {"torch", "timm", "PIL", "pyarrow"} & set(sys.modules)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("done\n"), done.stderr
+    for words in ("clsa pretrain --data MY/PICTURES", "--optim.lr FLOAT", "moco-v2-small"):
+        assert words in done.stdout
+
+
+def test_overview_names_every_command(command: Command) -> None:
+    for args, code in (((), 2), (("--help",), 0), (("-h",), 0)):
+        got, out, err = command(*args)
+        assert got == code and err == "" and all(f"\n  {name} " in out for name in COMMANDS)
+    assert command("--version") == (0, f"{clsa.__version__}\n", "")
+
+
+KINDS: dict[str, type[Config]] = {
+    "pretrain": options.RunOptions,
+    "evaluate": options.EvaluateOptions,
+    "embed": options.EmbedOptions,
+    "demo": options.DemoOptions,
+}
+
+
+def explained(kind: type[Config]) -> Iterator[tuple[str, str]]:
+    """Every option of `kind`, groups opened, with the words below it in the source."""
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(tree, ast.ClassDef)
+    words = {
+        ast.unparse(field.target): ast.literal_eval(below.value)
+        for field, below in itertools.pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+    for name, field in kind.model_fields.items():
+        if isinstance(field.default, Config):
+            yield from explained(type(field.default))
+        else:
+            yield name, words.get(name, "")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_option_is_explained(
+    name: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = command(name, "--help")
+    shown = "".join(out.replace("│", "").split())
+    for option, words in explained(KINDS[name]):
+        flag = "PATH" if option == "run" else option.replace("_", "-")
+        assert words and "".join(words.split()) in shown and flag in shown, option
+    assert code == 0 and (COMMANDS[name].__doc__ or "?") in out
+
+
+def test_recipes_lists_every_recipe_with_its_words(command: Command) -> None:
+    code, out, err = command("recipes")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0 and err == "" and list(lines) == NAMES
+    assert lines["clsa-paper"] == FULL["clsa-paper"].__doc__
+    assert lines["clsa-paper-small"].startswith("clsa-paper at 32 pixels")
+
+
+# ---- bad input: one line, the right code, nothing written
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nowhere", "no such folder, file or data set"), ("clipert", "did you mean clipart?")],
+)
+def test_missing_pictures(name: str, words: str, command: Command, tmp_path: Path) -> None:
+    result = command("pretrain", "--data", name, "--out", tmp_path / "run", *TINY)
+    code, text = refusal(result)
+    assert code == Exit.NO_INPUT and text.startswith(f"{name} - ") and words in text
+    assert contents(tmp_path) == {} and not (tmp_path / "run").exists()
+
+
+def test_no_pictures_named(command: Command, tmp_path: Path) -> None:
+    code, text = refusal(command("pretrain", "--out", tmp_path / "run", *TINY))
+    assert code == Exit.USAGE and "no pictures given" in text and not (tmp_path / "run").exists()
+
+
+def test_empty_folder(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "run"
+    code, text = refusal(command("pretrain", "--data", tmp_path / "empty", "--out", out, *TINY))
+    assert code == Exit.NO_INPUT and "no pictures in this folder" in text and not out.exists()
+
+
+def test_texts_named_jpg(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(12):
+        (tmp_path / "in" / f"{number}.jpg").write_text("no picture")
+    out = tmp_path / "run"
+    code, text = refusal(command("pretrain", "--data", tmp_path / "in", "--out", out, *TINY))
+    assert code == Exit.BAD_DATA and "unreadable pictures among 12" in text
+    assert "0.jpg (not-an-image)" in text
+    status = json.loads((out / "status.json").read_text())
+    assert status["code"] == Exit.BAD_DATA and status["step"] == 0
+    assert not (out / "encoder.safetensors").exists()
+
+
+def test_a_few_bad_pictures_are_passed_over_and_named(
+    drawings: Path, command: Command, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "run"
+    shutil.copytree(drawings, folder)
+    cut = sorted(folder.rglob("*.webp"))[7]
+    cut.write_bytes(cut.read_bytes()[:200])
+    (folder / "text.jpg").write_text("no picture")
+    options = [*TINY, "--max-steps", "5"]
+    code, told, err = command("pretrain", "--data", folder, "--out", out, *options)
+    assert code == 0 and "clsa evaluate" in told
+    assert "2 unreadable pictures were replaced: see quarantine.jsonl" in err
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["path"]: line["reason"] for line in lines} == {
+        str(cut.relative_to(folder)): "truncated",
+        "text.jpg": "not-an-image",
+    }
+
+
+def test_batch_larger_than_the_set(drawings: Path, command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = command("pretrain", "--data", drawings, "--out", out, *TINY, "--batch-size", 41)
+    code, text = refusal(result)
+    assert code == Exit.USAGE and text.startswith("batch_size 41 - larger than the set of 40")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "difference"),
+    [
+        (("--optim.lr", 0.5), "optim.lr: 0.06 -> 0.5"),
+        (("--seed", 1), "seed: 0 -> 1"),
+        (("--views.strong.rounds", 3), "views.strong.rounds: 5 -> 3"),
+    ],
+)
+def test_folder_of_another_run(
+    option: tuple[object, ...], difference: str, drawings: Path, finished: Path, command: Command
+) -> None:
+    before = contents(finished)
+    result = command("pretrain", "--data", drawings, "--out", finished, *TINY, *option)
+    code, text = refusal(result)
+    assert code == Exit.USAGE and f"holds another run ({difference})" in text
+    assert contents(finished) == before
+
+
+def test_folder_of_a_run_on_other_pictures(
+    drawings: Path, finished: Path, command: Command, tmp_path: Path
+) -> None:
+    """The same path with a picture less: the run is refused, and stays as it was."""
+    folder, out = tmp_path / "in", tmp_path / "run"
+    shutil.copytree(drawings, folder)
+    assert command("pretrain", "--data", folder, "--out", out, *TINY)[0] == 0
+    kept = contents(out / "checkpoints")
+    next(folder.rglob("*.webp")).unlink()
+    code, text = refusal(command("pretrain", "--data", folder, "--out", out, *TINY))
+    assert code == Exit.USAGE and "the pictures are not those that the run began with" in text
+    assert contents(out / "checkpoints") == kept
+
+
+def test_folder_that_is_something_else(drawings: Path, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    code, text = refusal(command("pretrain", "--data", drawings, "--out", tmp_path, *TINY))
+    assert code == Exit.USAGE and "neither empty nor a run's folder" in text
+    assert contents(tmp_path) == {"letter.txt": b"dear"}
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "x" * 300])
+def test_output_that_cannot_be_a_folder(
+    name: str, drawings: Path, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = command("pretrain", "--data", drawings, "--out", tmp_path / name, *TINY)
+    code, text = refusal(result)
+    assert code == Exit.CANNOT_WRITE and "choose another --out" in text
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--device", "cuda:99"), "device cuda:99 - not on this machine"),
+        (("--device", "toaster"), "device toaster - no such device"),
+        (("--model.encoder", "resnet5o"), "did you mean resnet50?"),
+        (("--model.encoder", "vit_tiny_patch16_224", "--model.small-stem"), "is not a ResNet"),
+        (("--recipe", "clsa-smal"), "recipe clsa-smal - no such recipe - did you mean clsa-small?"),
+    ],
+)
+def test_what_this_machine_or_package_has_not(
+    option: tuple[str, ...], words: str, drawings: Path, command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    code, text = refusal(command("pretrain", "--data", drawings, "--out", out, *TINY, *option))
+    assert code == Exit.USAGE and words in text and not out.exists()
+
+
+def test_device_cuda_where_there_is_none(
+    drawings: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "run"
+    result = command("pretrain", "--data", drawings, "--out", out, *TINY, "--device", "cuda")
+    code, text = refusal(result)
+    assert code == Exit.USAGE and text.startswith("device cuda - not on this machine")
+    assert not out.exists()
+
+
+def test_unknown_commands_are_refused_with_the_nearest(command: Command) -> None:
+    code, text = refusal(command("pretrian"))
+    assert (
+        code == Exit.USAGE and text == "command pretrian - no such command - did you mean pretrain?"
+    )
+    assert "use one of demo, pretrain" in refusal(command("xyzzy"))[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("pretrain", "--optim.lrr", "1"), "--optim.lr FLOAT"),
+        (("pretrain", "--epoch", "1"), "--epochs INT"),
+        (("pretrain", "--optim.lr", "fast"), "--optim.lr"),
+        (("pretrain", "--optim.lr", "nan"), "finite number"),
+        (("pretrain", "--optim.lr", "-1"), "greater than 0"),
+        (("pretrain", "--recipe", "moco-v2-small", "--views.strong.sizes", "32"), "moco takes no"),
+        (("digest",), "Run folder"),
+        (("recipes", "x"), "Unrecognized"),
+        (("evaluate", "run", "--protocols", "knm"), "knn"),
+    ],
+)
+def test_wrong_options_are_shown_in_a_box(
+    args: tuple[str, ...], words: str, command: Command
+) -> None:
+    code, _, err = command(*args)
+    assert code == Exit.USAGE and words in err and "Traceback" not in err
+
+
+def test_config_with_a_typo(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim:\n  lrr: 1\n")
+    code, text = refusal(command("pretrain", "--config", file, "--out", tmp_path / "run"))
+    assert code == Exit.USAGE
+    assert text == f"{file}: optim.lrr - no such setting - did you mean optim.lr?"
+    code, text = refusal(command("pretrain", "--config", tmp_path / "none.yaml"))
+    assert code == Exit.NO_INPUT and "No such file" in text
+
+
+@pytest.mark.parametrize("name", ["evaluate", "embed", "digest"])
+def test_a_folder_without_a_run(name: str, command: Command, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        code, text = refusal(command(name, path))
+        assert code == Exit.NO_INPUT and str(path) in text
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["evaluate", "embed"])
+def test_a_file_of_another_program(name: str, command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, file)
+    code, text = refusal(command(name, file, "--data", "clipart"))
+    assert code == Exit.UNTRUSTED and "not an encoder of clsa" in text
+    assert list(contents(tmp_path)) == ["other.safetensors"]
+
+
+def test_evaluation_without_labels(finished: Path, command: Command, tmp_path: Path) -> None:
+    for number in range(10):
+        Image.new("RGB", (20, 20), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    before = contents(finished)
+    result = command("evaluate", finished, "--data", tmp_path, "--device", "cpu")
+    code, text = refusal(result)
+    assert code == Exit.BAD_DATA and "0 of 10 training pictures have labels" in text
+    assert contents(finished) == before
+
+
+def test_control_characters_in_names_stay_on_one_line(command: Command) -> None:
+    code, text = refusal(command("evaluate", "a\nb\x1b[31mc"))
+    assert code == Exit.NO_INPUT and text.startswith("a\\nb\\x1b[31mc - ")
+
+
+def test_debug_shows_the_traceback(command: Command) -> None:
+    for args in (("--debug", "evaluate", "nowhere"), ("evaluate", "nowhere", "--debug")):
+        code, _, err = command(*args)
+        assert code == Exit.NO_INPUT and err.startswith("Traceback") and "ClsaError" in err
+        assert err.splitlines()[-1].startswith("error: nowhere - ")
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(args: list[str]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(COMMANDS, "digest", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["digest", "x"])
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    def interrupted(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "digest", interrupted)
+    assert refusal(command("digest", "x"))[0] == Exit.PREEMPTED
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    shell = f"{sys.executable} -m clsa recipes | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and done.stdout.startswith("moco-v1 ")
+
+
+# ---- good input
+
+
+def test_what_to_do_next_can_be_done(
+    drawings: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command("pretrain", "--data", drawings, "--out", "my run", *TINY)
+    assert code == 0
+    for line in (
+        "  clsa evaluate 'my run' ",
+        "  clsa embed 'my run' ",
+        "  tensorboard --logdir 'my run/",
+    ):
+        assert f"\n{line}" in out
+    script = re.search(r'python -c "(.*)"', out)
+    assert script
+    names: dict[str, Any] = {}
+    exec(script[1], names)
+    assert names["encoder"](torch.zeros(1, 3, 16, 16)).shape == (1, 256)
+    for name in re.findall(r"\w+\.(?:png|jsonl|yaml)", out):
+        assert (tmp_path / "my run" / name).is_file()
+
+
+def test_digest_is_one_sha256_of_the_newest_checkpoint(finished: Path, command: Command) -> None:
+    code, out, err = command("digest", finished)
+    assert code == 0 and err == "" and re.fullmatch(r"[0-9a-f]{64}\n", out)
+    saved = checkpoint.load_newest(finished / "checkpoints")
+    assert saved
+    state = {key: saved.state[key] for key in ("method", "optimizer", "step")}
+    assert out.strip() == checkpoint.digest(state)
+
+
+def test_python_and_the_command_line_do_the_same(
+    drawings: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = clsa.pretrain(drawings, tmp_path / "run", **TINY_PYTHON)
+    assert out == tmp_path / "run"
+    assert checkpoint.run_digest(out) == checkpoint.run_digest(finished)
+    a, b = (clsa.load_encoder(run).state_dict() for run in (out, finished))
+    assert checkpoint.digest(a) == checkpoint.digest(b)
+
+
+def test_a_config_file_does_the_same(finished: Path, command: Command, tmp_path: Path) -> None:
+    config, out = finished / "config.yaml", tmp_path / "run"
+    assert command("pretrain", "--config", config, "--out", out)[0] == 0
+    assert checkpoint.run_digest(out) == checkpoint.run_digest(finished)
+
+
+def test_the_same_command_again_changes_no_weight(
+    drawings: Path, finished: Path, command: Command, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert command("pretrain", "--data", drawings, "--out", out, *TINY)[0] == 0
+    before, after = contents(finished), contents(out)
+    for name in ("encoder.safetensors", "metrics.jsonl", "checkpoints/step-000002.ckpt"):
+        assert before[name] == after[name]
+
+
+def test_python_names_unknown_options_too(drawings: Path, tmp_path: Path) -> None:
+    with pytest.raises(clsa.ClsaError, match=r"clsa.pretrain: batchsize - .* batch_size\?"):
+        clsa.pretrain(drawings, tmp_path / "run", batchsize=8)
+    with pytest.raises(clsa.ClsaError, match=r"lr - .* optim.lr\?") as caught:
+        clsa.pretrain(drawings, tmp_path / "run", lr=0.1)
+    assert caught.value.code == Exit.USAGE and not (tmp_path / "run").exists()
+    with pytest.raises(AttributeError, match="has no attribute 'pretrian'"):
+        clsa.pretrian  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(getattr(clsa, name) is not None for name in clsa.__all__)

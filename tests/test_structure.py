@@ -1,0 +1,167 @@
+"""The shape of the code base: order of the files, their sizes, and what none of them may do."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import clsa
+
+ROOT = Path(clsa.__file__).parent
+
+# A file imports only from files that stand before it.
+ORDER = [
+    "errors", "files", "dist", "config", "options", "rng", "decode", "archives", "sources",
+    "geometry", "color", "views", "order", "data", "models", "bank", "losses", "optim",
+    "methods.method", "methods.moco", "methods.clsa", "methods", "checkpoint",
+    "evaluate", "evaluate.results", "evaluate.split", "evaluate.features", "evaluate.knn",
+    "evaluate.linear_fast", "evaluate.linear", "evaluate.run", "evaluate.embed",
+    "folder", "journal", "signals", "state", "train", "recipes", "cli", "__main__",
+]  # fmt: skip
+MAX_LINES, MAX_METHOD_LINES = 400, 80
+
+
+def path_of(name: str) -> Path:
+    module = ROOT.joinpath(*name.split("."))
+    return module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+
+
+TREES = {name: ast.parse(path_of(name).read_text("utf-8")) for name in [*ORDER, ""]}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                inside = inner.startswith("clsa.") and inner.removeprefix("clsa.") in ORDER
+                yield inner if inside else str(node.module)
+
+
+def test_every_file_has_its_place() -> None:
+    found = {str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("*.py")}
+    names = {name.replace("/", ".").removesuffix(".__init__") for name in found}
+    assert names - {"__init__"} == set(ORDER) and len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_file_imports_only_from_files_above_it(name: str) -> None:
+    own = {module for module in imports(TREES[name]) if module.split(".")[0] == "clsa"}
+    above = {f"clsa.{other}" for other in ORDER[: ORDER.index(name)]} | {"clsa"}
+    assert own <= above, own - above
+
+
+def test_the_package_itself_imports_nothing_when_imported() -> None:
+    outer = [node for node in TREES[""].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert set(imports(ast.Module(outer, []))) == {"pathlib", "typing"}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_files_stay_small(name: str) -> None:
+    assert len(path_of(name).read_text("utf-8").splitlines()) < MAX_LINES
+
+
+def lines_of_code(tree: ast.Module) -> set[int]:
+    """Lines that hold code: no blank ones, comments, docstrings, and no fields of a Config."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.stmt, ast.expr, ast.arg, ast.keyword, ast.alias)):
+            lines |= {node.lineno, node.end_lineno or node.lineno}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        if isinstance(node, ast.ClassDef) and "Config" in map(ast.unparse, node.bases):
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign):
+                    lines -= set(range(field.lineno, (field.end_lineno or field.lineno) + 1))
+    return lines
+
+
+def test_code_is_counted_without_words() -> None:
+    head = '"""Doc.\n\nMore."""\n\n# why\nclass A(Config):\n    x: int = 1\n    """X."""\n'
+    body = "    def f(self):\n        # why\n        return [\n            1\n        ]\n"
+    assert lines_of_code(ast.parse(head + body)) == {6, 9, 11, 12, 13}
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name.startswith("methods.")])
+def test_a_method_fits_on_a_page(name: str) -> None:
+    assert len(lines_of_code(TREES[name])) <= MAX_METHOD_LINES
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_nothing_dangerous_is_called(name: str) -> None:
+    for function, call in calls(TREES[name]):
+        keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        last = function.rpartition(".")[2]
+        assert function not in ("eval", "exec", "compile", "os.system", "os.popen"), function
+        assert not function.startswith(("pickle.", "marshal.", "shelve.", "subprocess.")), function
+        assert last not in ("extractall", "unsafe_load", "full_load"), function
+        assert keywords.get("shell") != "True" and "trust_remote_code" not in keywords, function
+        assert keywords.get("pretrained", "False") == "False", function
+        if function == "torch.load":
+            assert keywords.get("weights_only") == "True"
+        if function in ("yaml.load", "yaml.load_all"):
+            assert "Loader" in keywords
+        if function == "np.load":
+            assert keywords.get("allow_pickle") == "False"
+        if last == "jit" or function.startswith("torch.hub"):
+            raise AssertionError(function)
+
+
+def test_the_yaml_loader_is_a_safe_one() -> None:
+    import yaml
+
+    from clsa import config
+
+    assert issubclass(config._Loader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_randomness_comes_from_the_counter(name: str) -> None:
+    seeded = {
+        id(call)
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.With)
+        and any("fork_rng" in ast.unparse(item.context_expr) for item in node.items)
+        for _, call in calls(node)
+    }
+    for function, call in calls(TREES[name]):
+        assert not function.startswith(("np.random.", "numpy.random.", "random.")), function
+        if function in ("torch.manual_seed", "torch.seed", "torch.cuda.manual_seed_all"):
+            assert id(call) in seeded, f"{function} outside fork_rng"
+        if function in ("torch.rand", "torch.randn", "torch.randint", "torch.randperm"):
+            keywords = {word.arg for word in call.keywords}
+            assert "generator" in keywords, f"{function} draws from the global generator"
+    assert not {"random", "secrets", "uuid"} & set(imports(TREES[name]))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_framework_and_no_pickle(name: str) -> None:
+    roots = {module.split(".")[0] for module in imports(TREES[name])}
+    unwanted = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "pickle", "dill", "faiss"}
+    assert not roots & (unwanted | {"sklearn", "scipy", "umap", "plotly", "matplotlib", "pandas"})
+
+
+def test_training_needs_none_of_the_tools_of_analysis() -> None:
+    code = """
+import sys
+blocked = "faiss umap plotly sklearn matplotlib pandas pyarrow".split()
+sys.modules.update(dict.fromkeys(blocked))
+import clsa.train, clsa.evaluate.run
+print("imported")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "imported\n", done.stderr
