@@ -15,7 +15,7 @@ test: $(VENV)/ready-to-test check pytest
 check: $(VENV)/ready-to-test
 	$(BIN)/ruff format --check $(FILES)
 	$(BIN)/ruff check $(FILES)
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/ready-to-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --durations 5

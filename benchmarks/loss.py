@@ -3,7 +3,8 @@
     python -m benchmarks.loss [--batch 128 --queue 65536 --dim 128 --repeat 3]
 
 Each side runs forward and backward in a process of its own, on one thread; memory is the growth of
-the process's peak resident set (Linux). Prints both, the ratios, and the largest difference of gradients.
+the process's peak resident set (Linux). Prints both, the ratios, and the largest difference of
+gradients.
 """
 
 import argparse
@@ -18,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from reference import written_out  # noqa: E402
+from reference import written_out
 
-from clsa.losses import contrast_and_divergence  # noqa: E402
+from clsa.losses import contrast_and_divergence
 
 SIDES = ("written out", "one pass")
 
@@ -84,17 +85,16 @@ def main() -> None:
             command += [f"--{name}", str(getattr(args, name))]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout))
-        result = results[-1]
-        print(f"{side:12} {result['seconds']:7.2f} s  {result['peak_mb']:7.0f} MB  loss {result['loss']:.5f}")
+        seconds, memory, loss = (results[-1][key] for key in ("seconds", "peak_mb", "loss"))
+        print(f"{side:12} {seconds:7.2f} s  {memory:7.0f} MB  loss {loss:.5f}")
     plain, ours = results
-    gap = (torch.tensor(plain["grads"]) - torch.tensor(ours["grads"])).abs().max()
-    scale = torch.tensor(plain["grads"]).abs().max()
-    print(
-        f"{plain['seconds'] / ours['seconds']:.1f}x faster, 1/{plain['peak_mb'] / ours['peak_mb']:.0f}"
-        f" of the memory, gradients differ by {gap / scale:.1e} of the largest"
-    )
-    print(f"CLSA* 5 x 5, B {args.batch}, K {args.queue}, D {args.dim}, 1 thread, "
-          f"torch {torch.__version__}, {platform.machine()}")  # fmt: skip
+    wanted, got = (torch.tensor(side["grads"]) for side in results)
+    faster = plain["seconds"] / ours["seconds"]
+    smaller = plain["peak_mb"] / ours["peak_mb"]
+    gap = (wanted - got).abs().max() / wanted.abs().max()
+    print(f"{faster:.1f}x faster, 1/{smaller:.0f} of the memory, gradients differ by {gap:.1e}")
+    sizes_told = f"B {args.batch}, K {args.queue}, D {args.dim}"
+    print(f"CLSA* 5 x 5, {sizes_told}, 1 thread, torch {torch.__version__}, {platform.machine()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What queries are compared with: the queue of past keys, and how it joins the keys of the batch."""
+"""What queries are compared with: the queue of past keys, joined to the keys of the batch."""
 
 import torch
 import torch.nn.functional as F

@@ -14,12 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from clsa import files
+from clsa.config import Config
 from clsa.errors import ClsaError, Exit
 from clsa.models import build_encoder
-from clsa.options import ModelOptions
+from clsa.options import DataOptions, ModelOptions, ViewOptions
 
 NUM_KEPT = 2
-BEST = "best"
+STEP, BEST = "step", "best"
+
+
+class EncoderFacts(Config):
+    """What is saved with an encoder's weights: how to build, feed and judge it."""
+
+    model: ModelOptions
+    views: ViewOptions
+    data: DataOptions
+    recipe: str
+    seed: int
+    step: int
+    data_digest: str
 
 
 class Saved(NamedTuple):
@@ -42,23 +55,25 @@ def save(folder: Path, name: str, state: dict[str, Any], facts: dict[str, Any]) 
     return path
 
 
-def step_name(step: int) -> str:
-    """Name of the checkpoint of `step`."""
-    return f"step-{step:06d}"
+def name_of(kind: str, step: int) -> str:
+    """Name of a checkpoint of `step`; `kind` is STEP or BEST."""
+    return f"{kind}-{step:06d}"
 
 
 def prune(folder: Path) -> None:
-    """Delete all numbered checkpoints but the newest two and those whose manifest says `keep`."""
-    for manifest in _numbered(folder)[NUM_KEPT:]:
-        if not _facts(manifest).get("keep"):
+    """Delete all checkpoints but the newest two, those to `keep`, and the newest of the best."""
+    for manifest in [*_numbered(folder, STEP)[NUM_KEPT:], *_numbered(folder, BEST)[1:]]:
+        if manifest.stem.startswith(BEST) or not _facts(manifest).get("keep"):
             manifest.unlink()
             manifest.with_suffix(".ckpt").unlink(missing_ok=True)
 
 
-def _numbered(folder: Path) -> list[Path]:
-    """Manifests of numbered checkpoints, newest first."""
-    found = [path for path in folder.glob("step-*.json") if re.fullmatch(r"step-\d+", path.stem)]
-    return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
+def _numbered(folder: Path, kind: str) -> list[Path]:
+    """Manifests of the checkpoints of a kind, newest first."""
+    name = re.compile(rf"{kind}-(\d+)")
+    found = {path: name.fullmatch(path.stem) for path in folder.glob(f"{kind}-*.json")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
 def _facts(manifest: Path) -> dict[str, Any]:
@@ -78,7 +93,7 @@ def load_newest(folder: Path) -> Saved | None:
             more than tensors and plain values.
     """
     skipped: list[str] = []
-    for manifest in _numbered(folder):
+    for manifest in _numbered(folder, STEP):
         try:
             return Saved(_load_verified(manifest), manifest.with_suffix(".ckpt"), skipped)
         except (OSError, ValueError) as error:
@@ -137,14 +152,14 @@ def run_digest(run: Path) -> str:
     return digest({key: saved.state[key] for key in ("method", "optimizer", "step")})
 
 
-def save_encoder(path: Path, encoder: nn.Module, facts: dict[str, Any]) -> None:
-    """Write the encoder's weights as safetensors, with `facts` (JSON) to build it again."""
+def save_encoder(path: Path, encoder: nn.Module, facts: EncoderFacts) -> None:
+    """Write the encoder's weights as safetensors, with `facts` as JSON in its metadata."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    data = safetensors.torch.save(tensors, metadata={"clsa": json.dumps(facts)})
+    data = safetensors.torch.save(tensors, metadata={"clsa": facts.model_dump_json()})
     files.write_atomic(path, lambda file: file.write(data))
 
 
-def load_encoder_facts(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_encoder_facts(path: Path) -> tuple[nn.Module, EncoderFacts]:
     """Encoder in eval mode and the facts saved with it, from a run folder or a safetensors file.
 
     Raises:
@@ -156,9 +171,9 @@ def load_encoder_facts(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise ClsaError(str(file), "no such readable file", hint, Exit.NO_INPUT)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:  # pyright: ignore
-            facts = json.loads((opened.metadata() or {})["clsa"])
+            facts = EncoderFacts.model_validate_json((opened.metadata() or {})["clsa"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        encoder = build_encoder(ModelOptions.parse(facts["model"], str(file)), seed=0)
+        encoder = build_encoder(facts.model, seed=0)
         encoder.load_state_dict(tensors)
     except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError,
             ClsaError) as error:  # fmt: skip

@@ -135,7 +135,7 @@ def _upright(
     """Undo the camera's orientation (EXIF 1 to 8); a broken EXIF block leaves the picture as is."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - a damaged block raises anything (Pillow #8605)
+    except Exception:
         return pixels
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)

@@ -43,6 +43,8 @@ class RunFolder:
         if not self.config.exists():
             why = "neither empty nor a run's folder"
             raise ClsaError(str(self.path), why, "choose another --out")
+        if not any(self.checkpoints.glob("*.json")):
+            return  # it stopped before its first checkpoint: nothing to lose
         before = flatten(RunOptions.parse(read_yaml(self.config), str(self.config)))
         now = flatten(options)
         changed = [key for key in now if key not in FREE and now[key] != before[key]]
@@ -62,6 +64,11 @@ class RunFolder:
         """`status.json`: how the last start of the run ended."""
         status = {"code": int(code), "reason": reason, "step": step, "resumable": resumable}
         files.write_text(self.status_file, json.dumps(status) + "\n")
+
+    def write_quarantine(self, reasons: dict[str, str]) -> None:
+        """`quarantine.jsonl`: pictures that could not be read, by path, and why."""
+        lines = [json.dumps({"path": path, "reason": why}) for path, why in reasons.items()]
+        files.write_text(self.path / "quarantine.jsonl", "\n".join(lines) + "\n")
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` that lie after `step`, where a resumed run starts."""

@@ -61,7 +61,7 @@ def bank_statistics(
 
 class _BankStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, bank, temperature, candidates):  # noqa: ANN001, ANN205
+    def forward(ctx, query, bank, temperature, candidates):
         with torch.autocast(query.device.type, enabled=False):
             lse, expected_key = _stream(query, bank, temperature, candidates)
         ctx.save_for_backward(expected_key)
@@ -71,7 +71,7 @@ class _BankStatistics(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_lse, _):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_lse, _):
         (expected_key,) = ctx.saved_tensors
         grad = expected_key * (grad_lse / ctx.temperature)[:, None]
         return grad.to(ctx.dtype), None, None, None
@@ -168,7 +168,7 @@ def distribution_divergence(
     target_temperature: float | None = None,
     candidates: Bool[Tensor, "B M"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Distributional divergence minimisation (DDM): L_D = mean_i - sum_j t_ij log r_ij, CLSA Eq. 6-7.
+    """Distributional divergence (DDM): L_D = mean_i - sum_j t_ij log r_ij, CLSA Eq. 6-7.
 
     t = softmax(q Z^T / T_t) of the weak query, detached, is the target for r = softmax(s Z^T / T)
     of the strong one. With E_t the target's expected key, L_D = lse_s - s . E_t / T and
@@ -202,7 +202,7 @@ def contrast_and_divergence(
     candidates: Bool[Tensor, "B M"] | None = None,
     target: list[Queries] | None = None,
 ) -> Losses:
-    """CLSA's two terms together: `info_nce` of each weak query, `distribution_divergence` of all pairs.
+    """CLSA's two terms: `info_nce` of the weak queries, `distribution_divergence` of all pairs.
 
     The weak streams serve both terms when the target is the weak queries at the same temperature,
     so W = S = 5 costs ten streams for 5 + 25 terms.

@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import itertools
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -40,7 +42,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
                 part, self.running_mean, self.running_var, self.weight, self.bias,
                 True, momentum, self.eps,
             )
-            for part in input.chunk(self.groups)
+            for part in input.tensor_split(self.groups)
         ]  # fmt: skip
         return torch.cat(parts)
 
@@ -62,6 +64,7 @@ def group_norms(module: nn.Module, groups: int) -> None:
                     "set --model.norm-groups 1",
                 )
             child.__class__ = GroupedBatchNorm2d
+            assert isinstance(child, GroupedBatchNorm2d)
             child.groups = groups
 
 
@@ -85,7 +88,8 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
 def _create(name: str) -> nn.Module:
     if name == SMALL:
         encoder = ResNet(
-            BasicBlock, (1, 1, 1, 1), num_classes=0, stem_type="deep", stem_width=16,
+            BasicBlock,  # pyright: ignore[reportArgumentType]
+            (1, 1, 1, 1), num_classes=0, stem_type="deep", stem_width=16,
             channels=(32, 64, 128, 256), zero_init_last=False,
         )  # fmt: skip
         _shrink_stem(encoder, name)  # deep only so that timm builds stage 1 for 2 x 16 channels
@@ -94,7 +98,7 @@ def _create(name: str) -> nn.Module:
         close = nearest(name, [SMALL, *timm.list_models()])
         hint = f"did you mean {close}?" if close else "any name of timm.list_models() will do"
         raise ClsaError(f"model.encoder {name}", "no such encoder", hint)
-    extra = {"zero_init_last": False} if _is_resnet(name) else {}
+    extra: dict[str, Any] = {"zero_init_last": False} if _is_resnet(name) else {}
     return timm.create_model(name, pretrained=False, num_classes=0, **extra)
 
 
@@ -105,7 +109,7 @@ def _is_resnet(name: str) -> bool:
 def _shrink_stem(encoder: nn.Module, name: str) -> None:
     if not isinstance(encoder, ResNet):
         raise ClsaError("model.small_stem", f"{name} is not a ResNet", "leave the option out")
-    channels = encoder.bn1.num_features
+    channels = int(encoder.feature_info[0]["num_chs"])
     encoder.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
     encoder.maxpool = nn.Identity()
@@ -131,7 +135,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @functools.cache
 def _cpu_has_bf16() -> bool:
-    """From /proc/cpuinfo (Linux), since torch's own answer is newer than the oldest torch we take."""
+    """From /proc/cpuinfo (Linux): torch's own answer is younger than the oldest torch we take."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -145,7 +149,7 @@ class Projector(nn.Sequential):
     def __init__(self, features: int, hidden: int, dim: int, layers: int):
         widths = [features] + [hidden] * (layers - 1) + [dim]
         modules: list[nn.Module] = []
-        for wide_in, wide_out in zip(widths, widths[1:], strict=False):
+        for wide_in, wide_out in itertools.pairwise(widths):
             modules += [nn.Linear(wide_in, wide_out), nn.ReLU(inplace=True)]
         super().__init__(*modules[:-1])
 
@@ -186,9 +190,8 @@ def momentum_copy(network: Network) -> Network:
 @torch.no_grad()
 def move_towards(key_network: nn.Module, network: nn.Module, momentum: float) -> None:
     """xi <- momentum xi + (1 - momentum) theta for all parameters; buffers stay the copy's own."""
-    torch._foreach_lerp_(
-        list(key_network.parameters()), list(network.parameters()), 1 - momentum
-    )
+    keys, queries = list(key_network.parameters()), list(network.parameters())
+    torch._foreach_lerp_(keys, queries, 1 - momentum)  # pyright: ignore
 
 
 @torch.no_grad()
@@ -208,4 +211,3 @@ def encode_shuffled(
     shuffled = dist.own_rows(gathered[order]).contiguous(memory_format=torch.channels_last)
     keys = dist.all_gather(network(shuffled))
     return torch.empty_like(keys).index_copy_(0, order, keys)
-

@@ -204,6 +204,12 @@ class RunOptions(Config):
             raise ValueError("strong_query and strong_key belong to moco")
         if method.strong_key and not method.strong_query:
             raise ValueError("strong_key needs strong_query")
+        if self.batch_size < 2 * self.model.norm_groups:
+            groups = f"{self.batch_size} pictures in {self.model.norm_groups} groups"
+            raise ValueError(
+                f"batch norm needs two pictures a group, not {groups}: "
+                "raise batch_size or lower model.norm_groups"
+            )
         if not self.views.weak.sizes:
             raise ValueError("at least one weak query: set views.weak.sizes")
         if self.views.scale[0] > self.views.scale[1]:

@@ -25,13 +25,17 @@ class Stop:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
 
-    def __bool__(self) -> bool:
-        return bool(self.signal_name) or time.monotonic() > self.deadline
-
     @property
-    def reason(self) -> str:
-        """Name of the signal, or max_minutes, or that another process was asked."""
-        return self.signal_name or ("max_minutes" if self else "another process was stopped")
+    def level(self) -> int:
+        """0: go on; 1: the deadline has passed; 2: a signal came. Ranks agree on the highest."""
+        if self.signal_name:
+            return 2
+        return int(time.monotonic() > self.deadline)
+
+    def reason(self, level: int) -> str:
+        """What `level`, the highest of all ranks, means here."""
+        names = ("", "max_minutes", self.signal_name or "another process was stopped")
+        return names[level]
 
 
 @contextmanager

@@ -46,14 +46,15 @@ class State:
 
         Args:
             keep: never prune it.
-            best: write it as `best` too.
+            best: write it as the best one too.
         """
         if dist.rank() == 0:
             facts = {"step": self.step, "keep": keep}
             folder = self.folder.checkpoints
-            checkpoint.save(folder, checkpoint.step_name(self.step), self.as_dict(), facts)
-            if best:
-                checkpoint.save(folder, checkpoint.BEST, self.as_dict(), facts)
+            kinds = (checkpoint.STEP, checkpoint.BEST) if best else (checkpoint.STEP,)
+            for kind in kinds:
+                name = checkpoint.name_of(kind, self.step)
+                checkpoint.save(folder, name, self.as_dict(), facts)
             checkpoint.prune(folder)
 
     def resume(self) -> list[str]:

@@ -1,6 +1,5 @@
 """The run: `train_step` is one step, `fit` the loop around it. Read this first."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -49,7 +48,8 @@ class Stats(NamedTuple):
 
     terms: dict[str, Tensor]
     lr: float
-    stop: bool
+    stop: int
+    """Highest `Stop.level` of the ranks."""
 
     def numbers(self) -> dict[str, float]:
         """The values for the log."""
@@ -103,23 +103,23 @@ def train_step(model: nn.Module, state: State, crops: data.Batch, run: Run) -> S
     return Stats({name: value.detach() for name, value in terms.items()}, lr, stop)
 
 
-def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> bool:
+def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> int:
     """The one look of the host at the device in a step: raise on a bad number, agree on stopping.
 
     Returns:
-        Whether any rank was asked to stop.
+        The highest level at which a rank was asked to stop.
     """
     bad = ~torch.isfinite(loss.detach() + norm)
-    flags = torch.stack([bad.float(), torch.full_like(norm, float(bool(stop)))])
+    flags = torch.stack([bad.float(), torch.full_like(norm, stop.level)])
     any_bad, any_stop = dist.all_max(flags).tolist()
     if any_bad:
         why = "the loss or its gradient is not finite; nothing was changed by this step"
         hint = "lower --optim.lr, add --optim.warmup-epochs, or try --precision fp32"
         raise ClsaError(f"step {step}", why, hint, Exit.UNHEALTHY)
-    return bool(any_stop)
+    return int(any_stop)
 
 
-def fit(state: State, source: Source, order: Order, run: Run) -> str:
+def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run: Run) -> str:
     """Train from where `state` stands to the end of the schedule or the first limit.
 
     Returns:
@@ -127,7 +127,7 @@ def fit(state: State, source: Source, order: Order, run: Run) -> str:
     """
     options, method, folder = run.options, state.method, state.folder
     last = min(run.num_steps, options.max_steps or run.num_steps)
-    model, quarantine = parallel(method, options), Quarantine(source)
+    model = parallel(method, options)
     batches = data.batches(
         source, method.view_specs, options.views.weak.flip, order, state.step, last, run.device,
         options.data, quarantine,
@@ -137,6 +137,11 @@ def fit(state: State, source: Source, order: Order, run: Run) -> str:
         judge = Judge(state, source, open_val(options.data, source.classes), run, journal)
         saved = waiting = time.monotonic()
         reason = end_reason(state.step, last, run)
+        if not reason and options.method.queue_size > len(source):
+            journal.say(
+                f"the queue of {options.method.queue_size} keys holds pictures of your "
+                f"{len(source)} several times over: consider a smaller --method.queue-size"
+            )
         for crops in batches:
             waited = time.monotonic() - waiting
             if state.step == 0 and speaks:
@@ -144,18 +149,19 @@ def fit(state: State, source: Source, order: Order, run: Run) -> str:
             stats = train_step(model, state, crops, run)
             journal.count(options.batch_size, waited)
             epoch, rest = divmod(state.step, run.steps_per_epoch)
-            if not rest or state.step % options.log_every == 0:
+            reason = run.stop.reason(stats.stop) or end_reason(state.step, last, run)
+            if reason or not rest or state.step % options.log_every == 0:
                 journal.log(state.step, stats.numbers())
             better = not rest and speaks and judge(epoch)
-            reason = run.stop.reason if stats.stop else end_reason(state.step, last, run)
             if reason or not rest or time.monotonic() - saved > 60 * options.save_minutes:
                 state.save(keep=not rest and _divides(options.keep_every, epoch), best=better)
                 saved = time.monotonic()
             if reason:
                 break
             waiting = time.monotonic()
-        if quarantine.reasons and speaks:
-            write_quarantine(quarantine, source, folder, journal)
+        if quarantine.reasons:
+            count = len(quarantine.reasons)
+            journal.say(f"{count} unreadable pictures were replaced: see quarantine.jsonl")
     return reason
 
 
@@ -181,7 +187,8 @@ def pretrain(options: RunOptions) -> Path:
         method = METHODS[options.method.name](options).to(device)
         optimizer = build_optimizer(method, options.optim)
         state = State(method, optimizer, source.digest(), folder)
-        with report_end(folder, state):
+        quarantine = Quarantine(source)
+        with report_end(folder, state, quarantine):
             for skipped in state.resume():
                 print(f"passed over {skipped}", file=sys.stderr)
             dist.barrier()  # every rank has checked before the first one writes
@@ -189,7 +196,7 @@ def pretrain(options: RunOptions) -> Path:
                 folder.claim(options)
                 folder.cut_metrics(state.step)
             run = Run(options, device, order.steps_per_epoch, stop)
-            reason = fit(state, source, order, run)
+            reason = fit(state, source, order, quarantine, run)
             if dist.rank() == 0:
                 write_encoder(state, options)
                 folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
@@ -201,8 +208,8 @@ def pretrain(options: RunOptions) -> Path:
 
 
 @contextmanager
-def report_end(folder: RunFolder, state: State) -> Iterator[None]:
-    """Leave `status.json` behind whatever happens."""
+def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Iterator[None]:
+    """Leave `status.json` and `quarantine.jsonl` behind whatever happens."""
     try:
         yield
     except BaseException as error:
@@ -210,12 +217,19 @@ def report_end(folder: RunFolder, state: State) -> Iterator[None]:
             code = error.code if isinstance(error, ClsaError) else Exit.BUG
             folder.write_status(code, str(error) or type(error).__name__, state.step, True)
         raise
+    finally:
+        if dist.rank() == 0 and quarantine.reasons and folder.path.is_dir():
+            folder.write_quarantine(
+                {quarantine.source.ids[i]: why for i, why in sorted(quarantine.reasons.items())}
+            )
 
 
 class Judge:
     """The online probe: 20-NN accuracy after an epoch, where there are labels."""
 
-    def __init__(self, state: State, source: Source, val: Source | None, run: Run, journal: Journal):
+    def __init__(
+        self, state: State, source: Source, val: Source | None, run: Run, journal: Journal
+    ):
         self.state, self.source, self.val, self.run, self.journal = state, source, val, run, journal
         labelled = (source.labels >= 0).any() and len(source.classes) > 1
         self.every = run.options.probe_every if labelled else 0
@@ -254,7 +268,9 @@ def draw_views(
     source: Source, crops: data.Batch, specs: list[views.ViewSpec], run: Run, path: Path
 ) -> None:
     """Write the contact sheet: originals of the first batch with all their views."""
-    few = data.Batch([crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:]))
+    few = data.Batch(
+        [crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:])
+    )
     drawn = make_views(few, specs, 0, run).views
     size, cpu = run.options.views.size, torch.device("cpu")
     rows = []
@@ -268,23 +284,13 @@ def draw_views(
 
 def write_encoder(state: State, options: RunOptions) -> None:
     """`encoder.safetensors`: the query encoder, with what is needed to use and to judge it."""
-    facts = {
-        "model": options.model.model_dump(mode="json"),
-        "views": options.views.model_dump(mode="json"),
-        "data": options.data.model_dump(mode="json"),
-        "recipe": options.recipe,
-        "seed": options.seed,
-        "step": state.step,
-        "data_digest": state.data_digest,
-    }
+    facts = checkpoint.EncoderFacts(
+        model=options.model,
+        views=options.views,
+        data=options.data,
+        recipe=options.recipe,
+        seed=options.seed,
+        step=state.step,
+        data_digest=state.data_digest,
+    )
     checkpoint.save_encoder(state.folder.encoder, state.method.network.encoder, facts)
-
-
-def write_quarantine(quarantine: Quarantine, source: Source, folder: RunFolder, journal: Journal) -> None:
-    """`quarantine.jsonl`: pictures that could not be read, and why."""
-    lines = [
-        json.dumps({"path": source.ids[i], "reason": reason}) + "\n"
-        for i, reason in sorted(quarantine.reasons.items())
-    ]
-    files.write_text(folder.path / "quarantine.jsonl", "".join(lines))
-    journal.say(f"{len(lines)} unreadable pictures were replaced: see quarantine.jsonl")

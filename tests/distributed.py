@@ -42,11 +42,11 @@ def main(pictures: str, out: str, recipe: str, steps: int) -> None:
         model = parallel(method, options)
         seen: list[list[torch.Tensor]] = []
         hook = optimizer.register_step_pre_hook(
-            lambda *_: seen.append([p.grad.clone() for p in method.parameters() if p.grad is not None])
+            lambda *_: seen.append(
+                [p.grad.clone() for p in method.parameters() if p.grad is not None]
+            )
         )
-        stream = batches(
-            source, method.view_specs, 0.5, order, 0, steps, device, options.data
-        )
+        stream = batches(source, method.view_specs, 0.5, order, 0, steps, device, options.data)
         for crops in stream:
             train_step(model, state, crops, run)
         hook.remove()

@@ -38,7 +38,7 @@ def jpeg_folder(root: Path, sizes: list[tuple[int, int]]) -> Path:
 
 
 def clipart_folder(root: Path, classes: int, each: int) -> Path:
-    """The first `each` embedded drawings of the first `classes` classes, as root/CLASS/NAME.webp."""
+    """The first `each` embedded drawings of some classes, as root/CLASS/NAME.webp."""
     counts: dict[str, int] = {}
     with tarfile.open(CLIPART) as tar:
         for member in tar:

@@ -22,7 +22,7 @@ from clsa.errors import ClsaError, Exit
 from clsa.methods import METHODS
 from clsa.models import build_encoder
 from clsa.optim import build_optimizer
-from clsa.options import ModelOptions
+from clsa.options import DataOptions, ModelOptions, ViewOptions
 from clsa.recipes import resolve
 
 SMALL = {"encoder": "resnet10-w32", "projector_hidden": 16, "projector_dim": 8, "norm_groups": 1}
@@ -31,7 +31,9 @@ SMALL = {"encoder": "resnet10-w32", "projector_hidden": 16, "projector_dim": 8, 
 def save(folder: Path, *steps: int, keep: tuple[int, ...] = ()) -> None:
     for step in steps:
         state = {"step": step, "rows": torch.full((4,), float(step))}
-        checkpoint.save(folder, checkpoint.step_name(step), state, {"keep": step in keep})
+        checkpoint.save(
+            folder, checkpoint.name_of(checkpoint.STEP, step), state, {"keep": step in keep}
+        )
 
 
 def names(folder: Path) -> list[str]:
@@ -131,9 +133,11 @@ def test_no_whole_checkpoint_is_missing_input(tmp_path: Path) -> None:
 
 def test_prune_keeps_the_newest_two_and_those_to_keep_and_the_best(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3, 4, 5, keep=(2,))
-    checkpoint.save(tmp_path, checkpoint.BEST, {"step": 1}, {"keep": False})
+    for step in (3, 1, 10):
+        name = checkpoint.name_of(checkpoint.BEST, step)
+        checkpoint.save(tmp_path, name, {"step": step}, {"keep": False})
     checkpoint.prune(tmp_path)
-    kept = ["best", "step-000002", "step-000004", "step-000005"]
+    kept = ["best-000010", "step-000002", "step-000004", "step-000005"]
     assert names(tmp_path) == [f"{name}{end}" for name in kept for end in (".ckpt", ".json")]
     assert all(checkpoint._load_verified(tmp_path / f"{name}.json") for name in kept)
     checkpoint.prune(tmp_path)
@@ -141,7 +145,7 @@ def test_prune_keeps_the_newest_two_and_those_to_keep_and_the_best(tmp_path: Pat
 
 
 def test_best_is_not_resumed(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, checkpoint.BEST, {"step": 9}, {})
+    checkpoint.save(tmp_path, "best-000009", {"step": 9}, {})
     assert checkpoint.load_newest(tmp_path) is None
 
 
@@ -206,7 +210,10 @@ def test_encoder_round_trip_to_the_bit(tmp_path: Path) -> None:
     encoder = build_encoder(options, seed=3)
     encoder(torch.randn(4, 3, 16, 16))  # moves the running statistics
     file = tmp_path / "encoder.safetensors"
-    facts = {"model": options.model_dump(mode="json"), "step": 12, "recipe": "clsa-small"}
+    facts = checkpoint.EncoderFacts(
+        model=options, views=ViewOptions(), data=DataOptions(data="here"), recipe="clsa-small",
+        seed=3, step=12, data_digest="d",
+    )  # fmt: skip
     checkpoint.save_encoder(file, encoder, facts)
     loaded, told = checkpoint.load_encoder_facts(file)
     assert told == facts and not loaded.training
@@ -291,7 +298,7 @@ def test_digest_sees_kind_shape_and_name_but_not_order_or_layout() -> None:
 
 
 def test_digest_survives_the_disk(state: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "checkpoints", checkpoint.step_name(1), state, {})
+    checkpoint.save(tmp_path / "checkpoints", checkpoint.name_of(checkpoint.STEP, 1), state, {})
     assert checkpoint.run_digest(tmp_path) == checkpoint.digest(state)
 
 
@@ -299,7 +306,7 @@ def test_digest_of_a_run_leaves_out_what_is_only_told(tmp_path: Path) -> None:
     digests = set()
     for best in (1.0, 2.0):
         state = {"method": {}, "optimizer": {}, "step": 1, "best": best, "data_digest": "x"}
-        checkpoint.save(tmp_path / "checkpoints", checkpoint.step_name(1), state, {})
+        checkpoint.save(tmp_path / "checkpoints", checkpoint.name_of(checkpoint.STEP, 1), state, {})
         digests.add(checkpoint.run_digest(tmp_path))
     assert len(digests) == 1
     message, code = refused(lambda: checkpoint.run_digest(tmp_path / "nothing"))

@@ -21,14 +21,10 @@ VIEWS = ViewOptions(size=32)
 
 @pytest.fixture
 def encoder_file(tmp_path: Path) -> Path:
-    facts = {
-        "model": MODEL.model_dump(mode="json"),
-        "views": VIEWS.model_dump(mode="json"),
-        "data": DataOptions(data=str(tmp_path / "pictures")).model_dump(mode="json"),
-        "seed": 0,
-        "recipe": "clsa",
-        "step": 1,
-    }
+    data = DataOptions(data=str(tmp_path / "pictures"))
+    facts = checkpoint.EncoderFacts(
+        model=MODEL, views=VIEWS, data=data, recipe="clsa", seed=0, step=1, data_digest=""
+    )
     path = tmp_path / "encoder.safetensors"
     checkpoint.save_encoder(path, models.build_encoder(MODEL, seed=0), facts)
     return path

@@ -48,14 +48,9 @@ def save_run(folder: Path, data: DataOptions) -> None:
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.mul_(1.1)
-    facts = {
-        "model": MODEL.model_dump(mode="json"),
-        "views": VIEWS.model_dump(mode="json"),
-        "data": data.model_dump(mode="json"),
-        "seed": 7,
-        "recipe": "clsa",
-        "step": 1,
-    }
+    facts = checkpoint.EncoderFacts(
+        model=MODEL, views=VIEWS, data=data, recipe="clsa", seed=7, step=1, data_digest=""
+    )
     checkpoint.save_encoder(folder / "encoder.safetensors", encoder, facts)
 
 

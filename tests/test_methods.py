@@ -19,7 +19,12 @@ from clsa.recipes import FULL, resolve
 TINY = {
     "batch_size": 8,
     "views": {"size": 16, "weak": {"blur": 0.0}},
-    "model": {"encoder": "resnet10-w32", "projector_hidden": 32, "projector_dim": 16, "norm_groups": 2},
+    "model": {
+        "encoder": "resnet10-w32",
+        "projector_hidden": 32,
+        "projector_dim": 16,
+        "norm_groups": 2,
+    },
     "method": {"queue_size": 12, "key_momentum": 0.9},
 }
 
@@ -51,7 +56,9 @@ def total(method: Method, batch: Batch) -> Tensor:
     return sum_of(method(batch).losses.values())
 
 
-def train(method: Method, steps: int, first: int = 0, optimizer: Any = None) -> torch.optim.Optimizer:
+def train(
+    method: Method, steps: int, first: int = 0, optimizer: Any = None
+) -> torch.optim.Optimizer:
     options = tiny("moco-v2").optim
     optimizer = optimizer or build_optimizer(method, options)
     set_lr(optimizer, 0.05)

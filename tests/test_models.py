@@ -65,7 +65,12 @@ def test_small_encoder_is_what_it_says() -> None:
     encoder = build_encoder(ModelOptions(encoder=SMALL), seed=0)
     stem = encoder.get_submodule("conv1")
     assert isinstance(stem, nn.Conv2d)
-    assert (stem.in_channels, stem.out_channels, stem.kernel_size, stem.stride) == (3, 32, (3, 3), (1, 1))
+    assert (stem.in_channels, stem.out_channels, stem.kernel_size, stem.stride) == (
+        3,
+        32,
+        (3, 3),
+        (1, 1),
+    )
     assert isinstance(encoder.get_submodule("maxpool"), nn.Identity)
     widths = [encoder.get_submodule(f"layer{i}.0.conv1").weight.shape[0] for i in (1, 2, 3, 4)]
     assert widths == [32, 64, 128, 256] and feature_dim(encoder) == 256

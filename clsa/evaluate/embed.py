@@ -13,7 +13,7 @@ from clsa import checkpoint, dist, files, sources
 from clsa.evaluate.features import centre_views, encode, frozen
 from clsa.evaluate.run import data_of
 from clsa.models import feature_dim
-from clsa.options import EmbedOptions, ViewOptions
+from clsa.options import EmbedOptions
 
 
 def embed(options: EmbedOptions) -> Path:
@@ -33,8 +33,7 @@ def embed(options: EmbedOptions) -> Path:
     encoder, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
     encoder = encoder.to(device)
-    views = ViewOptions.parse(facts["views"], str(options.run))
-    data = data_of(options.data, facts)
+    views, data = facts.views, data_of(options.data, facts)
     spec = data.val if options.split == "val" and data.val else data.data
     source = sources.open_source(spec, options.split, data)
     names = np.array([*source.classes, None], dtype=object)  # the last is label -1's

@@ -18,7 +18,7 @@ from clsa.evaluate.linear_fast import linear_fast
 from clsa.evaluate.results import Record, accuracies, append_records
 from clsa.evaluate.split import Split, split
 from clsa.models import build_encoder
-from clsa.options import DataOptions, EvaluateOptions, ModelOptions, ViewOptions
+from clsa.options import DataOptions, EvaluateOptions, ViewOptions
 
 PROBE_BANK, PROBE_QUERIES, PROBE_NEIGHBOURS = 10_000, 2_000, 20
 
@@ -107,14 +107,12 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
     """
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
-    views = ViewOptions.parse(facts["views"], str(options.run))
-    data = data_of(options.data, facts)
+    views, data = facts.views, data_of(options.data, facts)
     train = sources.open_source(data.data, "train", data)
     parts = split(train, sources.open_val(data, train.classes), options.seed)
     encoders = {"trained": trained}
     if options.random:
-        model = ModelOptions.parse(facts["model"], str(options.run))
-        encoders = {"random": build_encoder(model, facts["seed"]), **encoders}
+        encoders = {"random": build_encoder(facts.model, facts.seed), **encoders}
     data_digest = parts.digest()
     records = []
     for name, encoder in encoders.items():
@@ -136,14 +134,16 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
     return records
 
 
-def data_of(given: DataOptions, facts: dict) -> DataOptions:
+def data_of(given: DataOptions, facts: checkpoint.EncoderFacts) -> DataOptions:
     """The pictures named on the command line, or else those that the run learned from.
 
     In the second case options given beside them (`val`, `workers`, ...) win over the run's.
     """
     if given.data:
         return given
-    values = merge(facts["data"], given.model_dump(mode="json", exclude_defaults=True))
+    values = merge(
+        facts.data.model_dump(mode="json"), given.model_dump(mode="json", exclude_defaults=True)
+    )
     return DataOptions.parse(values, "encoder.safetensors: data")
 
 

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What `forward` returns. A NamedTuple: DistributedDataParallel finds tensors only in pytrees."""
+    """What `forward` returns: no dataclass, since DistributedDataParallel sees only pytrees."""
 
     losses: dict[str, Float[Tensor, ""]]
     """Terms whose sum is minimised, local means."""
