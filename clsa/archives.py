@@ -57,20 +57,24 @@ def _fashion_mnist(path: str, split: Split) -> Arrays:
     if not folder.is_dir():
         hint = "apt install dataset-fashion-mnist, or give fashion-mnist:FOLDER"
         raise ClsaError(str(folder), "no such folder", hint, Exit.NO_INPUT)
-    images = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
-    labels = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
+    images = _idx(folder / f"{prefix}-images-idx3-ubyte", 3)
+    labels = _idx(folder / f"{prefix}-labels-idx1-ubyte", 1)
     return _checked(folder, images[..., None], labels, FASHION)
 
 
 def _idx(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
-    """A gzipped IDX file of bytes: 0x0800 + dimensions, big-endian uint32 sizes, values."""
+    """An IDX file of bytes, as `PATH.gz` or unpacked as `PATH`.
+
+    It holds 0x0800 + dimensions and the sizes, big-endian uint32, then the values.
+    """
+    packed = path.with_name(f"{path.name}.gz")
     try:
-        data = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
-        hint = "give the folder that holds it"
-        raise ClsaError(str(path), "no such file", hint, Exit.NO_INPUT) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(path, str(error)) from None
+        data = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(packed, str(error)) from None
+    except OSError as error:
+        why, hint = error.strerror or str(error), "give the folder that holds it, or its .gz"
+        raise ClsaError(str(path), why, hint, Exit.NO_INPUT) from None
     header = 4 + 4 * dimensions
     if len(data) < header or int.from_bytes(data[:4], "big") != 0x0800 + dimensions:
         raise _damaged(path, f"not an IDX file of {dimensions} dimensions")

@@ -91,7 +91,7 @@ def recipes(args: list[str]) -> None:
     width = max(map(len, NAMES))
     for name in NAMES:
         base = name.removesuffix("-small")
-        text = (FULL[base].__doc__ or "").strip()
+        text = (FULL[base].__doc__ or "").strip().partition("\n")[0]
         small = f"{base} at 32 pixels, for a CPU"
         print(f"{name:{width}}  {text if name == base else small}")
 
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {_printable(str(error))}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("error: interrupted - the last checkpoint stands - run it again", file=sys.stderr)
+        print("error: interrupted - nothing more was written - run it again", file=sys.stderr)
         return Exit.PREEMPTED
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

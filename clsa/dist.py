@@ -47,18 +47,22 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ClsaError(f"device {name}", "no such device", "use auto, cpu or cuda:N") from None
-    if device.type != "cuda" or not has_gpu or (device.index or 0) >= torch.cuda.device_count():
-        raise ClsaError(f"device {name}", "not on this machine", "use auto, cpu or cuda:N")
-    device = torch.device("cuda", local_rank() if device.index is None else device.index)
+    index = local_rank() if device.index is None else device.index
+    if device.type != "cuda" or not has_gpu or index >= torch.cuda.device_count():
+        found = torch.cuda.device_count() if has_gpu else 0
+        why = f"this machine has {found} GPUs, and this is process {local_rank()} on it"
+        raise ClsaError(f"device {name}", why, "use auto, cpu or cuda:N")
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
+def process_group(device: torch.device, timeout_s: float = 3600.0) -> Iterator[None]:
     """Join the group that torchrun announces (nccl on CUDA, gloo elsewhere); leave it at the end.
 
-    Without torchrun's environment (`WORLD_SIZE`) nothing is set up.
+    Without torchrun's environment (`WORLD_SIZE`) nothing is set up. The others wait for up to
+    `timeout_s` while rank 0 probes and saves.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or td.is_initialized():
         yield
@@ -75,8 +79,9 @@ def all_gather(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:
     """Concatenate equal-sized `rows` of all ranks in rank order; carries no gradient."""
     if world_size() == 1:
         return rows.detach()
+    rows = rows.detach().contiguous()
     gathered = [torch.empty_like(rows) for _ in range(world_size())]
-    td.all_gather(gathered, rows.detach().contiguous())
+    td.all_gather(gathered, rows)
     return torch.cat(gathered)
 
 

@@ -9,9 +9,10 @@ from clsa.config import flatten, read_yaml
 from clsa.errors import ClsaError
 from clsa.options import RunOptions
 
-# What may differ when a run is resumed: where it runs and how long, never what it computes.
+# What may differ when a run is resumed: where it runs and how long, never what it computes
+# (pictures may have moved: their digest decides).
 FREE = {
-    "recipe", "config", "out", "data.val", "data.workers", "max_steps", "max_minutes",
+    "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
     "save_minutes", "keep_every", "probe_every", "log_every", "device",
 }  # fmt: skip
 
@@ -24,6 +25,7 @@ class RunFolder:
         self.checkpoints = out / "checkpoints"
         self.metrics = out / "metrics.jsonl"
         self.encoder = out / "encoder.safetensors"
+        self.best_encoder = out / "encoder-best.safetensors"
         self.results = out / "results.json"
         self.views = out / "views.png"
         self.tensorboard = out / "tensorboard"
@@ -43,9 +45,14 @@ class RunFolder:
         if not self.config.exists():
             why = "neither empty nor a run's folder"
             raise ClsaError(str(self.path), why, "choose another --out")
-        if not any(self.checkpoints.glob("*.json")):
+        try:
+            before = flatten(RunOptions.parse(read_yaml(self.config), str(self.config)))
+        except ClsaError as error:
+            why = f"its config.yaml is not a run's ({error})"
+            raise ClsaError(str(self.path), why, "choose another --out") from None
+        results = (self.encoder, self.results, *self.checkpoints.glob("*.json"))
+        if not any(path.exists() for path in results):
             return  # it stopped before its first checkpoint: nothing to lose
-        before = flatten(RunOptions.parse(read_yaml(self.config), str(self.config)))
         now = flatten(options)
         changed = [key for key in now if key not in FREE and now[key] != before[key]]
         if changed:
@@ -70,10 +77,19 @@ class RunFolder:
         lines = [json.dumps({"path": path, "reason": why}) for path, why in reasons.items()]
         files.write_text(self.path / "quarantine.jsonl", "\n".join(lines) + "\n")
 
+    def read_quarantine(self) -> dict[str, str]:
+        """What an earlier start of the run wrote there."""
+        path = self.path / "quarantine.jsonl"
+        if not path.is_file():
+            return {}
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return {line["path"]: line["reason"] for line in lines}
+
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` that lie after `step`, where a resumed run starts."""
         if self.metrics.exists():
-            lines = self.metrics.read_text("utf-8", errors="replace").splitlines()
+            with files.output_errors(self.metrics):
+                lines = self.metrics.read_text("utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             files.write_text(self.metrics, "".join(line + "\n" for line in kept))
 

@@ -51,23 +51,29 @@ class Journal:
         )
         self.task = self.progress.add_task("", total=last_step, completed=first_step, epoch=1)
         self.folder, self.last_step = folder, last_step
-        self.since, self.images, self.waited = time.monotonic(), 0, 0.0
+        self.restart_clock()
 
     def __enter__(self) -> Self:
         if self.speaks:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, rank 0 only
 
-            self.file = open(self.folder.metrics, "a", encoding="utf-8")
             start = int(self.progress.tasks[0].completed)
-            self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=start + 1)
+            with files.output_errors(self.folder.path):
+                self.file = open(self.folder.metrics, "a", encoding="utf-8")
+                self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=start + 1)
         self.progress.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
         if self.speaks:
-            self.file.close()
-            self.board.close()
+            with files.output_errors(self.folder.path):
+                self.file.close()
+                self.board.close()
+
+    def restart_clock(self) -> None:
+        """Count images/s from now on, so that probing and saving do not show as slow steps."""
+        self.since, self.images, self.waited = time.monotonic(), 0, 0.0
 
     def count(self, images: int, waited_s: float) -> None:
         """One step is done: `images` of the global batch, after waiting `waited_s` for data."""
@@ -81,7 +87,7 @@ class Journal:
             return
         elapsed = max(time.monotonic() - self.since, 1e-9)
         rate, share = self.images / elapsed, self.waited / elapsed
-        self.since, self.images, self.waited = time.monotonic(), 0, 0.0
+        self.restart_clock()
         epoch = step / self.steps_per_epoch
         self.write({"step": step, "epoch": round(epoch, 4), **values,
                     "images_per_s": round(rate, 2), "data_wait": round(share, 4)})  # fmt: skip
@@ -101,9 +107,9 @@ class Journal:
         with files.output_errors(self.folder.metrics):
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
-        for name, value in values.items():
-            if name != "step":
-                self.board.add_scalar(name, value, int(values["step"]))
+            for name, value in values.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, int(values["step"]))
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -43,7 +43,8 @@ def bank_statistics(
         lse (B,) and expected_key (B, D), in float32 at least; expected_key is detached.
 
     Raises:
-        ValueError: for a bank that requires a gradient, shapes that do not fit, or T <= 0.
+        ValueError: for a bank that requires a gradient, shapes that do not fit, or T <= 0. That a
+            query sees no row at all is not looked for (the host would wait): its lse is -inf.
     """
     if bank.requires_grad:
         raise ValueError("the bank must not require a gradient: detach it")
@@ -185,9 +186,8 @@ def distribution_divergence(
     """
     targets = [weak] if isinstance(weak, Tensor) else weak
     predicted = [strong] if isinstance(strong, Tensor) else strong
-    target_streams = _streams(
-        [query.detach() for query in targets], bank, target_temperature or temperature, candidates
-    )
+    cold = temperature if target_temperature is None else target_temperature
+    target_streams = _streams([query.detach() for query in targets], bank, cold, candidates)
     return _divergence(target_streams, _streams(predicted, bank, temperature, candidates))
 
 
@@ -234,6 +234,8 @@ def _dot(left: Tensor, right: Tensor) -> PerQuery:
 def _streams(
     queries: list[Queries], bank: Tensor, temperature: float, candidates: Tensor | None
 ) -> list[Stream]:
+    if not queries:
+        raise ValueError("at least one set of queries is needed")
     return [
         Stream(query, temperature, *bank_statistics(query, bank, temperature, candidates))
         for query in queries

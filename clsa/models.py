@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from timm.layers import BatchNormAct2d
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
@@ -21,51 +23,53 @@ from clsa.options import ModelOptions
 SMALL = "resnet10-w32"
 
 
-class GroupedBatchNorm2d(nn.BatchNorm2d):
+class InGroups:
     """Batch norm whose training statistics are taken per contiguous group of the batch.
 
     One device then behaves as `groups` devices with their own batch norm do, without which MoCo
-    leaks the positive through the statistics. Memory format is kept. The running statistics see
-    the groups in turn, with momentum 1 - (1 - momentum)^(1/groups), so that a step moves them as
-    far as a step of plain batch norm.
+    leaks the positive through the statistics. Memory format is kept. Put before a class of batch
+    norm; `group_norms` sets the groups.
     """
 
     groups = 1
 
-    def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Normalise; with running statistics in eval mode, by group in train mode."""
-        if not self.training or self.groups == 1:
-            return super().forward(input)
-        momentum = 1 - (1 - (self.momentum or 0.0)) ** (1 / self.groups)
-        parts = [
-            F.batch_norm(
-                part, self.running_mean, self.running_var, self.weight, self.bias,
-                True, momentum, self.eps,
-            )
-            for part in input.tensor_split(self.groups)
-        ]  # fmt: skip
-        return torch.cat(parts)
+        normalise = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+        if not self.training or self.groups == 1:  # pyright: ignore[reportAttributeAccessIssue]
+            return normalise(x)
+        return torch.cat([normalise(part) for part in x.tensor_split(self.groups)])
+
+
+class GroupedBatchNorm2d(InGroups, nn.BatchNorm2d):
+    """torch's batch norm in groups."""
+
+
+class GroupedBatchNormAct2d(InGroups, BatchNormAct2d):
+    """timm's batch norm with its activation, in groups."""
+
+
+GROUPED = {nn.BatchNorm2d: GroupedBatchNorm2d, BatchNormAct2d: GroupedBatchNormAct2d}
 
 
 def group_norms(module: nn.Module, groups: int) -> None:
-    """Turn every BatchNorm2d inside `module` into one of `groups` groups, in place.
+    """Turn every batch norm inside `module` into one of `groups` groups, in place.
 
-    The class is exchanged and the tensors kept: timm's own subclasses, which fuse an activation,
-    would lose it, so they are refused.
+    The running statistics see the groups in turn, with momentum 1 - (1 - momentum)^(1/groups), so
+    that a step moves them as far as a step of plain batch norm.
     """
     for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
-            if type(child) not in (nn.BatchNorm2d, GroupedBatchNorm2d):
-                if groups == 1:
-                    continue
-                raise ClsaError(
-                    f"model.norm_groups {groups}",
-                    f"the encoder's {type(child).__name__} cannot be split",
-                    "set --model.norm-groups 1",
-                )
-            child.__class__ = GroupedBatchNorm2d
-            assert isinstance(child, GroupedBatchNorm2d)
-            child.groups = groups
+        if type(child) in GROUPED:
+            child.__class__ = GROUPED[type(child)]
+            vars(child).update(
+                groups=groups, momentum=1 - (1 - (child.momentum or 0.0)) ** (1 / groups)
+            )
+        elif isinstance(child, nn.BatchNorm2d) and groups > 1:
+            raise ClsaError(
+                f"model.norm_groups {groups}",
+                f"the encoder's {type(child).__name__} cannot be split",
+                "choose another encoder, or 1 group: keys and queries then share statistics",
+            )
 
 
 def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
@@ -99,7 +103,10 @@ def _create(name: str) -> nn.Module:
         hint = f"did you mean {close}?" if close else "any name of timm.list_models() will do"
         raise ClsaError(f"model.encoder {name}", "no such encoder", hint)
     extra: dict[str, Any] = {"zero_init_last": False} if _is_resnet(name) else {}
-    return timm.create_model(name, pretrained=False, num_classes=0, **extra)
+    try:  # transformers that take views of several sizes say so by this argument
+        return timm.create_model(name, num_classes=0, dynamic_img_size=True, **extra)
+    except TypeError:
+        return timm.create_model(name, num_classes=0, **extra)
 
 
 def _is_resnet(name: str) -> bool:
@@ -155,9 +162,18 @@ class Projector(nn.Sequential):
 
 
 class Network(nn.Module):
-    """Encoder, projector and L2 normalisation: (B, 3, S, S) -> unit rows (B, D), float32."""
+    """Encoder, projector and L2 normalisation: (B, 3, S, S) -> unit rows (B, D), float32.
 
-    def __init__(self, options: ModelOptions, seed: int):
+    Args:
+        options: what to build.
+        seed: of the weights.
+        sizes: sides of the views it will see, in pixels; tried once each.
+
+    Raises:
+        ClsaError: when the encoder does not take a view of one of the sizes.
+    """
+
+    def __init__(self, options: ModelOptions, seed: int, sizes: Iterable[int] = ()):
         super().__init__()
         self.encoder = build_encoder(options, seed)
         with torch.random.fork_rng():
@@ -169,10 +185,24 @@ class Network(nn.Module):
                 options.projector_layers,
             )
         group_norms(self.encoder, max(1, options.norm_groups // dist.world_size()))
+        for size in sorted(set(sizes)):
+            _try_view(self.encoder, options.encoder, size)
 
     def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """Unit-length projections of one view."""
         return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
+
+
+@torch.no_grad()
+def _try_view(encoder: nn.Module, name: str, size: int) -> None:
+    encoder.eval()
+    try:
+        encoder(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        why = f"does not take views of {size} pixels ({str(error).splitlines()[0]})"
+        raise ClsaError(f"model.encoder {name}", why, "choose other view sizes") from None
+    finally:
+        encoder.train()
 
 
 def feature_dim(encoder: nn.Module) -> int:

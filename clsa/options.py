@@ -25,7 +25,7 @@ class DataOptions(Config):
     """Which pictures, and how they are read."""
 
     data: str = ""
-    """Pictures to learn from: a folder, a list file, an .npz, `clipart`, or NAME[:PATH] with
+    """Pictures: a folder, a list file, an .npz, `clipart`, or NAME[:PATH] with
     fashion-mnist, cifar10, cifar100, stl10."""
     val: str | None = None
     """Labelled pictures for evaluation, in the same forms (default: the set's own test split)."""
@@ -37,8 +37,9 @@ class DataOptions(Config):
     """Sets of one picture size are kept on the device as uint8 up to this many GiB."""
     resident_size: Annotated[int, pydantic.Field(ge=8)] | None = None
     """Resize every picture once (short side, centre square, in pixels); keep the set resident."""
-    workers: Annotated[int, pydantic.Field(ge=0)] = 1
-    """Processes that decode pictures when the set is streamed."""
+    workers: Annotated[int, pydantic.Field(ge=0)] | None = None
+    """Processes that decode pictures when the set is streamed (default: one fewer than the cores,
+    at most 8)."""
 
 
 class WeakViews(Config):

@@ -4,17 +4,23 @@ Both are pure functions of (seed, epoch, index): there is no position to save.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Int64
 
-from clsa import rng
+from clsa import dist, rng
 from clsa.errors import ClsaError, Exit
 from clsa.sources import Source
 
 MAX_REPLACEMENTS = 64
+# Of `decode.DecodeError`. Processes exchange positions in it, so new ones go to the end.
+REASONS = (
+    *("empty", "not-an-image", "truncated", "too-large"),
+    *("unsupported", "broken", "unreadable"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,24 @@ def _permutation(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " N"]:
 class Quarantine:
     """Pictures that could not be read, with their reasons; too many end the run.
 
+    Args:
+        known: reasons by path or name, as `by_id` gave them to an earlier start of the run; what
+            the source or `REASONS` lack is ignored.
+
     Attributes:
         reasons: reason by number in the source.
+
+    Raises:
+        ClsaError: 65 when the known ones alone are too many.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, known: Mapping[str, str] | None = None):
         self.source = source
         self.reasons: dict[int, str] = {}
         self.budget = max(10, len(source) // 1000)
+        if known:
+            given = {i: known.get(name) for i, name in enumerate(source.ids)}
+            self.add({i: reason for i, reason in given.items() if reason in REASONS})
 
     def add(self, reasons: dict[int, str]) -> None:
         """Note unreadable pictures.
@@ -81,6 +97,28 @@ class Quarantine:
         self.reasons |= reasons
         if len(self.reasons) > self.budget or len(self.reasons) == len(self.source):
             raise self.error()
+
+    def share(self, device: torch.device | None = None) -> None:
+        """Take over what the other processes found; all of them call this together.
+
+        Afterwards the same is known everywhere, so one budget holds for the run and it ends with
+        the same error on every rank.
+
+        Args:
+            device: where processes exchange tensors, the CPU if not given (nccl needs a GPU).
+
+        Raises:
+            ClsaError: as `add`.
+        """
+        codes = torch.zeros(len(self.source), dtype=torch.uint8)
+        for i, reason in self.reasons.items():
+            codes[i] = 1 + REASONS.index(reason)
+        codes = dist.all_max(codes.to(device)).cpu()
+        self.add({i: REASONS[codes[i] - 1] for i in codes.nonzero().flatten().tolist()})
+
+    def by_id(self) -> dict[str, str]:
+        """Reasons by path or name, in the order of the source."""
+        return {self.source.ids[i]: self.reasons[i] for i in sorted(self.reasons)}
 
     def error(self) -> ClsaError:
         """The error that names the first ten."""

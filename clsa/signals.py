@@ -43,8 +43,9 @@ def stop_on_signals(max_minutes: float | None = None) -> Iterator[Stop]:
     """Catch TERM, INT, HUP and USR1 while inside; the old handlers come back afterwards."""
     stop = Stop(max_minutes)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     try:
-        before = {number: signal.signal(number, stop.ask) for number in numbers}
+        before = {number: signal.signal(number, stop.ask) for number in heard}
     except ValueError:  # not the main thread: whoever runs us there handles signals
         yield stop
         return

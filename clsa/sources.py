@@ -16,6 +16,7 @@ from typing import Final, Self, final
 
 import numpy as np
 from jaxtyping import Int64, UInt8
+from numpy.lib.npyio import NpzFile
 
 from clsa.archives import NAMED, Split
 from clsa.config import nearest
@@ -130,6 +131,7 @@ class Pictures(Source):
         classes: list[str],
         ids: list[str] | None = None,
     ):
+        self._stored: Final = images
         self.images: Final = np.broadcast_to(images, (*images.shape[:3], 3))
         self.labels, self.classes = labels, classes
         self.ids = ids if ids is not None else [str(i) for i in range(len(images))]
@@ -147,7 +149,7 @@ class Pictures(Source):
 
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
         whole = np.array_equal(rows, np.arange(len(self)))
-        images = self.images if whole else self.images[rows]
+        images = self._stored if whole else self._stored[rows]
         return type(self)(images, self.labels[rows], self.classes, [self.ids[i] for i in rows])
 
 
@@ -166,6 +168,10 @@ def open_source(spec: str, split: Split, options: DataOptions) -> Source:
         source = _selected(source, options.class_list, split)
     if split == "train" and options.num_images is not None:
         source = source.subset(np.arange(min(options.num_images, len(source))))
+    if not len(source):
+        of = f" of the classes in {options.class_list}" if options.class_list else ""
+        hint = f"give some ({' '.join(SUFFIXES)}; links to folders are not followed)"
+        raise ClsaError(spec, f"holds no pictures{of}", hint, Exit.NO_INPUT)
     return source
 
 
@@ -239,17 +245,14 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _folder(root: str) -> Folder:
-    """Label = first-level subfolder, when every image lies in one and there are two or more."""
+    """Label = first-level subfolder, where two or more of them hold images; else all are -1.
+
+    Images that lie beside such subfolders are -1.
+    """
     ids = list(_walk(root))
-    if not ids:
-        kinds = " ".join(SUFFIXES)
-        next_step = f"give a folder with pictures ({kinds}; links to folders are not followed)"
-        raise ClsaError(root, "no pictures in this folder", next_step, Exit.NO_INPUT)
     first = [name.split(os.sep, 1)[0] if os.sep in name else "" for name in ids]
-    classes = sorted(set(first), key=os.fsencode)
-    if "" in classes or len(classes) < 2:
-        return Folder(root, ids, np.full(len(ids), -1, np.int64), [])
-    return Folder(root, ids, *_numbered(first, classes))
+    classes = sorted({*first} - {""}, key=os.fsencode)
+    return Folder(root, ids, *_numbered(first, classes if len(classes) > 1 else []))
 
 
 def _list(path: Path) -> Folder:
@@ -263,8 +266,6 @@ def _list(path: Path) -> Folder:
             name, label = line.rsplit(" ", 1)
         ids.append(name.strip())
         names.append(label.strip())
-    if not ids:
-        raise ClsaError(str(path), "an empty list", "one picture a line", Exit.NO_INPUT)
     known = {name for name in names if name}
     numeric = all(name.removeprefix("-").isdecimal() for name in known)
     classes = sorted(known, key=int if numeric else os.fsencode)
@@ -276,16 +277,22 @@ def _list(path: Path) -> Folder:
 def _npz(path: Path) -> Pictures:
     """Arrays `images`, `x` or `arr_0` (N,H,W[,C]) uint8; labels in `labels` or `y` if present."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with NpzFile(path, allow_pickle=False) as arrays:
             key = next((key for key in ("images", "x", "arr_0") if key in arrays), None)
             if key is None:
                 why = f"no array `images`, `x` or `arr_0` (found: {', '.join(arrays) or 'none'})"
                 raise ClsaError(str(path), why, "np.savez(path, images=..., labels=...)")
-            images = arrays[key]
+            images = np.asarray(arrays[key])  # a member that is no array comes as bytes
             values = next((arrays[key] for key in ("labels", "y") if key in arrays), None)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            values = None if values is None else np.asarray(values)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ClsaError(str(path), why, "make it readable", Exit.NO_INPUT) from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         why = str(error).splitlines()[0]
-        raise ClsaError(str(path), why, "save plain uint8 arrays with np.savez") from None
+        if "Object arrays" in why:
+            raise ClsaError(str(path), why, "save plain uint8 arrays with np.savez") from None
+        raise ClsaError(str(path), f"damaged: {why}", "save it again", Exit.BAD_DATA) from None
     fits = images.ndim >= 3 and images.shape[3:] in ((), (1,), (3,))
     if images.dtype != np.uint8 or not fits:
         why = f"`{key}` is {images.dtype} {images.shape}"

@@ -51,7 +51,7 @@ class State:
         if dist.rank() == 0:
             facts = {"step": self.step, "keep": keep}
             folder = self.folder.checkpoints
-            kinds = (checkpoint.STEP, checkpoint.BEST) if best else (checkpoint.STEP,)
+            kinds = (checkpoint.BEST, checkpoint.STEP) if best else (checkpoint.STEP,)
             for kind in kinds:
                 name = checkpoint.name_of(kind, self.step)
                 checkpoint.save(folder, name, self.as_dict(), facts)

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clsa import checkpoint, data, dist, files, views
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.run import probe
+from clsa.evaluate.split import split
 from clsa.folder import RunFolder
 from clsa.journal import Journal
 from clsa.methods import METHODS
@@ -56,13 +57,13 @@ class Stats(NamedTuple):
         return {**{name: float(value) for name, value in self.terms.items()}, "lr": self.lr}
 
 
-def make_views(crops: data.Batch, specs: list[views.ViewSpec], step: int, run: Run) -> Batch:
+def make_views(crops: data.Crops, specs: list[views.ViewSpec], step: int, run: Run) -> Batch:
     """Pixel operations of every view, on the device; draws from (seed, epoch, index, view)."""
     options, epoch = run.options, step // run.steps_per_epoch
     index = crops.index.numpy()
     pixels = [
         views.pixels(
-            crop.to(run.device, non_blocking=True),
+            crop,
             views.sample(options.views, spec, options.seed, epoch, index),
             options.views, spec, views.MEAN, views.STD,
         )
@@ -71,7 +72,7 @@ def make_views(crops: data.Batch, specs: list[views.ViewSpec], step: int, run: R
     return Batch(pixels, crops.index, crops.labels, step)
 
 
-def train_step(model: nn.Module, state: State, crops: data.Batch, run: Run) -> Stats:
+def train_step(model: nn.Module, state: State, crops: data.Crops, run: Run) -> Stats:
     """One step: views, losses, gradients, optimiser, then key network and bank.
 
     Args:
@@ -81,7 +82,8 @@ def train_step(model: nn.Module, state: State, crops: data.Batch, run: Run) -> S
         run: options and device.
 
     Raises:
-        ClsaError: 76 when loss or gradient is not finite; weights, keys and bank have not moved.
+        ClsaError: 76 when loss or gradient is not finite; weights, keys and bank have not moved
+            (batch norm's running statistics have, but the run ends and its checkpoints stand).
     """
     options, method, optimizer = run.options, state.method, state.optimizer
     batch = make_views(crops, method.view_specs, state.step, run)
@@ -114,7 +116,7 @@ def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> int:
     any_bad, any_stop = dist.all_max(flags).tolist()
     if any_bad:
         why = "the loss or its gradient is not finite; nothing was changed by this step"
-        hint = "lower --optim.lr, add --optim.warmup-epochs, or try --precision fp32"
+        hint = "in a new --out, lower --optim.lr, add --optim.warmup-epochs or --precision fp32"
         raise ClsaError(f"step {step}", why, hint, Exit.UNHEALTHY)
     return int(any_stop)
 
@@ -134,14 +136,9 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
     )  # fmt: skip
     speaks, marks = dist.rank() == 0, (method.chance, method.floor)
     with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
-        judge = Judge(state, source, open_val(options.data, source.classes), run, journal)
+        judge = Judge(state, source, run, journal)
         saved = waiting = time.monotonic()
         reason = end_reason(state.step, last, run)
-        if not reason and options.method.queue_size > len(source):
-            journal.say(
-                f"the queue of {options.method.queue_size} keys holds pictures of your "
-                f"{len(source)} several times over: consider a smaller --method.queue-size"
-            )
         for crops in batches:
             waited = time.monotonic() - waiting
             if state.step == 0 and speaks:
@@ -149,19 +146,21 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
             stats = train_step(model, state, crops, run)
             journal.count(options.batch_size, waited)
             epoch, rest = divmod(state.step, run.steps_per_epoch)
-            reason = run.stop.reason(stats.stop) or end_reason(state.step, last, run)
+            reason = end_reason(state.step, last, run) or run.stop.reason(stats.stop)
+            if reason or not rest:
+                quarantine.share()
             if reason or not rest or state.step % options.log_every == 0:
                 journal.log(state.step, stats.numbers())
-            better = not rest and speaks and judge(epoch)
             if reason or not rest or time.monotonic() - saved > 60 * options.save_minutes:
+                better = not rest and judge(epoch)
+                if better:
+                    write_encoder(state, options, folder.best_encoder)
                 state.save(keep=not rest and _divides(options.keep_every, epoch), best=better)
+                journal.restart_clock()
                 saved = time.monotonic()
             if reason:
                 break
             waiting = time.monotonic()
-        if quarantine.reasons:
-            count = len(quarantine.reasons)
-            journal.say(f"{count} unreadable pictures were replaced: see quarantine.jsonl")
     return reason
 
 
@@ -184,21 +183,26 @@ def pretrain(options: RunOptions) -> Path:
         folder.check(options)
         source = open_source(options.data.data, "train", options.data)
         order = Order(len(source), options.batch_size, options.seed)
+        quarantine = Quarantine(source, folder.read_quarantine())
         method = METHODS[options.method.name](options).to(device)
-        optimizer = build_optimizer(method, options.optim)
-        state = State(method, optimizer, source.digest(), folder)
-        quarantine = Quarantine(source)
+        state = State(method, build_optimizer(method, options.optim), source.digest(), folder)
+        for skipped in state.resume():
+            print(f"passed over {skipped}", file=sys.stderr)
+        require_same_step(state.step, device)  # and every rank has checked before the first writes
+        if dist.rank() == 0:
+            folder.claim(options)
+            folder.cut_metrics(state.step)
+            if options.method.queue_size > len(source):
+                print(
+                    f"note: the queue ({options.method.queue_size}) is longer than the set "
+                    f"({len(source)}); try a smaller --method.queue-size",
+                    file=sys.stderr,
+                )
+        run = Run(options, device, order.steps_per_epoch, stop)
         with report_end(folder, state, quarantine):
-            for skipped in state.resume():
-                print(f"passed over {skipped}", file=sys.stderr)
-            dist.barrier()  # every rank has checked before the first one writes
-            if dist.rank() == 0:
-                folder.claim(options)
-                folder.cut_metrics(state.step)
-            run = Run(options, device, order.steps_per_epoch, stop)
             reason = fit(state, source, order, quarantine, run)
             if dist.rank() == 0:
-                write_encoder(state, options)
+                write_encoder(state, options, folder.encoder)
                 folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
             if reason not in ("finished", "max_steps", "max_minutes"):
                 what = f"stopped at step {state.step} of {run.num_steps}"
@@ -207,39 +211,61 @@ def pretrain(options: RunOptions) -> Path:
     return options.out
 
 
+def require_same_step(step: int, device: torch.device) -> None:
+    """Raise on every rank unless all resume at the same step (a shared folder is needed)."""
+    highest, lowest = dist.all_max(torch.tensor([step, -step], device=device)).tolist()
+    if highest != -lowest:
+        why = f"the processes found checkpoints of steps {-lowest} and {highest}"
+        raise ClsaError("cannot resume", why, "give all machines the same --out", Exit.NO_INPUT)
+
+
 @contextmanager
 def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Iterator[None]:
     """Leave `status.json` and `quarantine.jsonl` behind whatever happens."""
     try:
         yield
     except BaseException as error:
-        if dist.rank() == 0 and folder.path.is_dir():
-            code = error.code if isinstance(error, ClsaError) else Exit.BUG
-            folder.write_status(code, str(error) or type(error).__name__, state.step, True)
+        if dist.rank() == 0:
+            code = Exit.PREEMPTED if isinstance(error, KeyboardInterrupt) else Exit.BUG
+            code = error.code if isinstance(error, ClsaError) else code
+            with suppress(ClsaError):  # the disk may be what failed
+                folder.write_status(code, str(error) or type(error).__name__, state.step, True)
         raise
     finally:
-        if dist.rank() == 0 and quarantine.reasons and folder.path.is_dir():
-            folder.write_quarantine(
-                {quarantine.source.ids[i]: why for i, why in sorted(quarantine.reasons.items())}
-            )
+        if dist.rank() == 0 and quarantine.reasons:
+            with suppress(ClsaError):
+                folder.write_quarantine(quarantine.by_id())
+            print(f"{len(quarantine.reasons)} unreadable pictures were replaced: "
+                  "see quarantine.jsonl", file=sys.stderr)  # fmt: skip
 
 
 class Judge:
-    """The online probe: 20-NN accuracy after an epoch, where there are labels."""
+    """The online probe: 20-NN accuracy after an epoch, on rank 0, where there are labels.
 
-    def __init__(
-        self, state: State, source: Source, val: Source | None, run: Run, journal: Journal
-    ):
-        self.state, self.source, self.val, self.run, self.journal = state, source, val, run, journal
-        labelled = (source.labels >= 0).any() and len(source.classes) > 1
-        self.every = run.options.probe_every if labelled else 0
+    Raises:
+        ClsaError: before the first step, when `--val` is given and cannot judge.
+    """
+
+    def __init__(self, state: State, source: Source, run: Run, journal: Journal):
+        self.state, self.run, self.journal = state, run, journal
+        self.every = run.options.probe_every if dist.rank() == 0 else 0
+        if self.every and (source.labels >= 0).any():
+            try:
+                self.parts = split(source, open_val(run.options.data, source.classes), seed=0)
+            except ClsaError as error:
+                if run.options.data.val is not None:
+                    raise
+                journal.say(f"no online probe: {error}")
+                self.every = 0
+        else:
+            self.every = 0
 
     def __call__(self, epoch: int) -> bool:
         """Judge the encoder after `epoch` epochs if it is time; whether it is the best so far."""
         if not _divides(self.every, epoch):
             return False
         encoder, options = self.state.method.network.encoder, self.run.options
-        accuracy = probe(encoder, self.source, self.val, options.views, self.run.device)
+        accuracy = probe(encoder, self.parts, options.views, self.run.device)
         self.journal.write({"step": self.state.step, "epoch": epoch, "knn": accuracy})
         self.journal.say(f"epoch {epoch}: 20-NN {accuracy:.1f} %")
         better = accuracy > self.state.best
@@ -265,10 +291,10 @@ def parallel(method: Method, options: RunOptions) -> nn.Module:
 
 
 def draw_views(
-    source: Source, crops: data.Batch, specs: list[views.ViewSpec], run: Run, path: Path
+    source: Source, crops: data.Crops, specs: list[views.ViewSpec], run: Run, path: Path
 ) -> None:
     """Write the contact sheet: originals of the first batch with all their views."""
-    few = data.Batch(
+    few = data.Crops(
         [crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:])
     )
     drawn = make_views(few, specs, 0, run).views
@@ -282,8 +308,8 @@ def draw_views(
     files.write_atomic(path, lambda file: image.save(file, format="PNG"))
 
 
-def write_encoder(state: State, options: RunOptions) -> None:
-    """`encoder.safetensors`: the query encoder, with what is needed to use and to judge it."""
+def write_encoder(state: State, options: RunOptions, path: Path) -> None:
+    """The query encoder as safetensors, with what is needed to use and to judge it."""
     facts = checkpoint.EncoderFacts(
         model=options.model,
         views=options.views,
@@ -293,4 +319,4 @@ def write_encoder(state: State, options: RunOptions) -> None:
         step=state.step,
         data_digest=state.data_digest,
     )
-    checkpoint.save_encoder(state.folder.encoder, state.method.network.encoder, facts)
+    checkpoint.save_encoder(path, state.method.network.encoder, facts)

@@ -30,6 +30,7 @@ TINY = [
     "--recipe", "clsa-small", "--batch-size", "8", "--max-steps", "2",
     "--model.encoder", "resnet10-w32", "--views.size", "16", "--views.weak.sizes", "16",
     "--views.strong.sizes", "16", "--method.queue-size", "32", "--probe-every", "0",
+    "--model.norm-groups", "2",
     "--workers", "0", "--device", "cpu",
 ]  # fmt: skip
 TINY_PYTHON: dict[str, Any] = {
@@ -37,7 +38,7 @@ TINY_PYTHON: dict[str, Any] = {
     "batch_size": 8,
     "max_steps": 2,
     "views": {"size": 16, "weak": {"sizes": [16]}, "strong": {"sizes": [16]}},
-    "model": {"encoder": "resnet10-w32"},
+    "model": {"encoder": "resnet10-w32", "norm_groups": 2},
     "method": {"queue_size": 32},
     "probe_every": 0,
     "workers": 0,

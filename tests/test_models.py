@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from clsa.errors import ClsaError
@@ -41,8 +42,9 @@ def test_grouped_norm_equals_a_loop_over_groups_and_keeps_channels_last() -> Non
 
 
 def test_running_statistics_move_as_far_as_plain_batch_norm_moves_them() -> None:
-    norm = GroupedBatchNorm2d(3)
-    norm.groups = 4
+    module = nn.Sequential(nn.BatchNorm2d(3))
+    group_norms(module, 4)
+    norm = module[0]
     images = torch.randn(2, 3, 4, 4).repeat(4, 1, 1, 1)
     norm(images)
     plain = nn.BatchNorm2d(3)
@@ -89,13 +91,37 @@ def test_small_stem_keeps_the_resolution_of_a_resnet() -> None:
         build_encoder(ModelOptions(encoder="vit_tiny_patch16_224", small_stem=True), seed=0)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
-def test_any_timm_encoder_gives_features(name: str) -> None:
-    network = Network(ModelOptions(encoder=name, projector_hidden=32, projector_dim=16), seed=0)
-    rows = network(torch.randn(8, 3, 224, 224))
-    assert rows.shape == (8, 16)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(8))
-    assert feature_dim(network.encoder) == timm.create_model(name).num_features
+ENCODERS = ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "regnetx_002", "densenet121"]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_timm_encoder_gives_features_at_all_view_sizes(name: str) -> None:
+    options = ModelOptions(encoder=name, projector_hidden=32, projector_dim=16, norm_groups=2)
+    network = Network(options, seed=0, sizes=[96, 224])
+    assert network.training
+    for size in (224, 96):
+        rows = network(torch.randn(4, 3, size, size))
+        assert rows.shape == (4, 16)
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
+    width = timm.create_model(name, num_classes=0)(torch.zeros(1, 3, 224, 224)).shape[1]
+    assert feature_dim(network.encoder) == width
+
+
+def test_norms_with_activations_are_split_too() -> None:
+    """timm's BatchNormAct2d, as in EfficientNet and RegNet, equals a loop over groups."""
+    torch.manual_seed(0)
+    module, plain = nn.Sequential(BatchNormAct2d(8)), BatchNormAct2d(8)
+    group_norms(module, 4)
+    images = torch.randn(8, 8, 4, 4)
+    wanted = torch.cat([plain(images[2 * group : 2 * group + 2]) for group in range(4)])
+    torch.testing.assert_close(module(images), wanted)
+    assert (wanted >= 0).all()
+
+
+def test_a_view_size_that_the_encoder_refuses_is_named() -> None:
+    options = ModelOptions(encoder="mixer_s32_224")
+    with pytest.raises(ClsaError, match="does not take views of 96 pixels"):
+        Network(options, seed=0, sizes=[224, 96])
 
 
 def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator() -> None:

@@ -189,8 +189,8 @@ def command(*args: str) -> list[str]:
 def flags(pictures: Path, out: Path) -> list[str]:
     return (
         f"--data {pictures} --out {out} --batch-size 8 --views.size 16 --views.weak.sizes 16 "
-        "--views.strong.sizes 16 --method.queue-size 20 --probe-every 0 --device cpu --workers 1 "
-        "--resident-limit 1e-6"
+        "--views.strong.sizes 16 --model.norm-groups 2 --method.queue-size 20 --probe-every 0 "
+        "--device cpu --workers 1 --resident-limit 1e-6"
     ).split()
 
 

@@ -37,7 +37,8 @@ class MoCo(Method):
         super().__init__(options)
         self.view_specs = view_specs(options.views, options.method)
         self.num_weak = len(options.views.weak.sizes)
-        self.network = Network(options.model, options.seed)
+        sizes = [spec.size for spec in self.view_specs]
+        self.network = Network(options.model, options.seed, [*sizes, options.views.size])
         self.key_network = momentum_copy(self.network)
         dim = options.model.projector_dim
         self.queue = KeyQueue(self.options.queue_size, dim, options.seed)

@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clsa.errors import ClsaError, Exit
+from clsa.folder import RunFolder
+from clsa.journal import Journal
+
+
+def journal(folder: RunFolder, speaks: bool = True) -> Journal:
+    folder.path.mkdir(exist_ok=True)
+    return Journal(folder, 0, 4, 2, (8.38, 3.51), speaks)
+
+
+def test_metrics_and_tensorboard_hold_the_same_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with journal(folder) as log:
+        log.count(8, 0.0)
+        log.count(8, 0.0)
+        log.log(2, {"contrast": 7.5, "kl": 0.25, "lr": 0.1})
+        log.write({"step": 2, "epoch": 1, "knn": 40.0})
+    first, second = (json.loads(line) for line in folder.metrics.read_text().splitlines())
+    assert (first["step"], first["epoch"], first["contrast"]) == (2, 1.0, 7.5)
+    assert first["images_per_s"] > 0 and 0 <= first["data_wait"] <= 1
+    assert second == {"step": 2, "epoch": 1, "knn": 40.0}
+    board = EventAccumulator(str(folder.tensorboard))
+    board.Reload()
+    (event,) = board.Scalars("contrast")
+    assert (event.step, event.value) == (2, 7.5)
+    told = capsys.readouterr().err
+    assert "contrast 7.50 (chance 8.38, floor 3.51) · KL 0.250" in told and "step 2/4" in told
+
+
+def test_other_ranks_say_and_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with journal(folder, speaks=False) as log:
+        log.count(8, 0.0)
+        log.log(2, {"contrast": 7.5})
+        log.say("hello")
+    assert not folder.metrics.exists() and capsys.readouterr().err == ""
+
+
+def test_a_path_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.metrics.mkdir(parents=True)
+    with pytest.raises(ClsaError) as caught, journal(folder):
+        pass
+    assert caught.value.code == Exit.CANNOT_WRITE
