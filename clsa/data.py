@@ -5,8 +5,6 @@ worker processes. Both ways give the same boxes, the same replacements and, to 1
 pixels, whatever the number of workers and processes and wherever a run was resumed.
 """
 
-import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +14,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clsa import dist
+from clsa import dist, workers
 from clsa.decode import DecodeError
 from clsa.errors import ClsaError
 from clsa.geometry import centre_boxes, crop, crop_one, upload
@@ -32,12 +30,14 @@ from clsa.views import ViewSpec, crop_params
 EVAL_CHUNK = 256
 MAX_PENDING_BYTES = 64 << 20
 PREFETCH = 2
-WORKER_TIMEOUT_S = 300
 
 Result = TypeVar("Result")
+Cuts = tuple[Int64[np.ndarray, "b 4"], Bool[np.ndarray, "b"]]
+# From numbers, heights and widths of pictures to their boxes and flips.
+Cut = Callable[[Int64[np.ndarray, "b"], Int64[np.ndarray, "b"], Int64[np.ndarray, "b"]], Cuts]
 
 
-class Batch(NamedTuple):
+class Crops(NamedTuple):
     """This process's share of one global batch."""
 
     crops: list[Tensor]
@@ -58,7 +58,7 @@ def batches(
     device: torch.device,
     options: DataOptions,
     quarantine: Quarantine | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[Crops]:
     """The batches of steps first_step, ..., last_step - 1: this process's contiguous share of each.
 
     A picture that cannot be read is replaced (`candidates`) and noted in `quarantine`; `index`, and
@@ -66,7 +66,7 @@ def batches(
 
     Raises:
         ClsaError: 65 when too many pictures cannot be read; 2 when the batch does not divide among
-            the processes, or memory does not hold what was asked for.
+            the processes, or memory does not hold what was asked for; 74 when a worker fails.
     """
     world = dist.world_size()
     if order.batch_size % world:
@@ -78,7 +78,7 @@ def batches(
     images = _resident_images(source, options, device, quarantine)
     if images is not None:
         return _resident(plan, images, range(first_step, last_step), quarantine)
-    return _streamed(plan, range(first_step, last_step), device, options.workers, quarantine)
+    return _streamed(plan, range(first_step, last_step), device, options, quarantine)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class _Plan:
         index: Int64[np.ndarray, " b"],
         heights: Int64[np.ndarray, " b"],
         widths: Int64[np.ndarray, " b"],
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    ) -> list[Cuts]:
         """Boxes and flips of each view."""
         drawn = (self.order.seed, epoch, index, heights, widths, self.flip_probability)
         return [crop_params(spec, *drawn) for spec in self.specs]
@@ -130,7 +130,7 @@ def _resident_images(
             return error.reason
         if size is None:
             return torch.from_numpy(picture).permute(2, 0, 1)
-        return crop_one(picture, _centre(picture, 1.0), size, flip=False)
+        return _cut_one(picture, i, size, _centre(1.0))
 
     images = None
     for i, loaded in enumerate(_ahead(load, range(len(source)))):
@@ -153,7 +153,7 @@ def _resident_images(
 
 def _resident(
     plan: _Plan, images: UInt8[Tensor, "N 3 H W"], steps: range, quarantine: Quarantine
-) -> Iterator[Batch]:
+) -> Iterator[Crops]:
     height, width = images.shape[2:]
     heights, widths = np.full(plan.share, height), np.full(plan.share, width)
     for step in steps:
@@ -168,35 +168,41 @@ def _resident(
         chosen = images.index_select(0, upload([shown], images.device)[0]).float()
         cuts = zip(plan.specs, plan.cuts(epoch, index, heights, widths), strict=True)
         crops = [crop(chosen, boxes, spec.size, flip) for spec, (boxes, flip) in cuts]
-        yield Batch(crops, torch.from_numpy(index.copy()), plan.labels(shown))
+        yield Crops(crops, torch.from_numpy(index.copy()), plan.labels(shown))
 
 
 # ---- streamed
 
 
 def _streamed(
-    plan: _Plan, steps: range, device: torch.device, workers: int, quarantine: Quarantine
-) -> Iterator[Batch]:
-    if workers:
-        _require_shared_memory(plan, workers)
+    plan: _Plan, steps: range, device: torch.device, options: DataOptions, quarantine: Quarantine
+) -> Iterator[Crops]:
+    count = workers.num_workers(options.workers)
+    if count:
+        pixels = sum(spec.size**2 for spec in plan.specs) * plan.share
+        workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
     loader = DataLoader(
         _Steps(plan),
         batch_size=None,
         sampler=steps,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        timeout=WORKER_TIMEOUT_S if workers else 0,
-        worker_init_fn=_start_worker,
+        num_workers=count,
+        prefetch_factor=PREFETCH if count else None,
+        timeout=2 * workers.TIMEOUT_S if count else 0,  # after the worker's own deadline
+        worker_init_fn=workers.start,
         pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if count and sys.platform == "linux" else None,
         generator=torch.Generator(),  # its own, so that the caller's draws stay as they are
     )
-    for batch, reasons in loader:
-        quarantine.add(reasons)
-        if batch is None:
-            raise quarantine.error()
-        crops = [view.to(device, non_blocking=True) for view in batch.crops]
-        yield batch._replace(crops=crops)
+    with workers.failures():
+        stream = iter(loader)
+        if count:
+            workers.name_deaths()
+        for batch, reasons in stream:
+            quarantine.add(reasons)
+            if batch is None:
+                raise quarantine.error()
+            crops = [view.to(device, non_blocking=True) for view in batch.crops]
+            yield batch._replace(crops=crops)
 
 
 class _Steps(Dataset):
@@ -205,7 +211,11 @@ class _Steps(Dataset):
     def __init__(self, plan: _Plan):
         self.plan = plan
 
-    def __getitem__(self, step: int) -> tuple[Batch | None, dict[int, str]]:
+    def __getitem__(self, step: int) -> tuple[Crops | None, dict[int, str]]:
+        with workers.deadline():
+            return self._batch(step)
+
+    def _batch(self, step: int) -> tuple[Crops | None, dict[int, str]]:
         """The cut batch and the reasons of unreadable pictures; no batch when nothing replaces one.
 
         Pictures are decoded once and cut for all views in groups: few, as a batch of large
@@ -231,7 +241,7 @@ class _Steps(Dataset):
             if full or len(shown) == len(index):
                 self._cut(group, epoch, index, len(shown) - len(group), crops)
                 group.clear()
-        batch = Batch(crops, torch.from_numpy(index.copy()), plan.labels(np.array(shown)))
+        batch = Crops(crops, torch.from_numpy(index.copy()), plan.labels(np.array(shown)))
         return batch, reasons
 
     def _read(
@@ -259,38 +269,25 @@ class _Steps(Dataset):
                 view[start + row] = crop_one(picture, box, view.shape[-1], bool(flip))
 
 
-def _start_worker(_: int) -> None:
-    """One thread, and deaf to the signals of the process group: only the parent ends a worker."""
-    torch.set_num_threads(1)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _require_shared_memory(plan: _Plan, workers: int) -> None:
-    """Refuse at once what would end in a bus error: workers hand batches over in /dev/shm."""
-    if not os.path.isdir("/dev/shm"):
-        return
-    needed = sum(3 * spec.size**2 for spec in plan.specs) * plan.share * (PREFETCH * workers + 1)
-    status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize
-    if needed > free:
-        what = f"/dev/shm has {free >> 20} MB, the workers need {needed >> 20} MB"
-        raise ClsaError(what, "batches pass through it", "enlarge it or set workers to 0")
-
-
 # ---- evaluation
 
 
 def eval_images(
     source: Source, rows: Int64[np.ndarray, " n"], size: int, share: float, device: torch.device
 ) -> Iterator[tuple[Int64[np.ndarray, " b"], Float32[Tensor, "b 3 size size"]]]:
-    """Centre crops of the given pictures, in order; pictures that cannot be read are left out.
+    """`eval_crops` of the centre square whose side is `share` of the short side."""
+    return eval_crops(source, rows, size, _centre(share), device)
+
+
+def eval_crops(
+    source: Source, rows: Int64[np.ndarray, " n"], size: int, cut: Cut, device: torch.device
+) -> Iterator[tuple[Int64[np.ndarray, " b"], Float32[Tensor, "b 3 size size"]]]:
+    """One crop of each of the given pictures, in order; unreadable pictures are left out.
 
     Args:
         rows: numbers of pictures in the source.
         size: side of the result in pixels.
-        share: side of the centre square as a share of the short side.
+        cut: what to take of the pictures.
         device: where the crops are wanted.
 
     Yields:
@@ -300,18 +297,16 @@ def eval_images(
         for start in range(0, len(rows), EVAL_CHUNK):
             chunk = rows[start : start + EVAL_CHUNK]
             pictures = np.array(source.images[chunk].transpose(0, 3, 1, 2), order="C")
-            sides = np.full((2, len(chunk)), np.array(pictures.shape[2:])[:, None])
-            boxes = centre_boxes(sides[0], sides[1], share)
-            images = torch.from_numpy(pictures).to(device)
-            yield chunk, crop(images, boxes, size, np.zeros(len(chunk), bool))
+            heights, widths = np.tile(pictures.shape[2:], (len(chunk), 1)).T
+            boxes, flips = cut(chunk, heights, widths)
+            yield chunk, crop(torch.from_numpy(pictures).to(device), boxes, size, flips)
         return
 
     def load(i: int) -> UInt8[Tensor, "3 size size"] | None:
         try:
-            picture = source.read(i)
+            return _cut_one(source.read(i), i, size, cut)
         except DecodeError:
             return None
-        return crop_one(picture, _centre(picture, share), size, flip=False)
 
     kept: list[int] = []
     crops: list[UInt8[Tensor, "3 size size"]] = []
@@ -326,14 +321,28 @@ def eval_images(
             kept, crops = [], []
 
 
-def _centre(picture: UInt8[np.ndarray, "H W 3"], share: float) -> Int64[np.ndarray, "4"]:
-    height, width = picture.shape[:2]
-    return centre_boxes(np.array([height]), np.array([width]), share)[0]
+def _centre(share: float) -> Cut:
+    def cut(
+        index: Int64[np.ndarray, "b"],
+        heights: Int64[np.ndarray, "b"],
+        widths: Int64[np.ndarray, "b"],
+    ) -> Cuts:
+        return centre_boxes(heights, widths, share), np.zeros(len(index), bool)
+
+    return cut
+
+
+def _cut_one(
+    picture: UInt8[np.ndarray, "H W 3"], i: int, size: int, cut: Cut
+) -> UInt8[Tensor, "3 size size"]:
+    heights, widths = (np.array([side]) for side in picture.shape[:2])
+    (box,), (flip,) = cut(np.array([i], np.int64), heights, widths)
+    return crop_one(picture, box, size, bool(flip))
 
 
 def _ahead(function: Callable[[int], Result], items: Iterable[int]) -> Iterator[Result]:
     """`function` of each item, in order, computed by a few threads a little ahead."""
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(8, workers.num_cores())
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

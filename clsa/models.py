@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
@@ -60,10 +60,9 @@ def group_norms(module: nn.Module, groups: int) -> None:
     """
     for child in module.modules():
         if type(child) in GROUPED:
+            momentum = 1 - (1 - float(vars(child)["momentum"])) ** (1 / groups)
             child.__class__ = GROUPED[type(child)]
-            vars(child).update(
-                groups=groups, momentum=1 - (1 - (child.momentum or 0.0)) ** (1 / groups)
-            )
+            vars(child).update(groups=groups, momentum=momentum)
         elif isinstance(child, nn.BatchNorm2d) and groups > 1:
             raise ClsaError(
                 f"model.norm_groups {groups}",

@@ -18,7 +18,7 @@ FIVE_SMALL = {224: 32, 192: 28, 160: 24, 128: 20, 96: 16}
 def moco_v1() -> Overrides:
     """MoCo v1: linear projector, T 0.07, always jitter, no blur, rate to a tenth at 60 and 80 %.
 
-    `clsa pretrain --recipe moco-v1 --data IMAGENET`: 60.8 linear top-1 published; not measured here.
+    `clsa pretrain --recipe moco-v1 --data IMAGENET`: 60.8 published; not measured here.
     """
     return {
         "views": {
@@ -35,7 +35,7 @@ def moco_v2() -> Overrides:
     """MoCo v2: one weak query, keys in a queue, no strong views. The baseline of every table.
 
     `clsa pretrain --recipe moco-v2 --data IMAGENET`: 67.5 linear top-1 published, 53 h on 8 V100;
-    not measured here. `moco-v2-small` on clipart, 14 epochs: 20-NN +4.3 points (docs/evidence.md).
+    not measured here. `moco-v2-small` on clipart, 14 epochs: 20-NN +4.4 points (docs/evidence.md).
     """
     return {"views": {"strong": {"sizes": ()}}, "method": {"name": "moco", "bank": "queue"}}
 
@@ -43,7 +43,7 @@ def moco_v2() -> Overrides:
 def moco_multi() -> Overrides:
     """MoCo v2 with 5 weak queries (224 to 96) and batch keys: CLSA* without its divergence.
 
-    `clsa pretrain --recipe moco-multi --data IMAGENET`: nothing published for exactly this; AdCo with
+    `clsa pretrain --recipe moco-multi --data IMAGENET`: nothing published; AdCo with
     the same crops has 73.2. Not measured here.
     """
     views = {"weak": {"sizes": FIVE}, "strong": {"sizes": ()}}
@@ -55,7 +55,7 @@ def clsa_official() -> Overrides:
 
     `clsa pretrain --recipe clsa-official --data IMAGENET`: 69.4 linear top-1 published, 70 h on 8
     V100; not measured here. `clsa-small` on clipart, 14 epochs, about 4 minutes on 2 cores: 20-NN
-    +6.1 points, +5.0 on strong queries (docs/evidence.md).
+    +6.1 points, +5.9 on strong queries (docs/evidence.md).
     """
     return {
         "views": {"strong": {"sizes": (96,), "pool": "official"}},
@@ -91,7 +91,7 @@ def clsa_multi_paper() -> Overrides:
 def clsa_multi() -> Overrides:
     """CLSA* as its released code computes it: five weak and five strong queries, 5 + 25 terms.
 
-    `clsa pretrain --recipe clsa-multi --data IMAGENET`: 73.3 linear top-1 published, 166 h on 8 V100;
+    `clsa pretrain --recipe clsa-multi --data IMAGENET`: 73.3 published, 166 h on 8 V100;
     not measured here.
     """
     return merge(clsa_official(), {"views": {"weak": {"sizes": FIVE}, "strong": {"sizes": FIVE}}})

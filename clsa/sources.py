@@ -277,7 +277,7 @@ def _list(path: Path) -> Folder:
 def _npz(path: Path) -> Pictures:
     """Arrays `images`, `x` or `arr_0` (N,H,W[,C]) uint8; labels in `labels` or `y` if present."""
     try:
-        with NpzFile(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, NpzFile(file, allow_pickle=False) as arrays:
             key = next((key for key in ("images", "x", "arr_0") if key in arrays), None)
             if key is None:
                 why = f"no array `images`, `x` or `arr_0` (found: {', '.join(arrays) or 'none'})"

@@ -148,7 +148,7 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
             epoch, rest = divmod(state.step, run.steps_per_epoch)
             reason = end_reason(state.step, last, run) or run.stop.reason(stats.stop)
             if reason or not rest:
-                quarantine.share()
+                quarantine.share(run.device)
             if reason or not rest or state.step % options.log_every == 0:
                 journal.log(state.step, stats.numbers())
             if reason or not rest or time.monotonic() - saved > 60 * options.save_minutes:
@@ -204,6 +204,10 @@ def pretrain(options: RunOptions) -> Path:
             if dist.rank() == 0:
                 write_encoder(state, options, folder.encoder)
                 folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
+                if quarantine.reasons:
+                    count = len(quarantine.reasons)
+                    told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
+                    print(told, file=sys.stderr)
             if reason not in ("finished", "max_steps", "max_minutes"):
                 what = f"stopped at step {state.step} of {run.num_steps}"
                 hint = "the same command resumes it"
@@ -235,8 +239,6 @@ def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Itera
         if dist.rank() == 0 and quarantine.reasons:
             with suppress(ClsaError):
                 folder.write_quarantine(quarantine.by_id())
-            print(f"{len(quarantine.reasons)} unreadable pictures were replaced: "
-                  "see quarantine.jsonl", file=sys.stderr)  # fmt: skip
 
 
 class Judge:

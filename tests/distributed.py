@@ -27,7 +27,7 @@ def main(pictures: str, out: str, recipe: str, steps: int) -> None:
             "batch_size": 8,
             "precision": "fp32",
             "views": {"size": 16, "weak": {"sizes": (16,)}},
-            "model": {"projector_hidden": 32, "projector_dim": 16},
+            "model": {"projector_hidden": 32, "projector_dim": 16, "norm_groups": 2},
             "method": {"queue_size": 20},
         }
     )

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from pictures import encoded, jpeg_folder, photograph
 
-from clsa import data, dist
-from clsa.data import Batch, batches, eval_images
+from clsa import data, dist, workers
+from clsa.data import Crops, batches, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
 from clsa.options import DataOptions, MethodOptions, StrongViews, ViewOptions, WeakViews
 from clsa.order import Order, Quarantine, candidates
@@ -32,19 +33,19 @@ def collect(
     options: DataOptions = STREAMED,
     batch_size: int = 4,
     quarantine: Quarantine | None = None,
-) -> list[Batch]:
+) -> list[Crops]:
     order = Order(len(source), batch_size, seed=3)
     return list(batches(source, SPECS, 0.5, order, first, last, CPU, options, quarantine))
 
 
-def assert_equal(got: list[Batch], expected: list[Batch]) -> None:
+def assert_equal(got: list[Crops], expected: list[Crops]) -> None:
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a.index, b.index) and torch.equal(a.labels, b.labels)
         assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))
 
 
-def assert_close(got: list[Batch], expected: list[Batch]) -> None:
+def assert_close(got: list[Crops], expected: list[Crops]) -> None:
     """Equal to 1/255: the uint8 path rounds after each of its two passes."""
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
@@ -91,12 +92,6 @@ def test_every_picture_appears_once_an_epoch(photographs: Folder) -> None:
     assert served.tolist() == epochs[1].tolist()
 
 
-def test_a_batch_larger_than_the_set_is_refused() -> None:
-    with pytest.raises(ClsaError, match="at most 11") as caught:
-        Order(11, 12, seed=0)
-    assert caught.value.code == Exit.USAGE
-
-
 # ---- paths
 
 
@@ -129,8 +124,8 @@ def test_crops_are_the_drawn_boxes(photographs: Folder) -> None:
 
 def test_workers_do_not_change_a_bit(photographs: Folder) -> None:
     expected = collect(photographs, 0, 6)
-    for workers in (1, 2):
-        options = STREAMED.model_copy(update={"workers": workers})
+    for count in (1, 2):
+        options = STREAMED.model_copy(update={"workers": count})
         assert_equal(collect(photographs, 0, 6, options), expected)
 
 
@@ -194,7 +189,7 @@ def test_processes_share_a_batch_in_rank_order(
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         shares.append(collect(photographs, 0, 4, options))
     joined = [
-        Batch(
+        Crops(
             [torch.cat(pair) for pair in zip(a.crops, b.crops, strict=True)],
             torch.cat([a.index, b.index]),
             torch.cat([a.labels, b.labels]),
@@ -226,25 +221,25 @@ def test_workers_ignore_the_signals_of_the_group(photographs: Folder) -> None:
     before = children()
     running = batches(photographs, SPECS, 0.5, order, 0, 40, CPU, options)
     got = [next(running)]
-    workers = children() - before
-    assert workers
-    for worker in workers:
+    started = children() - before
+    assert started
+    for worker in started:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(worker, number)
     got += list(running)
     assert_equal(got, collect(photographs, 0, 40))
-    assert not children() & workers
+    assert not children() & started
 
 
 def children() -> set[int]:
-    """Processes whose parent is this one (Linux)."""
+    """Living processes whose parent is this one (Linux)."""
     found = set()
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             fields = Path(f"/proc/{name}/stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
-        if int(fields[1]) == os.getpid():
+        if int(fields[1]) == os.getpid() and fields[0] != "Z":
             found.add(int(name))
     return found
 
@@ -253,12 +248,75 @@ def test_an_abandoned_pass_ends_its_workers(photographs: Folder) -> None:
     before = children()
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 2})
-    running: Iterator[Batch] | None = batches(photographs, SPECS, 0.5, order, 0, 999, CPU, options)
+    running: Iterator[Crops] | None = batches(photographs, SPECS, 0.5, order, 0, 999, CPU, options)
     assert running is not None
     next(running)
     assert len(children() - before) == 2
     running = None
     assert not children() - before
+
+
+def test_a_killed_worker_ends_in_words(photographs: Folder) -> None:
+    before = children()
+    order = Order(len(photographs), 4, seed=3)
+    options = STREAMED.model_copy(update={"workers": 1})
+    running = batches(photographs, SPECS, 0.5, order, 0, 9999, CPU, options)
+    next(running)
+    (worker,) = children() - before
+    with pytest.raises(ClsaError, match="reading pictures failed") as caught:
+        os.kill(worker, signal.SIGKILL)  # the handler may raise here, outside `batches`
+        for _ in running:
+            pass
+    text = str(caught.value)
+    assert caught.value.code == Exit.IO and "--workers" in text and "\n" not in text
+
+
+def test_a_hanging_worker_ends_in_words(
+    photographs: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "TIMEOUT_S", 1)
+    monkeypatch.setattr(data._Steps, "_read", lambda *_: time.sleep(600))
+    before, began = children(), time.monotonic()
+    with pytest.raises(ClsaError, match="--batch-size") as caught:
+        collect(photographs, 0, 2, STREAMED.model_copy(update={"workers": 1}))
+    assert caught.value.code == Exit.IO
+    assert time.monotonic() - began < 30 and children() <= before
+
+
+def test_an_idle_worker_has_no_deadline(
+    photographs: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "TIMEOUT_S", 1)
+    order = Order(len(photographs), 4, seed=3)
+    options = STREAMED.model_copy(update={"workers": 1})
+    running = batches(photographs, SPECS, 0.5, order, 0, 5, CPU, options)
+    next(running)
+    time.sleep(1.5)
+    assert len(list(running)) == 4
+
+
+def test_what_workers_are_not_to_blame_for_stays_itself() -> None:
+    for error in (RuntimeError("CUDA out of memory"), ValueError("DataLoader")):
+        with pytest.raises(type(error)), workers.failures():
+            raise error
+    told = "Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback\nMemoryError"
+    workers.name_deaths()
+    for error in (MemoryError(told), MemoryError()):
+        with pytest.raises(ClsaError, match="- MemoryError -"), workers.failures():
+            raise error
+    workers._on_death(lambda *_: pytest.fail("a second failure was told"), signal.SIGCHLD, None)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"), [(1, 1, 1), (2, 1, 1), (6, 1, 5), (64, 1, 8), (64, 8, 7)]
+)
+def test_workers_are_the_share_of_the_cores_less_one(
+    cores: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert workers.num_workers(None) == expected
+    assert [workers.num_workers(given) for given in (0, 3, 12)] == [0, 3, 12]
 
 
 def test_too_little_shared_memory_is_said_before_the_first_step(photographs: Folder) -> None:
@@ -316,19 +374,6 @@ def test_bad_pictures_are_replaced_alike_on_every_path(equal_sized: Path) -> Non
             assert same == (i not in (0, 3, 8))
             replaced += not same
     assert replaced == 3 * 7  # each bad picture once an epoch, for seven epochs
-
-
-def test_replacements_are_spread_evenly() -> None:
-    order = Order(50, 5, seed=1)
-    first = []
-    for epoch in range(40):
-        for i in range(50):
-            tried = list(candidates(order, epoch, i))
-            assert tried[0] == i and len(tried) == 65 and set(tried) <= set(range(50))
-            first.append(tried[1])
-    counts = np.bincount(first, minlength=50)  # 2,000 draws: 40 of each expected
-    assert ((counts - 40) ** 2 / 40).sum() < 90  # chi-squared, 49 degrees: 0.03 % point is 88
-    assert (np.array(first) == np.tile((np.arange(50) + 1) % 50, 40)).mean() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -398,6 +443,28 @@ def test_evaluation_leaves_unreadable_pictures_out(
     assert all(len(rows) == len(images) for rows, images in chunks)
     rows = np.concatenate([rows for rows, _ in chunks])
     assert rows.tolist() == [0, 1, *range(3, 12)]
+
+
+def test_evaluation_cuts_what_it_is_told_on_both_paths(equal_sized: Path) -> None:
+    folder = open_source(str(equal_sized), "train", RESIDENT)
+    images = np.stack([folder.read(i) for i in range(len(folder))])
+    rows = np.array([5, 0, 13])
+
+    def cut(index: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> data.Cuts:
+        assert set(heights) == {40} and set(widths) == {48}
+        boxes = np.stack([index, 2 * index, heights // 2, widths // 3], 1)
+        return boxes, index % 2 == 1
+
+    for source in (folder, Pictures(images, folder.labels, [])):
+        ((kept, got),) = eval_crops(source, rows, 16, cut, CPU)
+        assert kept.tolist() == rows.tolist()
+        for i, crop in zip(rows, got, strict=True):
+            part = torch.from_numpy(images[i, i : i + 20, 2 * i : 2 * i + 16].copy())
+            expected = torch.nn.functional.interpolate(
+                part.permute(2, 0, 1)[None].float(), (16, 16), mode="bilinear", antialias=True
+            )[0]
+            expected = expected.flip(2) if i % 2 else expected
+            assert (crop.round() - expected.round()).abs().max() <= 1
 
 
 def test_scale_of_pictures_does_not_matter(tmp_path: Path) -> None:

@@ -81,8 +81,11 @@ def test_val_split_is_the_given_one(encoder_file: Path, pictures: Path, tmp_path
     assert len(pq.read_table(embed(options))) == 2
 
 
-def test_failure_leaves_no_file(encoder_file: Path, pictures: Path, tmp_path: Path) -> None:
-    options = EmbedOptions(run=encoder_file, out=tmp_path / "no" / "t.parquet", device="cpu")
+def test_missing_folders_are_made(encoder_file: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "er" / "t.parquet"
+    assert len(pq.read_table(embed(EmbedOptions(run=encoder_file, out=out, device="cpu")))) == 3
+    out = tmp_path / "cat" / "t.parquet"
+    (tmp_path / "cat").write_text("a file")
     with pytest.raises(ClsaError) as caught:
-        embed(options)
-    assert caught.value.code == Exit.CANNOT_WRITE
+        embed(EmbedOptions(run=encoder_file, out=out, device="cpu"))
+    assert caught.value.code == Exit.CANNOT_WRITE and (tmp_path / "cat").read_text() == "a file"

@@ -10,6 +10,7 @@ from torch import nn
 
 from clsa import checkpoint, models, sources
 from clsa.errors import ClsaError, Exit
+from clsa.evaluate import run as run_module
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.results import Record, append_records, read_records, table
 from clsa.evaluate.run import _spread, evaluate, probe
@@ -103,6 +104,41 @@ def test_pictures_without_labels_are_refused_with_a_remedy(run: Path, drawings: 
     assert caught.value.code == Exit.BAD_DATA and not (run / "results.json").exists()
 
 
+def test_foreign_classes_are_named(run: Path, drawings: Path, tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for path in sorted(drawings.glob("flag/*"))[:2]:
+            (tmp_path / "val" / name / path.name).write_bytes(path.read_bytes())
+    data = DataOptions(data=str(drawings), val=str(tmp_path / "val"))
+    with pytest.raises(ClsaError, match=r"none of its 4 pictures .*card, flag, icon") as caught:
+        evaluate(EvaluateOptions(run=run, data=data, device="cpu"))
+    assert caught.value.code == Exit.BAD_DATA
+
+
+def test_damaged_results_are_told_before_the_work(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "results.json").write_text("[{}]")
+    monkeypatch.setattr(run_module, "split", lambda *_: pytest.fail("began to work"))
+    with pytest.raises(ClsaError, match=r"results\.json - not a list of results") as caught:
+        evaluate(EvaluateOptions(run=run, device="cpu"))
+    assert caught.value.code == Exit.BAD_DATA and (run / "results.json").read_text() == "[{}]"
+
+
+def test_results_of_the_best_encoder_stand_beside_those_of_the_last(run: Path) -> None:
+    encoder, facts = checkpoint.load_encoder_facts(run)
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(0.5)
+    checkpoint.save_encoder(run / "encoder-best.safetensors", encoder, facts)
+    options = EvaluateOptions(run=run, protocols=("knn",), device="cpu")
+    last = evaluate(options)
+    best = evaluate(options.model_copy(update={"run": run / "encoder-best.safetensors"}))
+    digests = {r.encoder: r.encoder_digest for r in best}
+    assert digests["trained"] == checkpoint.digest(encoder.state_dict())
+    assert [r for r in best if r.encoder == "random"] == [r for r in last if r.encoder == "random"]
+    assert read_records(run / "results.json") == last + [r for r in best if r.encoder == "trained"]
+
+
 def test_split_prefers_the_sets_own_and_drops_the_unlabelled() -> None:
     images, labels = np.zeros((10, 4, 4, 3), np.uint8), np.array([0, 1, -1, 0, 1, 0, -1, 1, 0, 1])
     train, val = Pictures(images, labels, ["a", "b"]), Pictures(images[:3], labels[:3], ["a", "b"])
@@ -113,7 +149,7 @@ def test_split_prefers_the_sets_own_and_drops_the_unlabelled() -> None:
     assert not set(bank.ids) & set(queries.ids)
     with pytest.raises(ClsaError, match="4 of 10"):
         split(Pictures(images, np.where(labels == 0, -1, labels), ["a", "b"]), val, seed=0)
-    with pytest.raises(ClsaError, match="validation"):
+    with pytest.raises(ClsaError, match="no val picture"):
         split(train, Pictures(images[:1], np.array([-1]), ["a", "b"]), seed=0)
 
 
@@ -165,10 +201,11 @@ def test_unreadable_pictures_are_left_out(run: Path, drawings: Path, tmp_path: P
 def test_probe_gives_percent_and_keeps_the_train_mode(drawings: Path) -> None:
     source = sources.open_source(str(drawings), "train", DataOptions())
     encoder = models.build_encoder(MODEL, seed=0).train()
-    value = probe(encoder, source, None, VIEWS, CPU)
-    assert value == probe(encoder, source, None, VIEWS, CPU)
+    parts = split(source, None, seed=0)
+    value = probe(encoder, parts, VIEWS, CPU)
+    assert value == probe(encoder, parts, VIEWS, CPU)
     assert encoder.training and 100 / 3 < value <= 100
-    assert probe(encoder, source, source, VIEWS, CPU) >= value
+    assert probe(encoder, split(source, source, seed=0), VIEWS, CPU) >= value
     assert _spread(7, 3).tolist() == [0, 2, 4] and _spread(3, 7).tolist() == [0, 1, 2]
 
 

@@ -7,6 +7,7 @@ import random
 import struct
 import tarfile
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,12 +59,19 @@ def test_subfolders_are_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["b.png", "a.png"], ["one/b.png", "one/a.png"], ["x/a.png", "y/a.png", "loose.png"]]
+    "names", [["b.png", "a.png"], ["one/b.png", "one/a.png"], ["one/b.png", "loose.png"]]
 )
 def test_folders_without_labels(tmp_path: Path, names: list[str]) -> None:
     source = open_source(str(tree(tmp_path, names)), "train", OPTIONS)
     assert source.ids == sorted(names)
     assert source.classes == [] and source.labels.tolist() == [-1] * len(names)
+
+
+def test_loose_pictures_beside_classes_are_unlabelled(tmp_path: Path) -> None:
+    tree(tmp_path, ["x/a.png", "y/a.png", "loose.png", "z/none.txt"])
+    source = open_source(str(tmp_path), "train", OPTIONS)
+    assert source.ids == ["loose.png", "x/a.png", "y/a.png"]
+    assert source.classes == ["x", "y"] and source.labels.tolist() == [-1, 0, 1]
 
 
 def test_order_does_not_depend_on_the_listing(
@@ -236,6 +244,9 @@ def test_npz(tmp_path: Path, key: str) -> None:
     source = open_source(str(path), "train", OPTIONS)
     assert source.classes == ["a", "b", "c"] and source.labels.tolist() == [1, 0, 1, 2]
     np.testing.assert_array_equal(source.read(1), np.stack([images[1, ..., 0]] * 3, 2))
+    part = source.subset(np.array([2, 1]))
+    np.testing.assert_array_equal(part.read(1), source.read(1))
+    assert isinstance(part, Pictures) and part.images.strides[-1] == 0  # not three copies
     changed = images.copy()
     changed[0, 0, 0, 0] ^= 1
     first, second = Pictures(images, source.labels, []), Pictures(changed, source.labels, [])
@@ -257,9 +268,48 @@ def test_wrong_npz(tmp_path: Path) -> None:
     for arrays in wrong:
         np.savez(path, **arrays)
         assert opening(path)[1] == Exit.USAGE
-    for junk in (b"", b"junk", path.read_bytes()[:-40]):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images", b"no array")
+    assert opening(path)[1] == Exit.USAGE
+    np.savez(path, x=images)
+    whole = path.read_bytes()
+    spoilt = whole.replace(bytes(100), b"\1" * 100, 1)  # its checksum no longer holds
+    for junk in (b"", b"junk", whole[:-40], spoilt):
         path.write_bytes(junk)
-        assert opening(path)[1] == Exit.USAGE
+        text, code = opening(path)
+        assert "damaged" in text and code == Exit.BAD_DATA
+    np.save(path.with_suffix(".npy"), images)
+    path.with_suffix(".npy").rename(path)
+    assert opening(path)[1] == Exit.BAD_DATA
+
+
+def test_an_npz_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "set.npz"
+    np.savez(path, x=np.zeros((3, 4, 4, 3), np.uint8))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # root may read everything
+    text, code = opening(path)
+    assert "Permission denied" in text and code == Exit.NO_INPUT
+
+
+def test_sets_of_no_pictures(tmp_path: Path) -> None:
+    tree(tmp_path / "tree", ["a/1.png", "b/1.png"])
+    np.savez(tmp_path / "none.npz", x=np.zeros((0, 4, 4, 3), np.uint8))
+    (tmp_path / "list.txt").write_text("\n")
+    (tmp_path / "empty").mkdir()
+    for spec in ("none.npz", "list.txt", "empty"):
+        text, code = opening(tmp_path / spec)
+        assert f"{spec} - holds no pictures - " in text and code == Exit.NO_INPUT
+        options = DataOptions(data=str(tmp_path / "tree"), val=str(tmp_path / spec))
+        text, code = failure(lambda options=options: open_val(options, ["a", "b"]))
+        assert "holds no pictures" in text and code == Exit.NO_INPUT
+    chosen = tmp_path / "classes.txt"
+    chosen.write_text("\n")
+    text, code = opening(tmp_path / "tree", DataOptions(class_list=chosen))
+    assert "no pictures of the classes in" in text and code == Exit.NO_INPUT
 
 
 # ---- what cannot be opened
@@ -329,6 +379,15 @@ def test_fashion_mnist(tmp_path: Path) -> None:
         assert source.labels.tolist() == labels.tolist() and source.classes[9] == "Ankle boot"
         for i, image in enumerate(images):
             np.testing.assert_array_equal(source.read(i), np.stack([image] * 3, 2))
+
+    for packed in tmp_path.glob("t10k*.gz"):
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+    val = open_source(f"fashion-mnist:{tmp_path}", "val", OPTIONS)
+    assert val.labels.tolist() == stored["t10k"][1].tolist()
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    text, code = failure(lambda: open_source(f"fashion-mnist:{tmp_path}", "val", OPTIONS))
+    assert "t10k-labels-idx1-ubyte - No such file" in text and code == Exit.NO_INPUT
 
     path = tmp_path / "train-images-idx3-ubyte.gz"
     good = gzip.decompress(path.read_bytes())

@@ -47,13 +47,18 @@ def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
 def test_resume_is_bitwise_after_three_stops_in_one_epoch_with_other_worker_counts(
     pictures: Path, tmp_path: Path
 ) -> None:
-    pretrain(options(pictures, tmp_path / "whole"))
+    pretrain(options(pictures, tmp_path / "whole", log_every=1))
     whole = run_digest(tmp_path / "whole")
     for stop, workers in ((1, 0), (3, 1), (4, 2), (None, 0)):
         torch.manual_seed(workers + 17)  # no global generator may matter
         pretrain(
             options(
-                pictures, tmp_path / "cut", max_steps=stop, data={"workers": workers}, probe_every=1
+                pictures,
+                tmp_path / "cut",
+                max_steps=stop,
+                data={"workers": workers},
+                probe_every=1,
+                log_every=1,
             )
         )
     assert run_digest(tmp_path / "cut") == whole

@@ -25,7 +25,7 @@ def embed(options: EmbedOptions) -> Path:
     those of the source, relative to its folder; bytes that are not UTF-8 are written as `\\xNN`.
 
     Returns:
-        The path of the table, which appears when it is whole.
+        The path of the table, which appears when it is whole; missing folders are made.
     """
     import pyarrow as pa  # slow to import, needed nowhere else
     import pyarrow.parquet as pq
@@ -63,6 +63,8 @@ def embed(options: EmbedOptions) -> Path:
         if unreadable:
             logging.getLogger("clsa").warning("%d pictures cannot be read", unreadable)
 
+    with files.output_errors(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     with frozen(encoder):
         files.write_atomic(options.out, write)
     return options.out

@@ -1,23 +1,18 @@
 """Features of a frozen encoder: of centre crops, or of strongly augmented views."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from clsa import checkpoint, color, views
-from clsa.data import eval_images
-from clsa.decode import DecodeError
+from clsa.data import EVAL_CHUNK, Cuts, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
-from clsa.geometry import crop_one
 from clsa.options import ViewOptions
 from clsa.sources import Source
-
-CHUNK = 256
 
 
 @contextmanager
@@ -61,7 +56,7 @@ def extract(
     rows: Int64[np.ndarray, "n"],
     options: ViewOptions,
     device: torch.device,
-    batch_size: int = CHUNK,
+    batch_size: int = EVAL_CHUNK,
     strong_seed: int | None = None,
 ) -> tuple[Int64[np.ndarray, "m"], Float32[Tensor, "m F"]]:
     """Features of the given pictures, which should be extracted inside `frozen(encoder)`.
@@ -109,22 +104,13 @@ def _strong_views(
 ) -> Iterator[tuple[Int64[np.ndarray, "b"], Float32[Tensor, "b 3 S S"]]]:
     recipe, spec = views.strong_eval_options(options), views.strong_eval_spec(options)
 
-    def load(i: int) -> UInt8[Tensor, "3 S S"] | None:
-        try:
-            picture = source.read(i)
-        except DecodeError:
-            return None
-        height, width = (np.array([side]) for side in picture.shape[:2])
-        drawn = np.array([i], np.int64), height, width
-        (box,), (flip,) = views.crop_params(spec, seed, 0, *drawn, recipe.weak.flip)
-        return crop_one(picture, box, spec.size, bool(flip))
+    def cut(
+        index: Int64[np.ndarray, "b"],
+        heights: Int64[np.ndarray, "b"],
+        widths: Int64[np.ndarray, "b"],
+    ) -> Cuts:
+        return views.crop_params(spec, seed, 0, index, heights, widths, recipe.weak.flip)
 
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            loaded = list(zip(chunk.tolist(), pool.map(load, chunk.tolist()), strict=True))
-            numbers = np.array([i for i, crop in loaded if crop is not None], np.int64)
-            crops = [crop for _, crop in loaded if crop is not None]
-            if crops:
-                params = views.sample(recipe, spec, seed, 0, numbers)
-                yield numbers, views.pixels(torch.stack(crops).to(device), params, recipe, spec)
+    for numbers, crops in eval_crops(source, rows, spec.size, cut, device):
+        params = views.sample(recipe, spec, seed, 0, numbers)
+        yield numbers, views.pixels(crops, params, recipe, spec)

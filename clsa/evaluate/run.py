@@ -15,7 +15,7 @@ from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.knn import knn, knn_predict
 from clsa.evaluate.linear import linear
 from clsa.evaluate.linear_fast import linear_fast
-from clsa.evaluate.results import Record, accuracies, append_records
+from clsa.evaluate.results import Record, accuracies, append_records, read_records
 from clsa.evaluate.split import Split, split
 from clsa.models import build_encoder
 from clsa.options import DataOptions, EvaluateOptions, ViewOptions
@@ -99,12 +99,15 @@ SETTINGS = {
 def evaluate(options: EvaluateOptions) -> list[Record]:
     """Judge a run's encoder by every protocol of `options`, beside its random initialisation.
 
-    The records go to results.json in the run folder too. Weights and batch-norm statistics are
-    checked to be the same before and after.
+    The records go to results.json too, in the run folder or beside the encoder's file. Weights and
+    batch-norm statistics are checked to be the same before and after.
 
     Raises:
-        ClsaError: without an encoder, without pictures, or without labels.
+        ClsaError: without an encoder, without pictures, or without labels; 65 when there is a
+            results.json that holds something else.
     """
+    results = (options.run if options.run.is_dir() else options.run.parent) / "results.json"
+    read_records(results)  # a damaged one is reported before the work, not after it
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
     views, data = facts.views, data_of(options.data, facts)
@@ -129,8 +132,7 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
                     )
                     for metric, value in found.items()
                 ]  # fmt: skip
-    folder = options.run if options.run.is_dir() else options.run.parent
-    append_records(folder / "results.json", records)
+    append_records(results, records)
     return records
 
 
@@ -147,22 +149,16 @@ def data_of(given: DataOptions, facts: checkpoint.EncoderFacts) -> DataOptions:
     return DataOptions.parse(values, "encoder.safetensors: data")
 
 
-def probe(
-    encoder: nn.Module,
-    train: sources.Source,
-    val: sources.Source | None,
-    views: ViewOptions,
-    device: torch.device,
-) -> float:
+def probe(encoder: nn.Module, parts: Split, views: ViewOptions, device: torch.device) -> float:
     """Top-1 in percent of weighted 20-NN on centre crops, cheap enough for every epoch.
 
-    At most 10,000 pictures in the bank and 2,000 queries, spread evenly over the set. Always the
-    same pictures: seed 0 draws the hold-out where there is no `val`.
+    At most 10,000 pictures in the bank and 2,000 queries, spread evenly over the set: always the
+    same ones.
 
     Args:
         encoder: in any mode; left as it was.
     """
-    bank, queries, _ = split(train, val, seed=0)
+    bank, queries, _ = parts
     with frozen(encoder):
         rows, known = extract(encoder, bank, _spread(len(bank), PROBE_BANK), views, device)
         asked, features = extract(

@@ -10,6 +10,7 @@ from clsa.errors import ClsaError, Exit
 from clsa.sources import Source
 
 MIN_LABELLED = 5
+MAX_NAMED = 5
 
 
 class Split(NamedTuple):
@@ -55,17 +56,17 @@ def split(train: Source, val: Source | None, seed: int) -> Split:
     """
     labelled = np.flatnonzero(train.labels >= 0)
     if len(labelled) < MIN_LABELLED:
-        raise _too_few(f"{len(labelled)} of {len(train)} training pictures have labels")
-    bank = train.subset(labelled)
+        why = f"{len(labelled)} of {len(train)} training pictures have labels"
+        step = "put pictures in one subfolder a class, or use a list file of `path<tab>label`"
+        raise ClsaError("too few labels to judge features", why, step, Exit.BAD_DATA)
     if val is None:
-        kept, held = hold_out(len(bank), seed, slot=0)
-        return Split(bank.subset(kept), bank.subset(held), "holdout")
+        kept, held = hold_out(len(labelled), seed, slot=0)
+        return Split(train.subset(labelled[kept]), train.subset(labelled[held]), "holdout")
     known = np.flatnonzero(val.labels >= 0)
     if not len(known):
-        raise _too_few("no validation picture has a label that the training pictures have")
-    return Split(bank, val.subset(known), "val")
-
-
-def _too_few(why: str) -> ClsaError:
-    step = "put pictures in one subfolder a class, or use a list file of `path<tab>label`"
-    return ClsaError("too few labels to judge features", why, step, Exit.BAD_DATA)
+        names = ", ".join(train.classes[:MAX_NAMED])
+        names += ", ..." if len(train.classes) > MAX_NAMED else ""
+        why = f"none of its {len(val)} pictures is of a class of the training pictures ({names})"
+        raise ClsaError("no val picture to judge features on", why, "name classes alike in both",
+                        Exit.BAD_DATA)  # fmt: skip
+    return Split(train.subset(labelled), val.subset(known), "val")
