@@ -38,7 +38,9 @@ class InGroups:
         normalise = super().forward  # pyright: ignore[reportAttributeAccessIssue]
         if not self.training or self.groups == 1:  # pyright: ignore[reportAttributeAccessIssue]
             return normalise(x)
-        return torch.cat([normalise(part) for part in x.tensor_split(self.groups)])
+        sizes = [(len(x) + place) // self.groups for place in range(self.groups)]
+        # split, not tensor_split: its backward is one cat, not a filled tensor a group
+        return torch.cat([normalise(part) for part in x.split(sizes)])
 
 
 class GroupedBatchNorm2d(InGroups, nn.BatchNorm2d):
