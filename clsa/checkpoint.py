@@ -111,6 +111,8 @@ def _load_verified(manifest: Path) -> dict[str, Any]:
             raise ValueError("sha256 mismatch")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, OSError):
+        raise
     except Exception as error:  # a hostile file may fail anywhere
         why = "holds more than tensors and plain values"
         raise ClsaError(str(path), why, "remove it", Exit.UNTRUSTED) from error
@@ -155,7 +157,9 @@ def run_digest(run: Path) -> str:
 def save_encoder(path: Path, encoder: nn.Module, facts: EncoderFacts) -> None:
     """Write the encoder's weights as safetensors, with `facts` as JSON in its metadata."""
     tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    data = safetensors.torch.save(tensors, metadata={"clsa": facts.model_dump_json()})
+    data = safetensors.torch.save(
+        tensors, metadata={"clsa": json.dumps(facts.model_dump(), default=str)}
+    )
     files.write_atomic(path, lambda file: file.write(data))
 
 
@@ -171,7 +175,7 @@ def load_encoder_facts(path: Path) -> tuple[nn.Module, EncoderFacts]:
         raise ClsaError(str(file), "no such readable file", hint, Exit.NO_INPUT)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:  # pyright: ignore
-            facts = EncoderFacts.model_validate_json((opened.metadata() or {})["clsa"])
+            facts = EncoderFacts.model_validate(json.loads((opened.metadata() or {})["clsa"]))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         encoder = build_encoder(facts.model, seed=0)
         encoder.load_state_dict(tensors)

@@ -14,7 +14,7 @@ from clsa import __version__
 from clsa.config import Config, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.options import DemoOptions, EmbedOptions, EvaluateOptions, RunOptions
-from clsa.recipes import NAMES, resolve
+from clsa.recipes import NAMES, overrides_of, resolve
 
 Options = TypeVar("Options", bound=Config)
 
@@ -23,6 +23,10 @@ def pretrain(args: list[str]) -> None:
     """Learn an encoder from pictures; the same command again resumes the run."""
     path, recipe = _value_of("--config", args), _value_of("--recipe", args)
     values: dict[str, Any] = {} if path is None else read_yaml(Path(path))
+    resolved = set(RunOptions.model_fields) <= set(values)
+    if recipe and resolved and values["recipe"] != recipe:
+        why = f"{path} was resolved from {values['recipe']} and sets every option"
+        raise ClsaError(f"--recipe {recipe}", why, "leave out one of the two")
     values = merge(values, {"recipe": recipe} if recipe else {})
     options = _parse("pretrain", RunOptions, args, resolve(values, path or "options"))
     from clsa.train import pretrain as run
@@ -48,6 +52,8 @@ def evaluate(args: list[str]) -> None:
     from clsa.evaluate.run import evaluate as run
 
     _print_table(run(options))
+    folder = options.run if options.run.is_dir() else options.run.parent
+    print(f"All records: {folder / 'results.json'}")
 
 
 def embed(args: list[str]) -> None:
@@ -64,6 +70,7 @@ def demo(args: list[str]) -> None:
     from clsa.evaluate.run import evaluate as judge
     from clsa.train import pretrain as run
 
+    overrides_of(options.recipe)  # is there such a recipe?
     if not options.recipe.endswith("-small"):
         why = "too large for the demo"
         raise ClsaError(f"recipe {options.recipe}", why, f"use {options.recipe}-small")

@@ -14,7 +14,7 @@ import torch.distributed as td
 from jaxtyping import Float
 from torch import Tensor
 
-from clsa.errors import ClsaError
+from clsa.errors import ClsaError, Exit
 
 
 def rank() -> int:
@@ -71,6 +71,11 @@ def process_group(device: torch.device, timeout_s: float = 3600.0) -> Iterator[N
     td.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield
+    except RuntimeError as error:
+        if "onnection" not in str(error):
+            raise
+        what, why = "another process ended", "its own message tells why"
+        raise ClsaError(what, why, "mend that and run again", Exit.IO) from error
     finally:
         td.destroy_process_group()
 
@@ -95,9 +100,3 @@ def all_max(value: Tensor) -> Tensor:
     if world_size() > 1:
         td.all_reduce(value, op=td.ReduceOp.MAX)
     return value
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
-        td.barrier()

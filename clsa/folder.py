@@ -80,10 +80,11 @@ class RunFolder:
     def read_quarantine(self) -> dict[str, str]:
         """What an earlier start of the run wrote there."""
         path = self.path / "quarantine.jsonl"
-        if not path.is_file():
-            return {}
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return {line["path"]: line["reason"] for line in lines}
+        try:
+            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            return {str(line["path"]): str(line["reason"]) for line in lines}
+        except (OSError, ValueError, LookupError, TypeError):
+            return {}  # none, or damaged: it is found out again
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of `metrics.jsonl` that lie after `step`, where a resumed run starts."""

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from timm.layers.drop import DropPath
 from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def group_norms(module: nn.Module, groups: int) -> None:
             momentum = 1 - (1 - float(vars(child)["momentum"])) ** (1 / groups)
             child.__class__ = GROUPED[type(child)]
             vars(child).update(groups=groups, momentum=momentum)
-        elif isinstance(child, nn.BatchNorm2d) and groups > 1:
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and groups > 1:
             raise ClsaError(
                 f"model.norm_groups {groups}",
                 f"the encoder's {type(child).__name__} cannot be split",
@@ -77,7 +78,8 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
     """Encoder of `options` with random weights from `seed`: (B, 3, S, S) -> (B, F) features.
 
     ResNets start with ones in the last norm of each block, as torchvision's and MoCo's do; timm's
-    default is zeros.
+    default is zeros. Dropout and stochastic depth are switched off: they would draw from a global
+    generator, and no method here asks for them.
 
     Raises:
         ClsaError: for an unknown encoder, or a small stem where there is no ResNet.
@@ -87,6 +89,11 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
         encoder = _create(options.encoder)
         if options.small_stem and options.encoder != SMALL:
             _shrink_stem(encoder, options.encoder)
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
     return encoder.to(memory_format=torch.channels_last)
 
 

@@ -38,8 +38,8 @@ class DataOptions(Config):
     resident_size: Annotated[int, pydantic.Field(ge=8)] | None = None
     """Resize every picture once (short side, centre square, in pixels); keep the set resident."""
     workers: Annotated[int, pydantic.Field(ge=0)] | None = None
-    """Processes that decode pictures when the set is streamed (default: one fewer than the cores,
-    at most 8)."""
+    """Processes that decode pictures when the set is streamed (default: one fewer than the
+    process's share of the cores, at most 8)."""
 
 
 class WeakViews(Config):
@@ -102,7 +102,8 @@ class ModelOptions(Config):
     projector_dim: Count = 128
     """Length of the projections that are compared."""
     norm_groups: Count = 8
-    """Batch norm takes its statistics over this many groups of the global batch (MoCo's 8 GPUs)."""
+    """Batch norm takes its statistics over this many groups of the global batch (MoCo's 8 GPUs),
+    at least one a process."""
 
 
 class MethodOptions(Config):

@@ -4,7 +4,7 @@ Both are pure functions of (seed, epoch, index): there is no position to save.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int64
 
 from clsa import dist, rng
+from clsa.decode import DecodeError
 from clsa.errors import ClsaError, Exit
 from clsa.sources import Source
 
@@ -66,12 +67,21 @@ def _permutation(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " N"]:
     return rng.permutation(seed, epoch, count)
 
 
+def _reason(source: Source, i: int) -> str:
+    """Why a picture cannot be read, or an empty string."""
+    try:
+        source.read(i)
+    except DecodeError as error:
+        return error.reason
+    return ""
+
+
 class Quarantine:
     """Pictures that could not be read, with their reasons; too many end the run.
 
     Args:
-        known: reasons by path or name, as `by_id` gave them to an earlier start of the run; what
-            the source or `REASONS` lack is ignored.
+        known: paths or names that an earlier start of the run could not read. They are tried
+            again, so that mended pictures count no more.
 
     Attributes:
         reasons: reason by number in the source.
@@ -80,13 +90,13 @@ class Quarantine:
         ClsaError: 65 when the known ones alone are too many.
     """
 
-    def __init__(self, source: Source, known: Mapping[str, str] | None = None):
+    def __init__(self, source: Source, known: Collection[str] = ()):
         self.source = source
         self.reasons: dict[int, str] = {}
         self.budget = max(10, len(source) // 1000)
         if known:
-            given = {i: known.get(name) for i, name in enumerate(source.ids)}
-            self.add({i: reason for i, reason in given.items() if reason in REASONS})
+            tried = {i: _reason(source, i) for i, name in enumerate(source.ids) if name in known}
+            self.add({i: reason for i, reason in tried.items() if reason})
 
     def add(self, reasons: dict[int, str]) -> None:
         """Note unreadable pictures.

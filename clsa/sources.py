@@ -179,10 +179,14 @@ def open_val(options: DataOptions, classes: list[str]) -> Source | None:
     """Pictures to evaluate on: `options.val`, or else the set's own test split; None without one.
 
     Labels are numbered as in `classes`, those of the training pictures; -1 for a class they lack.
+    With no `classes` (unlabelled training pictures) its own stay.
     """
     own = _name(options.data) in NAMED or _has_splits(options.data)
     spec = options.val or (options.data if own else None)
-    return open_source(spec, "val", options).with_classes(classes) if spec else None
+    if not spec:
+        return None
+    source = open_source(spec, "val", options)
+    return source.with_classes(classes) if classes else source
 
 
 def _name(spec: str) -> str:

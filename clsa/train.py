@@ -152,7 +152,7 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
             if reason or not rest or state.step % options.log_every == 0:
                 journal.log(state.step, stats.numbers())
             if reason or not rest or time.monotonic() - saved > 60 * options.save_minutes:
-                better = not rest and judge(epoch)
+                better = not rest and speaks and judge(epoch)
                 if better:
                     write_encoder(state, options, folder.best_encoder)
                 state.save(keep=not rest and _divides(options.keep_every, epoch), best=better)
@@ -186,10 +186,11 @@ def pretrain(options: RunOptions) -> Path:
         quarantine = Quarantine(source, folder.read_quarantine())
         method = METHODS[options.method.name](options).to(device)
         state = State(method, build_optimizer(method, options.optim), source.digest(), folder)
-        for skipped in state.resume():
-            print(f"passed over {skipped}", file=sys.stderr)
+        passed_over = state.resume()
         require_same_step(state.step, device)  # and every rank has checked before the first writes
         if dist.rank() == 0:
+            for skipped in passed_over:
+                print(f"passed over {skipped}", file=sys.stderr)
             folder.claim(options)
             folder.cut_metrics(state.step)
             if options.method.queue_size > len(source):
@@ -233,7 +234,9 @@ def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Itera
             code = Exit.PREEMPTED if isinstance(error, KeyboardInterrupt) else Exit.BUG
             code = error.code if isinstance(error, ClsaError) else code
             with suppress(ClsaError):  # the disk may be what failed
-                folder.write_status(code, str(error) or type(error).__name__, state.step, True)
+                resumable = code in (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)
+                reason = str(error) or type(error).__name__
+                folder.write_status(code, reason, state.step, resumable)
         raise
     finally:
         if dist.rank() == 0 and quarantine.reasons:
@@ -250,17 +253,18 @@ class Judge:
 
     def __init__(self, state: State, source: Source, run: Run, journal: Journal):
         self.state, self.run, self.journal = state, run, journal
-        self.every = run.options.probe_every if dist.rank() == 0 else 0
-        if self.every and (source.labels >= 0).any():
+        self.every = run.options.probe_every
+        given = run.options.data.val is not None
+        if not given and not (source.labels >= 0).any():
+            self.every = 0
+        if self.every:
             try:
                 self.parts = split(source, open_val(run.options.data, source.classes), seed=0)
             except ClsaError as error:
-                if run.options.data.val is not None:
+                if given:
                     raise
                 journal.say(f"no online probe: {error}")
                 self.every = 0
-        else:
-            self.every = 0
 
     def __call__(self, epoch: int) -> bool:
         """Judge the encoder after `epoch` epochs if it is time; whether it is the best so far."""

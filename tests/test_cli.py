@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from clsa.archives import CLIPART
 from clsa.cli import COMMANDS, main
 from clsa.config import Config
 from clsa.errors import Exit
-from clsa.recipes import FULL, NAMES
+from clsa.recipes import FULL, NAMES, resolve
 
 TINY = [
     "--recipe", "clsa-small", "--batch-size", "8", "--max-steps", "2",
@@ -497,3 +498,40 @@ def test_python_names_unknown_options_too(drawings: Path, tmp_path: Path) -> Non
     with pytest.raises(AttributeError, match="has no attribute 'pretrian'"):
         clsa.pretrian  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
     assert all(getattr(clsa, name) is not None for name in clsa.__all__)
+
+
+def test_demo_refuses_unknown_and_large_recipes(command: Command) -> None:
+    assert "did you mean clsa-small?" in refusal(command("demo", "--recipe", "clsa-smal"))[1]
+    assert "use clsa-multi-small" in refusal(command("demo", "--recipe", "clsa-multi"))[1]
+
+
+def test_a_resolved_config_does_not_take_another_recipe(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(resolve({"recipe": "clsa-small"}).to_yaml())
+    code, text = refusal(command("pretrain", "--config", file, "--recipe", "moco-v2-small"))
+    assert code == Exit.USAGE and "was resolved from clsa-small" in text
+
+
+def test_names_that_are_not_utf_8_go_through(
+    drawings: Path, command: Command, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    shutil.copytree(drawings, odd)
+    code, _, err = command("pretrain", "--data", odd, "--out", tmp_path / "run", *TINY)
+    assert code == 0, err
+    assert command("evaluate", tmp_path / "run", "--protocols", "knn")[0] == 0
+
+
+def test_unlabelled_pictures_are_judged_on_a_labelled_val(
+    drawings: Path, command: Command, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in drawings.rglob("*.webp"):
+        shutil.copy(path, flat)
+    args = ["--data", flat, "--val", drawings, *TINY, "--probe-every", "1", "--epochs", "1"]
+    args[args.index("--max-steps") + 1] = "5"
+    code, _, err = command("pretrain", "--out", tmp_path / "run", *args)
+    assert code == 0 and "20-NN" in err, err
+    code, out, err = command("evaluate", tmp_path / "run", "--protocols", "knn")
+    assert code == 0 and "val-holdout" in out, err

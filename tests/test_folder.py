@@ -70,6 +70,8 @@ def test_quarantine_is_read_back(tmp_path: Path) -> None:
     reasons = {"a.jpg": "empty", "caf\udce9.jpg": "truncated"}
     folder.write_quarantine(reasons)
     assert folder.read_quarantine() == reasons
+    (folder.path / "quarantine.jsonl").write_text('{"path": "a.jpg", "rea')
+    assert folder.read_quarantine() == {}
 
 
 def test_status_says_how_it_ended(tmp_path: Path) -> None:

@@ -163,3 +163,17 @@ def test_keys_come_back_in_order_and_their_groups_hold_other_images() -> None:
     shuffled = encode_shuffled(network, images, 0, 5)
     assert not torch.allclose(shuffled, straight, atol=1e-3)
     assert not shuffled.requires_grad
+
+
+def test_no_encoder_draws_from_a_global_generator() -> None:
+    """timm's Swin comes with stochastic depth, which no seed of ours would reach."""
+    options = ModelOptions(encoder="swin_tiny_patch4_window7_224", projector_hidden=32)
+    network, images = Network(options, seed=0), torch.randn(2, 3, 224, 224)
+    torch.manual_seed(1)
+    first = network(images)
+    assert network.training and torch.equal(first, network(images))
+
+
+def test_norms_that_cannot_be_split_are_refused() -> None:
+    with pytest.raises(ClsaError, match="BatchNorm1d cannot be split"):
+        Network(ModelOptions(encoder="levit_128s"), seed=0)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as td
+from pictures import jpeg_folder
 from torch.multiprocessing.spawn import spawn
 
 from clsa import decode, dist, sources
 from clsa.errors import ClsaError, Exit
+from clsa.options import DataOptions
 from clsa.order import REASONS, Order, Quarantine, candidates
-from clsa.sources import Folder
+from clsa.sources import Folder, open_source
 
 
 def folder(count: int) -> Folder:
@@ -45,19 +47,24 @@ def test_every_reason_has_its_place() -> None:
     assert raised == set(REASONS) and len(set(REASONS)) == len(REASONS)
 
 
-def test_a_later_start_knows_what_an_earlier_one_found() -> None:
-    source = folder(30)
+def test_a_later_start_tries_again_what_an_earlier_one_could_not_read(tmp_path: Path) -> None:
+    jpeg_folder(tmp_path, [(20, 20)] * 30)
+    source = open_source(str(tmp_path), "train", DataOptions())
+    broken = [tmp_path / source.ids[i] for i in range(11)]
+    for path in broken:
+        path.write_bytes(b"")
     earlier = Quarantine(source)
-    earlier.add({7: "broken", 3: "empty"})
-    assert list(earlier.by_id().items()) == [("0003.png", "empty"), ("0007.png", "broken")]
-    later = Quarantine(source, {**earlier.by_id(), "gone.png": "empty", "0001.png": "bored"})
+    earlier.add({7: "empty", 3: "empty"})
+    assert list(earlier.by_id().items()) == [("03.jpg", "empty"), ("07.jpg", "empty")]
+    later = Quarantine(source, {*earlier.by_id(), "gone.png", "20.jpg"})
     assert later.reasons == earlier.reasons
-    later.add({i: "empty" for i in range(10, 18)})
-    with pytest.raises(ClsaError, match="11 unreadable"):
-        later.add({18: "empty"})
     with pytest.raises(ClsaError, match="11 unreadable") as caught:
-        Quarantine(source, later.by_id())
+        Quarantine(source, {path.name for path in broken})
     assert caught.value.code == Exit.BAD_DATA
+    for path in broken[2:]:
+        path.write_bytes((tmp_path / "20.jpg").read_bytes())
+    mended = Quarantine(source, {path.name for path in broken})
+    assert mended.reasons == {0: "empty", 1: "empty"}
 
 
 def test_sharing_with_nobody_changes_nothing() -> None:

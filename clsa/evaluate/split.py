@@ -19,7 +19,8 @@ class Split(NamedTuple):
     bank: Source
     queries: Source
     name: str
-    """val: `queries` are the set's own; holdout: they are a fifth of the labelled pictures."""
+    """val: `queries` are the set's own; holdout: they are a fifth of the labelled pictures;
+    val-holdout: the same of `--val`, the training pictures having no labels."""
 
     def digest(self) -> str:
         """One sha256 for both parts."""
@@ -45,8 +46,8 @@ def hold_out(
 def split(train: Source, val: Source | None, seed: int) -> Split:
     """The labelled pictures of `train` as bank, those of `val` as queries.
 
-    Without `val` a seeded fifth of the labelled pictures is held out as queries. Pretraining saw
-    the pixels of those, never their labels.
+    Without `val` a seeded fifth of the labelled pictures is held out as queries (pretraining saw
+    the pixels of those, never their labels). When `train` has no labels, a fifth of `val` is.
 
     Args:
         val: its labels number `train.classes` (see `sources.open_val`).
@@ -55,6 +56,8 @@ def split(train: Source, val: Source | None, seed: int) -> Split:
         ClsaError: 65 when one of them has no labels to speak of.
     """
     labelled = np.flatnonzero(train.labels >= 0)
+    if not len(labelled) and val is not None and (val.labels >= 0).any():
+        return split(val, None, seed)._replace(name="val-holdout")
     if len(labelled) < MIN_LABELLED:
         why = f"{len(labelled)} of {len(train)} training pictures have labels"
         step = "put pictures in one subfolder a class, or use a list file of `path<tab>label`"
