@@ -54,7 +54,7 @@ def clsa_official() -> Overrides:
     """CLSA as its released code computes it: one strong view of 96, Identity pool, batch keys.
 
     `clsa pretrain --recipe clsa-official --data IMAGENET`: 69.4 linear top-1 published, 70 h on 8
-    V100; not measured here. `clsa-small` on clipart, 14 epochs, about 4 minutes on 2 cores: 20-NN
+    V100; not measured here. `clsa-small` on clipart, 14 epochs, about 3 minutes on 2 cores: 20-NN
     +6.1 points, +5.9 on strong queries (docs/evidence.md).
     """
     return {
