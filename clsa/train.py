@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clsa import checkpoint, data, dist, files, views
 from clsa.errors import ClsaError, Exit
-from clsa.evaluate.run import probe
+from clsa.evaluate.results import Record, append_records
+from clsa.evaluate.run import PROBE_QUERIES, probe
 from clsa.evaluate.split import split
 from clsa.folder import RunFolder
 from clsa.journal import Journal
@@ -161,6 +162,8 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
             if reason:
                 break
             waiting = time.monotonic()
+        if speaks:
+            append_records(folder.results, judge.records)
     return reason
 
 
@@ -254,6 +257,7 @@ class Judge:
     def __init__(self, state: State, source: Source, run: Run, journal: Journal):
         self.state, self.run, self.journal = state, run, journal
         self.every = run.options.probe_every
+        self.records: list[Record] = []  # of the last probe, for results.json
         given = run.options.data.val is not None
         if not given and not (source.labels >= 0).any():
             self.every = 0
@@ -274,6 +278,12 @@ class Judge:
         accuracy = probe(encoder, self.parts, options.views, self.run.device)
         self.journal.write({"step": self.state.step, "epoch": epoch, "knn": accuracy})
         self.journal.say(f"epoch {epoch}: 20-NN {accuracy:.1f} %")
+        num_queries = min(len(self.parts.queries), PROBE_QUERIES)
+        digests = checkpoint.digest(encoder.state_dict()), self.parts.digest()
+        name, split_name = "knn-online", self.parts.name
+        self.records = [
+            Record(name, "top1", accuracy, "trained", split_name, num_queries, 0, "", *digests)
+        ]
         better = accuracy > self.state.best
         self.state.best = max(accuracy, self.state.best)
         return better

@@ -12,7 +12,7 @@ from PIL import Image
 
 import clsa
 from clsa import train
-from clsa.checkpoint import load_encoder, run_digest
+from clsa.checkpoint import digest, load_encoder, run_digest
 from clsa.config import merge
 from clsa.errors import ClsaError, Exit
 from clsa.options import RunOptions
@@ -105,7 +105,12 @@ def test_what_a_run_leaves_behind(pictures: Path, tmp_path: Path) -> None:
     status = json.loads((out / "status.json").read_text())
     assert status == {"code": 0, "reason": "finished", "step": 20, "resumable": False}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "knn" in line] == [10, 20]
+    probes = {line["step"]: line["knn"] for line in lines if "knn" in line}
+    assert list(probes) == [10, 20]
+    (record,) = json.loads((out / "results.json").read_text())
+    assert (record["protocol"], record["value"]) == ("knn-online", probes[20])
+    encoder = load_encoder(out).state_dict()
+    assert record["encoder_digest"] == digest(encoder) and record["n"] == 9
     logged = next(line for line in lines if "loss" in line)
     assert {"contrast", "divergence", "target_entropy", "kl", "grad_norm", "lr", "images_per_s",
             "data_wait", "epoch"} <= set(logged)  # fmt: skip
