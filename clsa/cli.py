@@ -49,11 +49,11 @@ def say_next(out: Path) -> None:
 def evaluate(args: list[str]) -> None:
     """Judge a run's encoder beside its random initialisation; writes results.json."""
     options = _parse("evaluate", EvaluateOptions, args)
+    from clsa.evaluate.results import results_path
     from clsa.evaluate.run import evaluate as run
 
     _print_table(run(options))
-    folder = options.run if options.run.is_dir() else options.run.parent
-    print(f"All records: {folder / 'results.json'}")
+    print(f"All records: {results_path(options.run)}")
 
 
 def embed(args: list[str]) -> None:
@@ -82,7 +82,7 @@ def demo(args: list[str]) -> None:
         "seed": options.seed,
     }
     settings = resolve(values)
-    told = f"{options.recipe} on 5,837 drawings, {options.epochs} epochs, no labels used"
+    told = f"{options.recipe} on the embedded drawings, {options.epochs} epochs, no labels used"
     print(f"Pretraining {told}.")
     run(settings)
     records = judge(EvaluateOptions(run=options.out, seed=options.seed))

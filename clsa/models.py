@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clsa import dist, rng
 from clsa.config import nearest
 from clsa.errors import ClsaError
+from clsa.geometry import upload
 from clsa.options import ModelOptions
 
 SMALL = "resnet10-w32"
@@ -244,8 +245,8 @@ def encode_shuffled(
     leave an image's query and key together.
     """
     gathered = dist.all_gather(images)
-    order = torch.from_numpy(rng.permutation(seed, step, len(gathered), rng.PERMUTATION))
-    order = order.to(images.device)
+    permutation = rng.permutation(seed, step, len(gathered), rng.PERMUTATION)
+    order = upload([permutation], images.device)[0]
     shuffled = dist.own_rows(gathered[order]).contiguous(memory_format=torch.channels_last)
     keys = dist.all_gather(network(shuffled))
     return torch.empty_like(keys).index_copy_(0, order, keys)

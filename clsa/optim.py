@@ -35,7 +35,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, settings)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: None = None) -> None:  # pyright: ignore
         """One update of every parameter that has a gradient; nothing is read by the host."""
         for group in self.param_groups:
             for param in group["params"]:

@@ -66,7 +66,7 @@ def make_views(crops: data.Crops, specs: list[views.ViewSpec], step: int, run: R
         views.pixels(
             crop,
             views.sample(options.views, spec, options.seed, epoch, index),
-            options.views, spec, views.MEAN, views.STD,
+            options.views, spec,
         )
         for spec, crop in zip(specs, crops.crops, strict=True)
     ]  # fmt: skip
@@ -116,7 +116,7 @@ def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> int:
     flags = torch.stack([bad.float(), torch.full_like(norm, stop.level)])
     any_bad, any_stop = dist.all_max(flags).tolist()
     if any_bad:
-        why = "the loss or its gradient is not finite; nothing was changed by this step"
+        why = "the loss or its gradient is not finite; no weight, key or bank row has moved"
         hint = "in a new --out, lower --optim.lr, add --optim.warmup-epochs or --precision fp32"
         raise ClsaError(f"step {step}", why, hint, Exit.UNHEALTHY)
     return int(any_stop)
@@ -264,6 +264,7 @@ class Judge:
         if self.every:
             try:
                 self.parts = split(source, open_val(run.options.data, source.classes), seed=0)
+                self.data_digest = self.parts.digest()
             except ClsaError as error:
                 if given:
                     raise
@@ -279,7 +280,7 @@ class Judge:
         self.journal.write({"step": self.state.step, "epoch": epoch, "knn": accuracy})
         self.journal.say(f"epoch {epoch}: 20-NN {accuracy:.1f} %")
         num_queries = min(len(self.parts.queries), PROBE_QUERIES)
-        digests = checkpoint.digest(encoder.state_dict()), self.parts.digest()
+        digests = checkpoint.digest(encoder.state_dict()), self.data_digest
         name, split_name = "knn-online", self.parts.name
         self.records = [
             Record(name, "top1", accuracy, "trained", split_name, num_queries, 0, "", *digests)

@@ -348,7 +348,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 def test_a_bug_in_the_writer_stays_a_bug(tmp_path: Path) -> None:
     for error in (RuntimeError("mine"), ZeroDivisionError("mine"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            files.write_atomic(tmp_path / "a", failing(error))  # pyright: ignore[reportArgumentType]
+            files.write_atomic(tmp_path / "a", failing(error))  # pyright: ignore
     assert names(tmp_path) == []
 
 

@@ -1,3 +1,4 @@
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_records_replace_their_own_kind(tmp_path: Path) -> None:
     append_records(path, [old._replace(value=55.0, n=12), old._replace(settings="neighbours=1")])
     values = [(record.value, record.n) for record in read_records(path)]
     assert values == [(55.0, 12), (61.5, 10), (50.0, 10)]
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(table(read_records(path)[:2]))
     shown = console.export_text()
     assert all(text in shown for text in ("55.00", "61.50", "+6.50", "12 val"))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from clsa.evaluate.split import hold_out
 from clsa.options import DataOptions, EvaluateOptions
 from clsa.sources import Pictures
 
-OPTIONS = EvaluateOptions(run="unused", linear_epochs=4, batch_size=16)  # type: ignore[arg-type]
+OPTIONS = EvaluateOptions(run=Path("unused"), linear_epochs=4, batch_size=16)
 
 
 def problem(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +76,7 @@ def test_balanced_accuracy_weighs_classes_alike() -> None:
 
 
 def test_rate_falls_from_the_first_to_the_final_along_a_cosine() -> None:
-    options = EvaluateOptions(run="unused")  # type: ignore[arg-type]
+    options = EvaluateOptions(run=Path("unused"))
     rates = [lr_at(epoch, options) for epoch in (0, 50, 100)]
     assert rates == pytest.approx([10, 5.005, 0.01])
 

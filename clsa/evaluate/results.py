@@ -49,6 +49,11 @@ def accuracies(predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"]) -> dic
     return {"top1": 100 * right.mean().item(), "balanced": 100 * balanced.mean().item()}
 
 
+def results_path(run: Path) -> Path:
+    """results.json of a run folder, or beside an encoder's file."""
+    return (run if run.is_dir() else run.parent) / "results.json"
+
+
 def read_records(path: Path) -> list[Record]:
     """The records of a results.json, none when there is no such file.
 

@@ -15,7 +15,7 @@ from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.knn import knn, knn_predict
 from clsa.evaluate.linear import linear
 from clsa.evaluate.linear_fast import linear_fast
-from clsa.evaluate.results import Record, accuracies, append_records, read_records
+from clsa.evaluate.results import Record, accuracies, append_records, read_records, results_path
 from clsa.evaluate.split import Split, split
 from clsa.models import build_encoder
 from clsa.options import DataOptions, EvaluateOptions, ViewOptions
@@ -106,7 +106,7 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
         ClsaError: without an encoder, without pictures, or without labels; 65 when there is a
             results.json that holds something else.
     """
-    results = (options.run if options.run.is_dir() else options.run.parent) / "results.json"
+    results = results_path(options.run)
     read_records(results)  # a damaged one is reported before the work, not after it
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
