@@ -17,6 +17,7 @@ from clsa.evaluate.results import Record, append_records
 from clsa.evaluate.run import PROBE_QUERIES, probe
 from clsa.evaluate.split import split
 from clsa.folder import RunFolder
+from clsa.intake import open_source, open_val
 from clsa.journal import Journal
 from clsa.methods import METHODS
 from clsa.methods.method import Batch, Method, sum_of
@@ -25,7 +26,7 @@ from clsa.optim import build_optimizer, lr_at, set_lr
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.signals import Stop, stop_on_signals
-from clsa.sources import Source, open_source, open_val
+from clsa.sources import Source
 from clsa.state import State
 
 SHEET_ROWS = 6

@@ -8,12 +8,12 @@ import torch
 from clsa import dist
 from clsa.data import batches
 from clsa.folder import RunFolder
+from clsa.intake import open_source
 from clsa.methods import METHODS
 from clsa.optim import build_optimizer
 from clsa.order import Order
 from clsa.recipes import resolve
 from clsa.signals import Stop
-from clsa.sources import open_source
 from clsa.state import State
 from clsa.train import Run, parallel, train_step
 

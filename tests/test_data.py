@@ -14,9 +14,10 @@ from pictures import encoded, jpeg_folder, photograph
 from clsa import data, dist, workers
 from clsa.data import Crops, batches, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
+from clsa.intake import open_source
 from clsa.options import DataOptions, MethodOptions, StrongViews, ViewOptions, WeakViews
 from clsa.order import Order, Quarantine, candidates
-from clsa.sources import Folder, Pictures, Source, open_source
+from clsa.sources import Folder, Pictures, Source
 from clsa.views import ViewSpec, crop_params, view_specs
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from clsa import checkpoint, models
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.embed import embed
 from clsa.evaluate.features import extract
+from clsa.intake import open_source
 from clsa.options import DataOptions, EmbedOptions, ModelOptions, ViewOptions
-from clsa.sources import open_source
 
 MODEL = ModelOptions(encoder="resnet10-w32")
 VIEWS = ViewOptions(size=32)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from clsa import checkpoint, models, sources
+from clsa import checkpoint, intake, models
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate import run as run_module
 from clsa.evaluate.features import extract, frozen
@@ -166,7 +166,7 @@ def test_frozen_restores_modes_and_notices_a_moved_buffer() -> None:
 
 
 def test_features_do_not_hang_on_batch_size_and_strong_ones_follow_the_seed(drawings: Path) -> None:
-    source = sources.open_source(str(drawings), "train", DataOptions())
+    source = intake.open_source(str(drawings), "train", DataOptions())
     encoder, rows = models.build_encoder(MODEL, seed=0), np.array([3, 40, 7])
 
     def features(batch_size: int = 256, seed: int | None = None) -> torch.Tensor:
@@ -200,7 +200,7 @@ def test_unreadable_pictures_are_left_out(run: Path, drawings: Path, tmp_path: P
 
 
 def test_probe_gives_percent_and_keeps_the_train_mode(drawings: Path) -> None:
-    source = sources.open_source(str(drawings), "train", DataOptions())
+    source = intake.open_source(str(drawings), "train", DataOptions())
     encoder = models.build_encoder(MODEL, seed=0).train()
     parts = split(source, None, seed=0)
     value = probe(encoder, parts, VIEWS, CPU)

@@ -12,9 +12,10 @@ from torch.multiprocessing.spawn import spawn
 
 from clsa import decode, dist, sources
 from clsa.errors import ClsaError, Exit
+from clsa.intake import open_source
 from clsa.options import DataOptions
 from clsa.order import REASONS, Order, Quarantine, candidates
-from clsa.sources import Folder, open_source
+from clsa.sources import Folder
 
 
 def folder(count: int) -> Folder:

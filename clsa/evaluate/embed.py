@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from clsa import checkpoint, dist, files, sources
+from clsa import checkpoint, dist, files, intake
 from clsa.evaluate.features import centre_views, encode, frozen
 from clsa.evaluate.run import data_of
 from clsa.models import feature_dim
@@ -35,7 +35,7 @@ def embed(options: EmbedOptions) -> Path:
     encoder = encoder.to(device)
     views, data = facts.views, data_of(options.data, facts)
     spec = data.val if options.split == "val" and data.val else data.data
-    source = sources.open_source(spec, options.split, data)
+    source = intake.open_source(spec, options.split, data)
     names = np.array([*source.classes, None], dtype=object)  # the last is label -1's
     width = feature_dim(encoder)
     vector = pa.list_(pa.float32(), width)

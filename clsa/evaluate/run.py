@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
-from clsa import checkpoint, dist, sources
+from clsa import checkpoint, dist, intake
 from clsa.config import merge
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.knn import knn, knn_predict
@@ -19,6 +19,7 @@ from clsa.evaluate.results import Record, accuracies, append_records, read_recor
 from clsa.evaluate.split import Split, split
 from clsa.models import build_encoder
 from clsa.options import DataOptions, EvaluateOptions, ViewOptions
+from clsa.sources import Source
 
 PROBE_BANK, PROBE_QUERIES, PROBE_NEIGHBOURS = 10_000, 2_000, 20
 
@@ -46,7 +47,7 @@ class Subject:
         self.split, self.views, self.data, self.options = split, views, data, options
         self.device, self.num_classes = device, len(split.bank.classes)
 
-    def _labelled(self, source: sources.Source, strong_seed: int | None = None) -> Labelled:
+    def _labelled(self, source: Source, strong_seed: int | None = None) -> Labelled:
         everything = np.arange(len(source), dtype=np.int64)
         size = self.options.batch_size
         rows, features = extract(
@@ -111,8 +112,8 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
     views, data = facts.views, data_of(options.data, facts)
-    train = sources.open_source(data.data, "train", data)
-    parts = split(train, sources.open_val(data, train.classes), options.seed)
+    train = intake.open_source(data.data, "train", data)
+    parts = split(train, intake.open_val(data, train.classes), options.seed)
     encoders = {"trained": trained}
     if options.random:
         encoders = {"random": build_encoder(facts.model, facts.seed), **encoders}

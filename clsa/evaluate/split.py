@@ -50,7 +50,7 @@ def split(train: Source, val: Source | None, seed: int) -> Split:
     the pixels of those, never their labels). When `train` has no labels, a fifth of `val` is.
 
     Args:
-        val: its labels number `train.classes` (see `sources.open_val`).
+        val: its labels number `train.classes` (see `intake.open_val`).
 
     Raises:
         ClsaError: 65 when one of them has no labels to speak of.

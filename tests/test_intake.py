@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from pictures import encoded, photograph
 
-from clsa import sources
+from clsa import listing
 from clsa.archives import CLIPART
 from clsa.decode import DecodeError
 from clsa.errors import ClsaError, Exit
+from clsa.intake import open_source, open_val
 from clsa.options import DataOptions
-from clsa.sources import Folder, Pictures, Source, open_source, open_val
+from clsa.sources import Folder, Pictures, Source
 
 OPTIONS = DataOptions()
 PICTURE = encoded(photograph(0, 9, 12))
@@ -93,7 +94,7 @@ def test_order_does_not_depend_on_the_listing(
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(sources.os, "scandir", Shuffled)
+    monkeypatch.setattr(listing.os, "scandir", Shuffled)
     got = open_source(str(tmp_path), "train", OPTIONS)
     assert got.ids == expected.ids and got.digest() == expected.digest()
     assert expected.classes == ["Z", "a", "a-b", "a.b", "é"]
