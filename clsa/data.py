@@ -22,6 +22,7 @@ from clsa import dist, workers
 from clsa.decode import DecodeError
 from clsa.errors import ClsaError
 from clsa.geometry import centre_boxes, crop, crop_one, upload
+from clsa.host import num_cores
 from clsa.options import DataOptions
 from clsa.order import Order, Quarantine, candidates
 from clsa.sources import Pictures, Source
@@ -342,7 +343,7 @@ def _cut_one(
 
 def _ahead(function: Callable[[int], Result], items: Iterable[int]) -> Iterator[Result]:
     """`function` of each item, in order, computed by a few threads a little ahead."""
-    threads = min(8, workers.num_cores())
+    threads = min(8, num_cores())
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

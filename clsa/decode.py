@@ -1,11 +1,15 @@
 """Bytes of one picture -> uint8 RGB: every format, its limits, and a reason code when it fails."""
 
+import functools
 import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 from jaxtyping import Num, UInt8
 from PIL import Image, ImageCms, UnidentifiedImageError
 
@@ -38,6 +42,38 @@ class DecodeError(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An opened picture; a JPEG is not decoded yet.
+
+    Attributes:
+        height, width: upright size, in pixels, that crops are drawn on.
+        held: bytes of memory that it keeps until it is dropped.
+    """
+
+    height: int
+    width: int
+    held: int
+    decode: Callable[[int], UInt8[np.ndarray, "h w 3"]]
+
+    def pixels(self, reduction: int = 1) -> UInt8[np.ndarray, "h w 3"]:
+        """The picture, writable; a JPEG at 1 / `reduction` of its size.
+
+        Args:
+            reduction: 1, 2, 4 or 8, done in the inverse DCT, which saves most of the decoding.
+                What cannot be reduced comes in full: look at the shape.
+
+        Raises:
+            DecodeError: when the pixels of a JPEG cannot be decoded.
+        """
+        return self.decode(reduction)
+
+    @staticmethod
+    def of(pixels: UInt8[np.ndarray, "H W 3"]) -> "Picture":
+        """A picture that is decoded already."""
+        return Picture(*pixels.shape[:2], pixels.nbytes, lambda _: pixels)
+
+
 def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     """The first frame of an encoded picture, upright and in RGB.
 
@@ -49,23 +85,80 @@ def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         DecodeError: with its reason; too-large is over 64 million pixels, refused undecoded.
     """
+    return open_picture(data).pixels()
+
+
+def open_picture(data: bytes) -> Picture:
+    """`decode` in two steps, so that the size is known before a JPEG is decoded.
+
+    JPEGs of one, three or YCbCr channels are libjpeg-turbo's, through simplejpeg; other formats,
+    and whatever it does not take without a warning, are Pillow's. Both give the same pixels.
+
+    Raises:
+        DecodeError: as `decode`, except for what only decoding a JPEG brings to light.
+    """
     if not data:
         raise DecodeError("empty")
+    size = _jpeg_size(data)
+    if size is None:
+        return Picture.of(_decode(data))
+    _require_limit(*size)
+    orientation = _jpeg_orientation(data)
+    height, width = size[::-1] if orientation in (5, 6, 7, 8) else size
+    return Picture(height, width, len(data), functools.partial(_jpeg, data, size, orientation))
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG as stored; None for what Pillow shall read."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (int(height), int(width)) if space in ("YCbCr", "Gray", "RGB") else None
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    if b"Exif\0\0" not in data:
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return _orientation(image)
+    except Exception:  # as `_decode`, should it come to that
+        return 1
+
+
+def _jpeg(
+    data: bytes, size: tuple[int, int], orientation: int, reduction: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    least = [-(-side // reduction) for side in size] if reduction > 1 else [0, 0]
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
+    except ValueError:
+        return _decode(data)
+    return np.ascontiguousarray(_upright(pixels, orientation))
+
+
+def _decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                megapixels = image.width * image.height / 1e6
-                raise DecodeError("too-large", f"{megapixels:.1f} MP > limit 64 MP")
+            _require_limit(image.height, image.width)
             image.load()
             if image.format == "PNG" and _lacks_rows(image, data):
                 raise DecodeError("truncated", "rows are missing")
-            return np.ascontiguousarray(_upright(_rgb(image), image))
+            return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DecodeError("too-large", "over the limit of 64 MP") from None
     except Exception as error:  # Pillow's readers raise nearly anything on hostile bytes
         raise _reason(error, data) from error
+
+
+def _require_limit(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DecodeError("too-large", f"{height * width / 1e6:.1f} MP > limit 64 MP")
 
 
 def _reason(error: Exception, data: bytes) -> DecodeError:
@@ -129,14 +222,15 @@ def _gray(values: Num[np.ndarray, "H W"], top: float) -> UInt8[np.ndarray, "H W 
     return np.repeat(scaled[..., None], 3, axis=2)
 
 
-def _upright(
-    pixels: UInt8[np.ndarray, "H W 3"], image: Image.Image
-) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """Undo the camera's orientation (EXIF 1 to 8); a broken EXIF block leaves the picture as is."""
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held (EXIF 1 to 8); 1 where a broken EXIF block does not tell."""
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
-        return pixels
+        return 1
+
+
+def _upright(pixels: UInt8[np.ndarray, "H W 3"], orientation: int) -> UInt8[np.ndarray, "H2 W2 3"]:
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

@@ -13,7 +13,7 @@ from typing import Final, Self, final
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from clsa.decode import DecodeError, decode
+from clsa.decode import DecodeError, Picture, open_picture
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -35,8 +35,12 @@ class Source(ABC):
         return len(self.ids)
 
     @abstractmethod
+    def open(self, i: int) -> Picture:
+        """Picture number `i`, its size known; raises DecodeError where it cannot be read."""
+
     def read(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
-        """Picture number `i`; raises DecodeError where it cannot be read."""
+        """The pixels of picture number `i`; raises DecodeError where it cannot be read."""
+        return self.open(i).pixels()
 
     @abstractmethod
     def digest(self) -> str:
@@ -76,7 +80,7 @@ class Folder(Source):
         self.root: Final = root
         self.ids, self.labels, self.classes = ids, labels, classes
 
-    def read(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
+    def open(self, i: int) -> Picture:
         try:
             # Non-blocking, as opening a FIFO would otherwise wait for ever.
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -89,7 +93,7 @@ class Folder(Source):
                 data = file.read()
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise DecodeError("unreadable", getattr(error, "strerror", None) or "") from None
-        return decode(data)
+        return open_picture(data)
 
     def digest(self) -> str:
         """SHA-256 of relative paths, file sizes (bytes), labels and classes, not of contents."""
@@ -126,8 +130,8 @@ class Pictures(Source):
         self.labels, self.classes = labels, classes
         self.ids = ids if ids is not None else [str(i) for i in range(len(images))]
 
-    def read(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
-        return self.images[i].copy()
+    def open(self, i: int) -> Picture:
+        return Picture.of(self.images[i].copy())
 
     def digest(self) -> str:
         """SHA-256 of pixels, names, labels and classes."""

@@ -17,6 +17,7 @@ from clsa.evaluate.results import Record, append_records
 from clsa.evaluate.run import PROBE_QUERIES, probe
 from clsa.evaluate.split import split
 from clsa.folder import RunFolder
+from clsa.host import keep_freed_memory
 from clsa.intake import open_source, open_val
 from clsa.journal import Journal
 from clsa.methods import METHODS
@@ -182,6 +183,7 @@ def pretrain(options: RunOptions) -> Path:
         ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run.
     """
     folder = RunFolder(options.out)
+    keep_freed_memory()
     device = dist.pick_device(options.device)
     with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
         folder.check(options)

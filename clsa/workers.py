@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from clsa.errors import ClsaError, Exit
+from clsa.host import num_cores
 
 MAX_WORKERS = 8
 TIMEOUT_S = 300
@@ -24,12 +25,6 @@ def num_workers(given: int | None) -> int:
         return given
     share = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(max(share - 1, 1), MAX_WORKERS)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    return len(allowed) or os.cpu_count() or 1
 
 
 def start(_: int) -> None:
