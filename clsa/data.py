@@ -2,51 +2,35 @@
 
 Small sets live on the device as one uint8 tensor and are cut there; others are decoded and cut by
 worker processes. Both ways give the same boxes, the same replacements and, to 1/255, the same
-pixels, whatever the number of workers and processes and wherever a run was resumed.
+pixels (a little less alike where a large JPEG is decoded at a reduced size), whatever the number of
+workers and processes and wherever a run was resumed.
 """
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from clsa import dist, workers
+from clsa import dist
+from clsa.cutting import Crops, Cut, Plan, centre, cut_alone
 from clsa.decode import DecodeError
 from clsa.errors import ClsaError
-from clsa.geometry import centre_boxes, crop, crop_one, upload
+from clsa.geometry import crop, upload
 from clsa.host import num_cores
 from clsa.options import DataOptions
 from clsa.order import Order, Quarantine, candidates
 from clsa.sources import Pictures, Source
-from clsa.views import ViewSpec, crop_params
+from clsa.streamed import streamed
+from clsa.views import ViewSpec
 
 EVAL_CHUNK = 256
-MAX_PENDING_BYTES = 64 << 20
-PREFETCH = 2
 
 Result = TypeVar("Result")
-Cuts = tuple[Int64[np.ndarray, "b 4"], Bool[np.ndarray, "b"]]
-# From numbers, heights and widths of pictures to their boxes and flips.
-Cut = Callable[[Int64[np.ndarray, "b"], Int64[np.ndarray, "b"], Int64[np.ndarray, "b"]], Cuts]
-
-
-class Crops(NamedTuple):
-    """This process's share of one global batch."""
-
-    crops: list[Tensor]
-    """One (b, 3, s, s) a view, on the device, in [0, 255]: uint8 streamed, float32 resident."""
-    index: Int64[Tensor, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Numbers of the pictures in the source, on the CPU; what the views draw from."""
-    labels: Int64[Tensor, " b"]
-    """Classes (-1 unknown), on the CPU."""
 
 
 def batches(
@@ -74,44 +58,12 @@ def batches(
         what, why = f"batch_size {order.batch_size}", f"not divisible among {world} processes"
         raise ClsaError(what, why, f"use a multiple of {world}")
     share = order.batch_size // world
-    plan = _Plan(source, specs, flip_probability, order, share * dist.rank(), share)
+    plan = Plan(source, specs, flip_probability, order, share * dist.rank(), share)
     quarantine = quarantine or Quarantine(source)
     images = _resident_images(source, options, device, quarantine)
     if images is not None:
         return _resident(plan, images, range(first_step, last_step), quarantine)
-    return _streamed(plan, range(first_step, last_step), device, options, quarantine)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What decides a batch, apart from where it is cut."""
-
-    source: Source
-    specs: Sequence[ViewSpec]
-    flip_probability: float
-    order: Order
-    start: int
-    share: int
-
-    def index(self, step: int) -> Int64[np.ndarray, " b"]:
-        return self.order.indices(step)[self.start : self.start + self.share]
-
-    def cuts(
-        self,
-        epoch: int,
-        index: Int64[np.ndarray, " b"],
-        heights: Int64[np.ndarray, " b"],
-        widths: Int64[np.ndarray, " b"],
-    ) -> list[Cuts]:
-        """Boxes and flips of each view."""
-        drawn = (self.order.seed, epoch, index, heights, widths, self.flip_probability)
-        return [crop_params(spec, *drawn) for spec in self.specs]
-
-    def labels(self, shown: Int64[np.ndarray, " b"]) -> Int64[Tensor, " b"]:
-        return torch.from_numpy(self.source.labels[shown])
-
-
-# ---- resident
+    return streamed(plan, range(first_step, last_step), device, options, quarantine)
 
 
 def _resident_images(
@@ -126,12 +78,12 @@ def _resident_images(
 
     def load(i: int) -> UInt8[Tensor, "3 H W"] | str:
         try:
-            picture = source.read(i)
+            picture = source.open(i)
+            if size is not None:
+                return cut_alone(picture, i, size, centre(1.0))
+            return torch.from_numpy(picture.pixels()).permute(2, 0, 1)
         except DecodeError as error:
             return error.reason
-        if size is None:
-            return torch.from_numpy(picture).permute(2, 0, 1)
-        return _cut_one(picture, i, size, _centre(1.0))
 
     images = None
     for i, loaded in enumerate(_ahead(load, range(len(source)))):
@@ -153,7 +105,7 @@ def _resident_images(
 
 
 def _resident(
-    plan: _Plan, images: UInt8[Tensor, "N 3 H W"], steps: range, quarantine: Quarantine
+    plan: Plan, images: UInt8[Tensor, "N 3 H W"], steps: range, quarantine: Quarantine
 ) -> Iterator[Crops]:
     height, width = images.shape[2:]
     heights, widths = np.full(plan.share, height), np.full(plan.share, width)
@@ -172,112 +124,11 @@ def _resident(
         yield Crops(crops, torch.from_numpy(index.copy()), plan.labels(shown))
 
 
-# ---- streamed
-
-
-def _streamed(
-    plan: _Plan, steps: range, device: torch.device, options: DataOptions, quarantine: Quarantine
-) -> Iterator[Crops]:
-    count = workers.num_workers(options.workers)
-    if count:
-        pixels = sum(spec.size**2 for spec in plan.specs) * plan.share
-        workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
-    loader = DataLoader(
-        _Steps(plan),
-        batch_size=None,
-        sampler=steps,
-        num_workers=count,
-        prefetch_factor=PREFETCH if count else None,
-        timeout=2 * workers.TIMEOUT_S if count else 0,  # after the worker's own deadline
-        worker_init_fn=workers.start,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if count and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # its own, so that the caller's draws stay as they are
-    )
-    with workers.failures():
-        stream = iter(loader)
-        if count:
-            workers.name_deaths()
-        for batch, reasons in stream:
-            quarantine.add(reasons)
-            if batch is None:
-                raise quarantine.error()
-            crops = [view.to(device, non_blocking=True) for view in batch.crops]
-            yield batch._replace(crops=crops)
-
-
-class _Steps(Dataset):
-    """One item a step, so that epochs need no restart of the workers."""
-
-    def __init__(self, plan: _Plan):
-        self.plan = plan
-
-    def __getitem__(self, step: int) -> tuple[Crops | None, dict[int, str]]:
-        with workers.deadline():
-            return self._batch(step)
-
-    def _batch(self, step: int) -> tuple[Crops | None, dict[int, str]]:
-        """The cut batch and the reasons of unreadable pictures; no batch when nothing replaces one.
-
-        Pictures are decoded once and cut for all views in groups: few, as a batch of large
-        photographs would fill the memory; more than one, as drawing boxes singly costs as much as
-        a crop.
-        """
-        plan = self.plan
-        epoch, index = plan.order.epoch(step), plan.index(step)
-        crops = [
-            torch.empty((plan.share, 3, spec.size, spec.size), dtype=torch.uint8)
-            for spec in plan.specs
-        ]
-        reasons: dict[int, str] = {}
-        shown: list[int] = []
-        group: list[UInt8[np.ndarray, "H W 3"]] = []
-        for i in index.tolist():
-            found = self._read(candidates(plan.order, epoch, i), reasons)
-            if found is None:
-                return None, reasons
-            shown.append(found[0])
-            group.append(found[1])
-            full = sum(picture.nbytes for picture in group) > MAX_PENDING_BYTES
-            if full or len(shown) == len(index):
-                self._cut(group, epoch, index, len(shown) - len(group), crops)
-                group.clear()
-        batch = Crops(crops, torch.from_numpy(index.copy()), plan.labels(np.array(shown)))
-        return batch, reasons
-
-    def _read(
-        self, tried: Iterable[int], reasons: dict[int, str]
-    ) -> tuple[int, UInt8[np.ndarray, "H W 3"]] | None:
-        for i in tried:
-            try:
-                return i, self.plan.source.read(i)
-            except DecodeError as error:
-                reasons[i] = error.reason
-        return None
-
-    def _cut(
-        self,
-        group: list[UInt8[np.ndarray, "H W 3"]],
-        epoch: int,
-        index: Int64[np.ndarray, " b"],
-        start: int,
-        crops: list[UInt8[Tensor, "b 3 s s"]],
-    ) -> None:
-        heights, widths = np.array([picture.shape[:2] for picture in group]).T
-        cuts = self.plan.cuts(epoch, index[start : start + len(group)], heights, widths)
-        for view, (boxes, flips) in zip(crops, cuts, strict=True):
-            for row, (picture, box, flip) in enumerate(zip(group, boxes, flips, strict=True)):
-                view[start + row] = crop_one(picture, box, view.shape[-1], bool(flip))
-
-
-# ---- evaluation
-
-
 def eval_images(
     source: Source, rows: Int64[np.ndarray, " n"], size: int, share: float, device: torch.device
 ) -> Iterator[tuple[Int64[np.ndarray, " b"], Float32[Tensor, "b 3 size size"]]]:
     """`eval_crops` of the centre square whose side is `share` of the short side."""
-    return eval_crops(source, rows, size, _centre(share), device)
+    return eval_crops(source, rows, size, centre(share), device)
 
 
 def eval_crops(
@@ -305,7 +156,7 @@ def eval_crops(
 
     def load(i: int) -> UInt8[Tensor, "3 size size"] | None:
         try:
-            return _cut_one(source.read(i), i, size, cut)
+            return cut_alone(source.open(i), i, size, cut)
         except DecodeError:
             return None
 
@@ -318,27 +169,8 @@ def eval_crops(
             kept.append(i)
             crops.append(loaded)
         if kept and (len(kept) == EVAL_CHUNK or position + 1 == len(rows)):
-            yield np.array(kept, np.int64), torch.stack(crops).to(device).float()
+            yield np.array(kept, np.int64), torch.stack(crops).to(device).float().contiguous()
             kept, crops = [], []
-
-
-def _centre(share: float) -> Cut:
-    def cut(
-        index: Int64[np.ndarray, "b"],
-        heights: Int64[np.ndarray, "b"],
-        widths: Int64[np.ndarray, "b"],
-    ) -> Cuts:
-        return centre_boxes(heights, widths, share), np.zeros(len(index), bool)
-
-    return cut
-
-
-def _cut_one(
-    picture: UInt8[np.ndarray, "H W 3"], i: int, size: int, cut: Cut
-) -> UInt8[Tensor, "3 size size"]:
-    heights, widths = (np.array([side]) for side in picture.shape[:2])
-    (box,), (flip,) = cut(np.array([i], np.int64), heights, widths)
-    return crop_one(picture, box, size, bool(flip))
 
 
 def _ahead(function: Callable[[int], Result], items: Iterable[int]) -> Iterator[Result]:

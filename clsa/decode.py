@@ -71,7 +71,8 @@ class Picture:
     @staticmethod
     def of(pixels: UInt8[np.ndarray, "H W 3"]) -> "Picture":
         """A picture that is decoded already."""
-        return Picture(*pixels.shape[:2], pixels.nbytes, lambda _: pixels)
+        height, width, _ = pixels.shape
+        return Picture(height, width, pixels.nbytes, lambda _: pixels)
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clsa import checkpoint, data, dist, files, views
+from clsa.cutting import Crops
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.results import Record, append_records
 from clsa.evaluate.run import PROBE_QUERIES, probe
@@ -60,7 +61,7 @@ class Stats(NamedTuple):
         return {**{name: float(value) for name, value in self.terms.items()}, "lr": self.lr}
 
 
-def make_views(crops: data.Crops, specs: list[views.ViewSpec], step: int, run: Run) -> Batch:
+def make_views(crops: Crops, specs: list[views.ViewSpec], step: int, run: Run) -> Batch:
     """Pixel operations of every view, on the device; draws from (seed, epoch, index, view)."""
     options, epoch = run.options, step // run.steps_per_epoch
     index = crops.index.numpy()
@@ -75,7 +76,7 @@ def make_views(crops: data.Crops, specs: list[views.ViewSpec], step: int, run: R
     return Batch(pixels, crops.index, crops.labels, step)
 
 
-def train_step(model: nn.Module, state: State, crops: data.Crops, run: Run) -> Stats:
+def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
     """One step: views, losses, gradients, optimiser, then key network and bank.
 
     Args:
@@ -311,10 +312,10 @@ def parallel(method: Method, options: RunOptions) -> nn.Module:
 
 
 def draw_views(
-    source: Source, crops: data.Crops, specs: list[views.ViewSpec], run: Run, path: Path
+    source: Source, crops: Crops, specs: list[views.ViewSpec], run: Run, path: Path
 ) -> None:
     """Write the contact sheet: originals of the first batch with all their views."""
-    few = data.Crops(
+    few = Crops(
         [crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:])
     )
     drawn = make_views(few, specs, 0, run).views

@@ -233,7 +233,7 @@ def pixels(
 
     Order of the official code: jitter, grayscale, blur, strong operations on uint8, normalise.
     """
-    images = crops / 255
+    images = crops.to(torch.float32, memory_format=torch.contiguous_format) / 255
     images = color.jitter(images, params.factors, params.order, params.jitter)
     images = color.grayscale(images, params.gray)
     images = color.blur(images, params.sigma, params.blur)

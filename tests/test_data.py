@@ -11,9 +11,11 @@ import pytest
 import torch
 from pictures import encoded, jpeg_folder, photograph
 
-from clsa import data, dist, workers
-from clsa.data import Crops, batches, eval_crops, eval_images
+from clsa import data, dist, streamed, workers
+from clsa.cutting import Crops, Cuts
+from clsa.data import batches, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
+from clsa.geometry import crop_one, reduction_for
 from clsa.intake import open_source
 from clsa.options import DataOptions, MethodOptions, StrongViews, ViewOptions, WeakViews
 from clsa.order import Order, Quarantine, candidates
@@ -121,6 +123,25 @@ def test_crops_are_the_drawn_boxes(photographs: Folder) -> None:
             )[0]
             small = small.flip(2) if flips[0] else small
             assert (view[row].float() - small.round()).abs().max() <= 1
+
+
+def test_reduced_pictures_give_the_same_crops(tmp_path: Path) -> None:
+    folder = jpeg_folder(tmp_path, [(400, 600), (501, 333), (350, 350), (620, 410)])
+    source = open_source(str(folder), "train", STREAMED)
+    (batch,) = collect(source, 0, 1)
+    reductions = []
+    for row, i in enumerate(batch.index.tolist()):
+        picture = source.open(i)
+        pixels, full = picture.pixels(), (picture.height, picture.width)
+        sides = [np.array([side]) for side in full]
+        cuts = [crop_params(spec, 3, 0, np.array([i]), *sides, 0.5) for spec in SPECS]
+        reductions.append(reduction_for([boxes[0] for boxes, _ in cuts], [s.size for s in SPECS]))
+        for spec, view, (boxes, flips) in zip(SPECS, batch.crops, cuts, strict=True):
+            whole = crop_one(pixels, boxes[0], spec.size, bool(flips[0]), full)
+            assert (view[row].float() - whole.float()).abs().mean() < 3
+            shifted = whole.roll(2, 2)
+            assert (view[row].float() - shifted.float()).abs().mean() > 3
+    assert max(reductions) > 1
 
 
 def test_workers_do_not_change_a_bit(photographs: Folder) -> None:
@@ -276,7 +297,7 @@ def test_a_hanging_worker_ends_in_words(
     photographs: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "TIMEOUT_S", 1)
-    monkeypatch.setattr(data._Steps, "_read", lambda *_: time.sleep(600))
+    monkeypatch.setattr(streamed._Steps, "_open_first", lambda *_: time.sleep(600))
     before, began = children(), time.monotonic()
     with pytest.raises(ClsaError, match="--batch-size") as caught:
         collect(photographs, 0, 2, STREAMED.model_copy(update={"workers": 1}))
@@ -333,7 +354,7 @@ def test_large_pictures_are_cut_in_small_groups(
     photographs: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = collect(photographs, 0, 3)
-    monkeypatch.setattr(data, "MAX_PENDING_BYTES", 20_000)
+    monkeypatch.setattr(streamed, "MAX_PENDING_BYTES", 20_000)
     assert_equal(collect(photographs, 0, 3), expected)
 
 
@@ -451,7 +472,7 @@ def test_evaluation_cuts_what_it_is_told_on_both_paths(equal_sized: Path) -> Non
     images = np.stack([folder.read(i) for i in range(len(folder))])
     rows = np.array([5, 0, 13])
 
-    def cut(index: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> data.Cuts:
+    def cut(index: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> Cuts:
         assert set(heights) == {40} and set(widths) == {48}
         boxes = np.stack([index, 2 * index, heights // 2, widths // 3], 1)
         return boxes, index % 2 == 1

@@ -12,7 +12,7 @@ from pictures import encoded, photograph
 from PIL import Image, ImageOps
 
 from clsa.archives import CLIPART
-from clsa.decode import DecodeError, decode
+from clsa.decode import DecodeError, decode, open_picture
 
 RGB = photograph(0, 40, 56)
 GRAY = RGB[..., 0]
@@ -60,9 +60,46 @@ def test_formats_hold_their_pixels(kind: str, options: dict, tolerance: int) -> 
     assert difference(encoded(RGB, kind, **options), RGB) <= tolerance
 
 
-def test_jpeg_equals_pillow() -> None:
-    data = encoded(RGB, "JPEG", quality=80)
-    np.testing.assert_array_equal(decode(data), Image.open(io.BytesIO(data)).convert("RGB"))
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_equal_pillow_to_the_bit(subsampling: int, progressive: bool) -> None:
+    for seed, (height, width) in enumerate([(61, 83), (64, 48), (1, 7), (130, 33)]):
+        options = {"quality": 80, "subsampling": subsampling, "progressive": progressive}
+        data = encoded(photograph(seed, height, width), "JPEG", **options)
+        with Image.open(io.BytesIO(data)) as image:
+            np.testing.assert_array_equal(decode(data), np.asarray(image))
+    gray = encoded(photograph(9, 61, 83)[..., 0], "JPEG", quality=80)
+    with Image.open(io.BytesIO(gray)) as image:
+        np.testing.assert_array_equal(decode(gray), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_is_the_picture_made_smaller(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photograph(4, 200, 312), "JPEG", quality=95, exif=exif)
+    picture = open_picture(data)
+    whole = picture.pixels()
+    assert whole.shape[:2] == (picture.height, picture.width)
+    for reduction in (2, 4, 8):
+        reduced = picture.pixels(reduction)
+        sides = [-(-side // reduction) for side in (picture.height, picture.width)]
+        assert list(reduced.shape[:2]) == sides and reduced.flags.writeable
+        small = Image.fromarray(whole).resize((sides[1], sides[0]), Image.Resampling.BOX)
+        assert np.abs(reduced - np.asarray(small, dtype=float)).mean() < 2
+
+
+def test_what_is_no_jpeg_comes_in_full() -> None:
+    image = photograph(5, 40, 60)
+    np.testing.assert_array_equal(open_picture(encoded(image)).pixels(8), image)
+
+
+def test_a_jpeg_may_open_and_not_decode() -> None:
+    data = encoded(photograph(0, 90, 120), "JPEG")
+    opened = open_picture(data[: len(data) // 2])
+    assert (opened.height, opened.width) == (90, 120)
+    with pytest.raises(DecodeError, match="truncated"):
+        opened.pixels()
 
 
 def test_embedded_drawings_equal_pillow() -> None:

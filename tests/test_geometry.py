@@ -98,9 +98,30 @@ def test_workers_cut_the_same_crops_as_the_device(size: int) -> None:
     for image, box, mirrored, expected in zip(images, boxes, flip, cut, strict=True):
         array = image.permute(1, 2, 0).contiguous().numpy()
         array.flags.writeable = False
-        one = geometry.crop_one(array, box, size, bool(mirrored))
-        assert one.dtype == torch.uint8 and one.is_contiguous()
+        one = geometry.crop_one(array, box, size, bool(mirrored), (80, 80))
+        assert one.dtype == torch.uint8 and one.permute(1, 2, 0).is_contiguous()
         assert (one.float() - expected).abs().max() <= 1 + 1e-3  # of float32
+
+
+def test_a_crop_keeps_twice_the_pixels_of_its_view() -> None:
+    box = np.array([3, 5, 800, 640])
+    for size, expected in ((32, 8), (40, 8), (41, 4), (80, 4), (81, 2), (160, 2), (161, 1)):
+        assert geometry.reduction_for([box], [size]) == expected
+    assert geometry.reduction_for([box, np.array([0, 0, 70, 900])], [32, 32]) == 1
+
+
+def test_boxes_are_mapped_to_the_pixels_there_are() -> None:
+    image = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
+    for box, rows, columns in (
+        ([0, 0, 24, 40], (0, 12), (0, 10)),
+        ([2, 4, 4, 8], (1, 3), (1, 3)),
+        ([23, 39, 1, 1], (11, 12), (9, 10)),
+        ([11, 17, 1, 1], (6, 7), (4, 5)),
+    ):
+        small = geometry.crop_one(image, np.array(box), 8, False, (24, 40))
+        part = np.ascontiguousarray(image[slice(*rows), slice(*columns)])
+        whole = np.array([0, 0, *part.shape[:2]])
+        assert torch.equal(small, geometry.crop_one(part, whole, 8, False, part.shape[:2])), box
 
 
 @pytest.mark.parametrize("pool", ["paper", "official"])

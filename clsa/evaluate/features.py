@@ -9,7 +9,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
 from clsa import checkpoint, color, views
-from clsa.data import EVAL_CHUNK, Cuts, eval_crops, eval_images
+from clsa.cutting import Cuts
+from clsa.data import EVAL_CHUNK, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
 from clsa.options import ViewOptions
 from clsa.sources import Source

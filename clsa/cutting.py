@@ -1,0 +1,112 @@
+"""What decides the crops of a batch, and one picture's crops for all views."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+from clsa.decode import Picture
+from clsa.geometry import centre_boxes, crop_one, reduction_for
+from clsa.order import Order
+from clsa.sources import Source
+from clsa.views import ViewSpec, crop_params
+
+Cuts = tuple[Int64[np.ndarray, "b 4"], Bool[np.ndarray, "b"]]
+# From numbers, heights and widths of pictures to their boxes and flips.
+Cut = Callable[[Int64[np.ndarray, "b"], Int64[np.ndarray, "b"], Int64[np.ndarray, "b"]], Cuts]
+
+
+class Crops(NamedTuple):
+    """This process's share of one global batch."""
+
+    crops: list[Tensor]
+    """One (b, 3, s, s) a view, on the device, in [0, 255]: float32 resident; streamed uint8,
+    channels last."""
+    index: Int64[Tensor, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Numbers of the pictures in the source, on the CPU; what the views draw from."""
+    labels: Int64[Tensor, " b"]
+    """Classes (-1 unknown), on the CPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides a batch, apart from where it is cut."""
+
+    source: Source
+    specs: Sequence[ViewSpec]
+    flip_probability: float
+    order: Order
+    start: int
+    share: int
+
+    def index(self, step: int) -> Int64[np.ndarray, " b"]:
+        """Numbers of the pictures of this process's share."""
+        return self.order.indices(step)[self.start : self.start + self.share]
+
+    def cuts(
+        self,
+        epoch: int,
+        index: Int64[np.ndarray, " b"],
+        heights: Int64[np.ndarray, " b"],
+        widths: Int64[np.ndarray, " b"],
+    ) -> list[Cuts]:
+        """Boxes and flips of each view."""
+        drawn = (self.order.seed, epoch, index, heights, widths, self.flip_probability)
+        return [crop_params(spec, *drawn) for spec in self.specs]
+
+    def labels(self, shown: Int64[np.ndarray, " b"]) -> Int64[Tensor, " b"]:
+        """Classes of pictures (-1 unknown)."""
+        return torch.from_numpy(self.source.labels[shown])
+
+
+def empty_view(count: int, size: int) -> UInt8[Tensor, "count 3 size size"]:
+    """Room for `count` crops, channels last, as `crop_one` makes them."""
+    shape = (count, 3, size, size)
+    return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+
+
+def cut_one(
+    picture: Picture,
+    cuts: Sequence[tuple[Int64[np.ndarray, "4"], np.bool]],
+    views: Sequence[UInt8[Tensor, "3 s s"]],
+) -> None:
+    """Fill the views with crops of one picture, decoded once and as small as they allow.
+
+    Args:
+        picture: an opened picture.
+        cuts: box and flip of each view, drawn on the picture's `height` and `width`.
+        views: one (3, s, s) a cut; filled.
+
+    Raises:
+        DecodeError: when the pixels cannot be decoded.
+    """
+    sizes = [view.shape[-1] for view in views]
+    pixels = picture.pixels(reduction_for([box for box, _ in cuts], sizes))
+    drawn_on = picture.height, picture.width
+    for view, size, (box, flip) in zip(views, sizes, cuts, strict=True):
+        view.copy_(crop_one(pixels, box, size, bool(flip), drawn_on))
+
+
+def cut_alone(picture: Picture, i: int, size: int, cut: Cut) -> UInt8[Tensor, "3 size size"]:
+    """The one crop of picture number `i` that `cut` asks for; raises as `cut_one`."""
+    boxes, flips = cut(*(np.array([number]) for number in (i, picture.height, picture.width)))
+    view = empty_view(1, size)[0]
+    cut_one(picture, [(boxes[0], flips[0])], [view])
+    return view
+
+
+def centre(share: float) -> Cut:
+    """A cut that takes the centre square whose side is `share` of the short side."""
+
+    def cut(
+        index: Int64[np.ndarray, "b"],
+        heights: Int64[np.ndarray, "b"],
+        widths: Int64[np.ndarray, "b"],
+    ) -> Cuts:
+        return centre_boxes(heights, widths, share), np.zeros(len(index), bool)
+
+    return cut

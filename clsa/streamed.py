@@ -1,0 +1,146 @@
+"""Batches of sets that are read from the disk: decoded and cut by worker processes."""
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clsa import workers
+from clsa.cutting import Crops, Plan, cut_one, empty_view
+from clsa.decode import DecodeError, Picture
+from clsa.options import DataOptions
+from clsa.order import Quarantine, candidates
+
+MAX_PENDING_BYTES = 64 << 20
+PREFETCH = 2
+
+
+def streamed(
+    plan: Plan, steps: range, device: torch.device, options: DataOptions, quarantine: Quarantine
+) -> Iterator[Crops]:
+    count = workers.num_workers(options.workers)
+    if count:
+        pixels = sum(spec.size**2 for spec in plan.specs) * plan.share
+        workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
+    loader = DataLoader(
+        _Steps(plan),
+        batch_size=None,
+        sampler=steps,
+        num_workers=count,
+        prefetch_factor=PREFETCH if count else None,
+        timeout=2 * workers.TIMEOUT_S if count else 0,  # after the worker's own deadline
+        worker_init_fn=workers.start,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="fork" if count and sys.platform == "linux" else None,
+        generator=torch.Generator(),  # its own, so that the caller's draws stay as they are
+    )
+    with workers.failures():
+        stream = iter(loader)
+        if count:
+            workers.name_deaths()
+        for batch, reasons in stream:
+            quarantine.add(reasons)
+            if batch is None:
+                raise quarantine.error()
+            crops = [view.to(device, non_blocking=True) for view in batch.crops]
+            yield batch._replace(crops=crops)
+
+
+class _Steps(Dataset):
+    """One item a step, so that epochs need no restart of the workers."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def __getitem__(self, step: int) -> tuple[Crops | None, dict[int, str]]:
+        with workers.deadline():
+            return self._batch(step)
+
+    def _batch(self, step: int) -> tuple[Crops | None, dict[int, str]]:
+        """The cut batch and the reasons of unreadable pictures; no batch when nothing replaces one.
+
+        Pictures that open but do not decode are replaced in another round.
+        """
+        plan = self.plan
+        epoch, index = plan.order.epoch(step), plan.index(step)
+        crops = [empty_view(plan.share, spec.size) for spec in plan.specs]
+        reasons: dict[int, str] = {}
+        shown = index.copy()
+        pending = [(row, candidates(plan.order, epoch, i)) for row, i in enumerate(index.tolist())]
+        while pending:
+            failed: list[_Pending] = []
+            for group in self._open(pending, reasons):
+                if not group:
+                    return None, reasons
+                failed += self._cut(group, epoch, index, crops, shown, reasons)
+            pending = failed
+        return Crops(crops, torch.from_numpy(index.copy()), plan.labels(shown)), reasons
+
+    def _open(
+        self, pending: list["_Pending"], reasons: dict[int, str]
+    ) -> Iterator[list["_Opened"]]:
+        """Groups of opened pictures; an empty one when nothing replaces a picture.
+
+        As large as memory allows, since drawing boxes singly costs as much as a crop.
+        """
+        group: list[_Opened] = []
+        for row, tried in pending:
+            opened = self._open_first(tried, reasons)
+            if opened is None:
+                yield []
+                return
+            group.append(_Opened(row, tried, *opened))
+            if sum(one.picture.held for one in group) > MAX_PENDING_BYTES:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _open_first(
+        self, tried: Iterator[int], reasons: dict[int, str]
+    ) -> tuple[int, Picture] | None:
+        for i in tried:
+            try:
+                return i, self.plan.source.open(i)
+            except DecodeError as error:
+                reasons[i] = error.reason
+        return None
+
+    def _cut(
+        self,
+        group: list["_Opened"],
+        epoch: int,
+        index: Int64[np.ndarray, " b"],
+        crops: list[UInt8[Tensor, "b 3 s s"]],
+        shown: Int64[np.ndarray, " b"],
+        reasons: dict[int, str],
+    ) -> list["_Pending"]:
+        """Decode each picture once, as small as its crops allow; returns what failed."""
+        failed = []
+        sizes = [(one.picture.height, one.picture.width) for one in group]
+        cuts = self.plan.cuts(epoch, index[[one.row for one in group]], *np.array(sizes).T)
+        for k, (row, tried, i, picture) in enumerate(group):
+            try:
+                cut_one(picture, [(boxes[k], flips[k]) for boxes, flips in cuts],
+                         [view[row] for view in crops])  # fmt: skip
+                shown[row] = i
+            except DecodeError as error:
+                reasons[i] = error.reason
+                failed.append((row, tried))
+        return failed
+
+
+_Pending = tuple[int, Iterator[int]]
+"""A row of the batch, and the pictures that may still stand there."""
+
+
+class _Opened(NamedTuple):
+    row: int
+    tried: Iterator[int]
+    i: int
+    picture: Picture
