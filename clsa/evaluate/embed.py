@@ -12,6 +12,7 @@ import numpy as np
 from clsa import checkpoint, dist, files, intake
 from clsa.evaluate.features import centre_views, encode, frozen
 from clsa.evaluate.run import data_of
+from clsa.host import keep_freed_memory
 from clsa.models import feature_dim
 from clsa.options import EmbedOptions
 
@@ -32,6 +33,7 @@ def embed(options: EmbedOptions) -> Path:
 
     encoder, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
+    keep_freed_memory()
     encoder = encoder.to(device)
     views, data = facts.views, data_of(options.data, facts)
     spec = data.val if options.split == "val" and data.val else data.data

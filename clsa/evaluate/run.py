@@ -17,6 +17,7 @@ from clsa.evaluate.linear import linear
 from clsa.evaluate.linear_fast import linear_fast
 from clsa.evaluate.results import Record, accuracies, append_records, read_records, results_path
 from clsa.evaluate.split import Split, split
+from clsa.host import keep_freed_memory
 from clsa.models import build_encoder
 from clsa.options import DataOptions, EvaluateOptions, ViewOptions
 from clsa.sources import Source
@@ -111,6 +112,7 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
     read_records(results)  # a damaged one is reported before the work, not after it
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
+    keep_freed_memory()
     views, data = facts.views, data_of(options.data, facts)
     train = intake.open_source(data.data, "train", data)
     parts = split(train, intake.open_val(data, train.classes), options.seed)

@@ -1,0 +1,37 @@
+"""The machine: cores, and memory that stays with the process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from clsa import host
+
+COUNT = """
+import resource, sys
+import torch
+from clsa.host import keep_freed_memory
+
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+torch.ones(16 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(mode: str) -> int:
+    command = [sys.executable, "-c", COUNT, mode]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_tensors_are_not_given_back_to_the_system() -> None:
+    assert faults("keep") < 100 < faults("leave")
+
+
+def test_there_is_a_core() -> None:
+    assert host.num_cores() >= 1
