@@ -15,7 +15,8 @@ from clsa.host import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     keep_freed_memory()
-torch.ones(16 << 20)
+for _ in range(10):
+    torch.ones(16 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     torch.ones(16 << 20)
