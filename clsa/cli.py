@@ -13,7 +13,7 @@ import tyro
 from clsa import __version__
 from clsa.config import Config, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
-from clsa.options import DemoOptions, EmbedOptions, EvaluateOptions, RunOptions
+from clsa.options import DemoOptions, EmbedOptions, EvaluateOptions, PackOptions, RunOptions
 from clsa.recipes import NAMES, overrides_of, resolve
 
 Options = TypeVar("Options", bound=Config)
@@ -62,6 +62,21 @@ def embed(args: list[str]) -> None:
     from clsa.evaluate.embed import embed as run
 
     print(f"{run(options)}: read it with pandas.read_parquet or any parquet reader")
+
+
+def pack(args: list[str]) -> None:
+    """Write pictures once into tar shards that are quick to read, also by webdataset."""
+    options = _parse("pack", PackOptions, args)
+    from clsa.pack import pack as run
+
+    packed = run(options)
+    state = "packed" if packed.fresh else "packed already:"
+    size, plural = packed.num_bytes / 1e6, "s" if packed.shards > 1 else ""
+    print(f"{state} {packed.pictures:,} pictures, {size:,.1f} MB in {packed.shards} shard{plural}")
+    name = shlex.quote(str(options.out))
+    if packed.left_out:
+        print(f"left out as unreadable: {packed.left_out} (see {name}/quarantine.jsonl)")
+    print(f"Next: clsa pretrain --data {name} --out runs/packed")
 
 
 def demo(args: list[str]) -> None:
@@ -121,6 +136,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "embed": embed,
+    "pack": pack,
     "recipes": recipes,
     "digest": digest,
 }

@@ -76,12 +76,14 @@ def _resident_images(
             return None
         return torch.from_numpy(np.array(source.images.transpose(0, 3, 1, 2), order="C")).to(device)
 
-    def load(i: int) -> UInt8[Tensor, "3 H W"] | str:
+    def load(i: int) -> UInt8[Tensor, "3 H W"] | str | None:
         try:
             picture = source.open(i)
             if size is not None:
                 return cut_alone(picture, i, size, centre(1.0))
-            return torch.from_numpy(picture.pixels()).permute(2, 0, 1)
+            pixels = torch.from_numpy(picture.pixels()).permute(2, 0, 1)
+            # Boxes are drawn on the size that the picture had before it was packed.
+            return pixels if pixels.shape[1:] == (picture.height, picture.width) else None
         except DecodeError as error:
             return error.reason
 
@@ -90,6 +92,8 @@ def _resident_images(
         if isinstance(loaded, str):
             quarantine.add({i: loaded})
             continue
+        if loaded is None:
+            return None
         if images is None:
             needed = loaded.numel() * len(source)
             if needed > limit and size is not None:

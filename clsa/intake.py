@@ -12,8 +12,9 @@ from numpy.lib.npyio import NpzFile
 from clsa.archives import NAMED, Split
 from clsa.config import nearest
 from clsa.errors import ClsaError, Exit
-from clsa.listing import SUFFIXES, walk
+from clsa.listing import SUFFIXES, list_images
 from clsa.options import DataOptions
+from clsa.shards import open_shards
 from clsa.sources import Folder, Pictures, Source
 
 
@@ -62,7 +63,9 @@ def _open(spec: str, split: Split) -> Source:
     if name in NAMED:
         return Pictures(*NAMED[name](path, split))
     if os.path.isdir(spec):
-        return _folder(os.path.join(spec, split) if _has_splits(spec) else spec)
+        root = os.path.join(spec, split) if _has_splits(spec) else spec
+        packed = open_shards(root)
+        return _folder(root) if packed is None else packed
     suffix = Path(spec).suffix.lower()
     if os.path.exists(spec) and suffix in (".txt", ".npz"):
         return _list(Path(spec)) if suffix == ".txt" else _npz(Path(spec))
@@ -86,10 +89,12 @@ def _folder(root: str) -> Folder:
 
     Images that lie beside such subfolders are -1.
     """
-    ids = list(walk(root))
-    first = [name.split(os.sep, 1)[0] if os.sep in name else "" for name in ids]
-    classes = sorted({*first} - {""}, key=os.fsencode)
-    return Folder(root, ids, *_numbered(first, classes if len(classes) > 1 else []))
+    ids, sizes, folders, owners = list_images(root)
+    tops = [folder.partition(os.sep)[0] for folder in folders]
+    used = np.flatnonzero(np.bincount(owners, minlength=len(folders))).tolist()
+    classes = sorted({tops[folder] for folder in used} - {""}, key=os.fsencode)
+    labels, classes = _numbered(tops, classes if len(classes) > 1 else [])
+    return Folder(root, ids, labels[owners], classes, sizes)
 
 
 def _list(path: Path) -> Folder:

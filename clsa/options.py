@@ -266,6 +266,28 @@ class EmbedOptions(Config):
     """auto, cpu, cuda or cuda:N."""
 
 
+class PackOptions(Config):
+    """Pictures, once, into tar shards that are quick to read."""
+
+    data: str = ""
+    """Pictures, in any form that `clsa pretrain --data` takes."""
+    out: Path = Path("packed")
+    """Folder of the shards; `clsa pretrain --data` takes it. The same command again goes on where
+    it was interrupted."""
+    split: Literal["train", "val"] = "train"
+    """Which split of a named set or of an ImageNet layout. With OUT/train and OUT/val packed,
+    `--data OUT` has both."""
+    size: Annotated[int, pydantic.Field(ge=8)] = 320
+    """Pictures whose short side is longer, in pixels, become JPEGs of this short side; the bytes
+    of others are kept."""
+    quality: Annotated[int, pydantic.Field(ge=1, le=100)] = 92
+    """Of those JPEGs."""
+    shard_mb: Positive = 256.0
+    """A new shard is begun after this many megabytes."""
+    workers: Annotated[int, pydantic.Field(ge=0)] | None = None
+    """Processes that decode and encode (default: one a core). They do not change a byte."""
+
+
 class DemoOptions(Config):
     """Pretrain on the embedded drawings, then compare random and trained encoder."""
 

@@ -1,6 +1,5 @@
 """Batches of sets that are read from the disk: decoded and cut by worker processes."""
 
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clsa import workers
 from clsa.cutting import Crops, Plan, cut_one, empty_view
@@ -23,32 +22,22 @@ PREFETCH = 2
 def streamed(
     plan: Plan, steps: range, device: torch.device, options: DataOptions, quarantine: Quarantine
 ) -> Iterator[Crops]:
+    """The batches of `steps` in order; what cannot be read is noted in `quarantine`.
+
+    Raises:
+        ClsaError: 65 when too much cannot be read, 74 when a worker fails.
+    """
     count = workers.num_workers(options.workers)
     if count:
         pixels = sum(spec.size**2 for spec in plan.specs) * plan.share
         workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
-    loader = DataLoader(
-        _Steps(plan),
-        batch_size=None,
-        sampler=steps,
-        num_workers=count,
-        prefetch_factor=PREFETCH if count else None,
-        timeout=2 * workers.TIMEOUT_S if count else 0,  # after the worker's own deadline
-        worker_init_fn=workers.start,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if count and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # its own, so that the caller's draws stay as they are
-    )
-    with workers.failures():
-        stream = iter(loader)
-        if count:
-            workers.name_deaths()
-        for batch, reasons in stream:
-            quarantine.add(reasons)
-            if batch is None:
-                raise quarantine.error()
-            crops = [view.to(device, non_blocking=True) for view in batch.crops]
-            yield batch._replace(crops=crops)
+    pinned = device.type == "cuda"
+    for batch, reasons in workers.results(_Steps(plan), steps, count, PREFETCH, pinned):
+        quarantine.add(reasons)
+        if batch is None:
+            raise quarantine.error()
+        crops = [view.to(device, non_blocking=True) for view in batch.crops]
+        yield batch._replace(crops=crops)
 
 
 class _Steps(Dataset):

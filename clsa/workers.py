@@ -3,12 +3,14 @@
 import functools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from clsa.errors import ClsaError, Exit
 from clsa.host import num_cores
@@ -33,6 +35,45 @@ def start(_: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def results(
+    dataset: Dataset, numbers: range, count: int, prefetch: int, pinned: bool = False
+) -> Iterator[Any]:
+    """`dataset[number]` for each of `numbers`, in order, computed by `count` processes (0: here).
+
+    Args:
+        dataset: its `__getitem__` should hold a `deadline`.
+        numbers: what to ask for.
+        count: of processes.
+        prefetch: results that each process is ahead.
+        pinned: hand tensors over in memory that a GPU copies from while the host goes on.
+
+    Raises:
+        ClsaError: 74 when a worker fails.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=count,
+        prefetch_factor=prefetch if count else None,
+        timeout=2 * TIMEOUT_S if count else 0,  # after the worker's own deadline
+        collate_fn=_as_it_is,
+        worker_init_fn=start,
+        pin_memory=pinned,
+        multiprocessing_context="fork" if count and sys.platform == "linux" else None,
+        generator=torch.Generator(),  # its own, so that the caller's draws stay as they are
+    )
+    with failures():
+        stream = iter(loader)
+        if count:
+            name_deaths()
+        yield from stream
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 @contextmanager

@@ -114,7 +114,7 @@ import sys
 from clsa.cli import main
 for args in (["--help"], ["recipes"], ["--version"], ["pretrain", "--recipe", "nope"]):
     main(args)
-for command in ("pretrain", "evaluate", "embed", "demo", "digest", "recipes"):
+for command in ("pretrain", "evaluate", "embed", "pack", "demo", "digest", "recipes"):
     try:
         main([command, "--help"])
     except SystemExit as stop:
@@ -139,6 +139,7 @@ KINDS: dict[str, type[Config]] = {
     "pretrain": options.RunOptions,
     "evaluate": options.EvaluateOptions,
     "embed": options.EmbedOptions,
+    "pack": options.PackOptions,
     "demo": options.DemoOptions,
 }
 
@@ -499,6 +500,41 @@ def test_python_names_unknown_options_too(drawings: Path, tmp_path: Path) -> Non
     with pytest.raises(AttributeError, match="has no attribute 'pretrian'"):
         operator.attrgetter("pretrian")(clsa)
     assert all(getattr(clsa, name) is not None for name in clsa.__all__)
+
+
+def test_packed_pictures_train_the_same_weights(
+    drawings: Path, finished: Path, command: Command, tmp_path: Path
+) -> None:
+    (drawings / "zebra").mkdir()
+    try:
+        (drawings / "zebra" / "broken.png").write_bytes(b"")
+        out = tmp_path / "my pack"
+        code, told, _ = command("pack", "--data", drawings, "--out", out, "--workers", "0")
+    finally:
+        shutil.rmtree(drawings / "zebra")
+    assert code == 0 and re.match(r"packed 40 pictures, \d\.\d MB in 1 shard\n", told)
+    assert "\nleft out as unreadable: 1 (see '" in told
+    assert f"\nNext: clsa pretrain --data '{out}' --out runs/packed\n" in told
+    assert command("pretrain", "--data", out, "--out", tmp_path / "run", *TINY)[0] == 0
+    assert checkpoint.run_digest(tmp_path / "run") == checkpoint.run_digest(finished)
+
+
+def test_packing_again_says_so(drawings: Path, command: Command, tmp_path: Path) -> None:
+    args = ("pack", "--data", drawings, "--out", tmp_path / "packed", "--workers", "0")
+    assert command(*args)[1].startswith("packed 40 pictures")
+    code, told, err = command(*args)
+    assert code == 0 and told.startswith("packed already: 40 pictures") and err == ""
+    code, text = refusal(command(*args, "--size", "32"))
+    assert code == Exit.USAGE and "size: 320 -> 32" in text
+    code, text = refusal(command("pack", "--out", tmp_path / "other"))
+    assert code == Exit.USAGE and "no pictures given" in text
+    shard = tmp_path / "packed" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    code, text = refusal(
+        command("pretrain", "--data", tmp_path / "packed", "--out", tmp_path / "r")
+    )
+    assert code == Exit.BAD_DATA and "shard-000000.tar - damaged" in text
+    assert not (tmp_path / "r").exists()
 
 
 def test_demo_refuses_unknown_and_large_recipes(command: Command) -> None:

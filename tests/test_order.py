@@ -10,7 +10,7 @@ import torch.distributed as td
 from pictures import jpeg_folder
 from torch.multiprocessing.spawn import spawn
 
-from clsa import decode, dist, sources
+from clsa import decode, dist, shards, sources
 from clsa.errors import ClsaError, Exit
 from clsa.intake import open_source
 from clsa.options import DataOptions
@@ -43,7 +43,9 @@ def test_replacements_are_spread_evenly() -> None:
 
 
 def test_every_reason_has_its_place() -> None:
-    text = "".join(Path(str(module.__file__)).read_text("utf-8") for module in (decode, sources))
+    text = "".join(
+        Path(str(module.__file__)).read_text("utf-8") for module in (decode, sources, shards)
+    )
     raised = set(re.findall(r"DecodeError\(\s*\"([a-z-]+)\"", text))
     assert raised == set(REASONS) and len(set(REASONS)) == len(REASONS)
 

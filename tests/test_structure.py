@@ -15,8 +15,8 @@ ROOT = Path(clsa.__file__).parent
 # A file imports only from files that stand before it.
 ORDER = [
     "errors", "files", "dist", "config", "options", "rng", "decode", "archives", "sources",
-    "listing", "intake", "geometry", "color", "views", "order", "host", "workers", "cutting",
-    "streamed", "data",
+    "shards", "listing", "intake", "geometry", "color", "views", "order", "host", "workers",
+    "cutting", "streamed", "data", "pack",
     "models", "bank", "losses", "optim",
     "methods.method", "methods.moco", "methods.clsa", "methods", "checkpoint",
     "evaluate", "evaluate.results", "evaluate.split", "evaluate.features", "evaluate.knn",
