@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FILES := clsa tests benchmarks
+BENCHMARKS := input augment loss step scale
+# Measured against, never depended on; without their own dependencies, which would bring Lightning.
+PEERS := lightly lightly-utils lightning-utilities kornia kornia-rs webdataset braceexpand
 
-.PHONY: demo test check pytest format parity clean
+.PHONY: demo test check pytest format parity bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/clsa demo
@@ -27,6 +30,10 @@ format: $(VENV)/ready-to-test
 parity: $(VENV)/ready-to-test
 	$(BIN)/python -m benchmarks.parity
 
+# Up to 20 minutes on two idle cores; rewrites docs/benchmarks.md.
+bench: $(VENV)/ready-to-bench
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("clsa needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +42,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/ready-to-test: $(VENV)/ready
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/ready-to-bench: $(VENV)/ready
+	$(PIP) --no-deps $(PEERS)
 	touch $@
 
 clean:

@@ -1,58 +1,130 @@
-"""The loss of CLSA* (5 weak x 5 strong) on one pass over the bank against the written-out version.
+"""The loss of CLSA* on one pass over the bank, against written out and chunked log-softmax.
 
-    python -m benchmarks.loss [--batch 128 --queue 65536 --dim 128 --repeat 3]
+    python -m benchmarks.loss                    # about 3 minutes
 
-Each side runs forward and backward in a process of its own, on one thread; memory is the growth of
-the process's peak resident set (Linux). Prints both, the ratios, and the largest difference of
-gradients.
+Forward and backward of W + W S terms (W weak, S strong queries), on one thread. Written out: as
+the official code, a softmax matrix a view and a copy of the bank a term. Chunked: log-softmax in
+plain torch, logsumexp over chunks of the bank, then a second pass for the expectations, each chunk
+checkpointed so that its matrices are not kept. Every side runs in a process of its own; memory is
+the growth of its peak resident set (Linux). The gradients of all sides are compared.
 """
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from reference import written_out
-
+from benchmarks import report
+from benchmarks.report import Row, versus
+from clsa.errors import ClsaError, Exit
 from clsa.losses import contrast_and_divergence
+from tests.reference import written_out
 
-SIDES = ("written out", "one pass")
+TEMPERATURE = 0.2
+CHUNK = 4096
+SIDES = ("one pass", "written out", "chunked")
+FASTER, SMALLER = 5.0, 10.0  # budgets against written out, at the first sizes
+MAX_GAP = 1e-4  # of gradients, relative to the largest
 
 
-def measure(side: str, batch: int, queue: int, dim: int, repeat: int) -> dict[str, object]:
+class Sizes(NamedTuple):
+    """Queries a view, length of the queue, length of a projection, weak and strong views."""
+
+    batch: int = 128
+    queue: int = 65536
+    dim: int = 128
+    weak: int = 5
+    strong: int = 5
+
+    def __str__(self) -> str:
+        told = f"{self.weak}x{self.strong}, B {self.batch}, K {self.queue:,}, D {self.dim}"
+        return f"CLSA {told}"
+
+
+GRID = (
+    Sizes(),
+    Sizes(batch=32),
+    Sizes(queue=4096),
+    Sizes(queue=16384),
+    Sizes(dim=256),
+    Sizes(weak=1, strong=1),
+    Sizes(weak=1),
+)
+
+
+def chunked(weak: list[Tensor], strong: list[Tensor], bank: Tensor, positive: Tensor) -> Tensor:
+    """The same loss by plain torch; only (views, B) numbers a chunk are kept for the backward."""
+    parts, queries = bank.split(CHUNK), torch.stack([*weak, *strong])
+    found = torch.stack([_checkpointed(_partition, queries, part) for part in parts])
+    lse, num_weak = torch.logsumexp(found, 0), len(weak)
+    own = (queries[:num_weak] * bank[positive]).sum(2) / TEMPERATURE
+    loss = (lse[:num_weak] - own).mean(1).sum()
+    for part in parts:
+        loss = loss + _checkpointed(_cross_entropy, queries, lse, part, num_weak)
+    return loss
+
+
+def _checkpointed(function: Callable[..., Tensor], *given: Tensor | int) -> Tensor:
+    result = checkpoint(function, *given, use_reentrant=False)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _partition(queries: Tensor, part: Tensor) -> Tensor:
+    return torch.stack([torch.logsumexp(query @ part.T / TEMPERATURE, 1) for query in queries])
+
+
+def _cross_entropy(queries: Tensor, lse: Tensor, part: Tensor, num_weak: int) -> Tensor:
+    """- sum over all pairs of t log r over the rows of a chunk; the targets are summed first."""
+    targets, targets_lse = queries[:num_weak].detach(), lse[:num_weak].detach()
+    terms = []
+    t = torch.zeros(len(lse[0]), len(part))
+    for query, total in zip(targets, targets_lse, strict=True):
+        t += torch.exp(query @ part.T / TEMPERATURE - total[:, None])
+    for query, total in zip(queries[num_weak:], lse[num_weak:], strict=True):
+        terms.append((t * (query @ part.T / TEMPERATURE - total[:, None])).sum(1).mean())
+    return -torch.stack(terms).sum()
+
+
+def measure(side: str, sizes: Sizes, repeats: int) -> dict[str, object]:
     """Best time in s, extra peak memory in MB, loss, and the first gradients of one side."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
 
-    def unit(rows: int) -> torch.Tensor:
-        return F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
+    def unit(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, sizes.dim, generator=generator), dim=1)
 
-    bank, positive = unit(batch + queue), torch.arange(batch)
-    queries = [unit(batch).requires_grad_() for _ in range(10)]
-    weak, strong = queries[:5], queries[5:]
+    bank, positive = unit(sizes.batch + sizes.queue), torch.arange(sizes.batch)
+    queries = [unit(sizes.batch).requires_grad_() for _ in range(sizes.weak + sizes.strong)]
+    weak, strong = queries[: sizes.weak], queries[sizes.weak :]
 
-    def once() -> torch.Tensor:
+    def once() -> Tensor:
         for query in queries:
             query.grad = None
         if side == "one pass":
-            terms = contrast_and_divergence(weak, strong, bank, positive)
+            terms = contrast_and_divergence(weak, strong, bank, positive, TEMPERATURE)
             loss = terms.contrast + terms.divergence
+        elif side == "chunked":
+            loss = chunked(weak, strong, bank, positive)
         else:
-            loss = written_out(weak, strong, bank, positive)
+            loss = written_out(weak, strong, bank, positive, TEMPERATURE)
         loss.backward()
         return loss
 
+    _checkpointed(torch.sin, torch.zeros(1))  # loads what it needs, a process's first time
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory_mb("VmRSS")
     times = []
-    for _ in range(repeat):
+    for _ in range(repeats):
         start = time.perf_counter()
         loss = once()
         times.append(time.perf_counter() - start)
@@ -67,35 +139,61 @@ def memory_mb(field: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
+def apart(side: str, sizes: Sizes, repeats: int) -> dict:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.loss", "--side", side]
+    command += ["--sizes", *map(str, sizes), "--repeat", str(repeats)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def compare(sizes: Sizes, repeats: int, budgets: bool) -> tuple[list[Row], float]:
+    """The rows of one point of the grid, and the largest relative difference of gradients."""
+    found = {side: apart(side, sizes, repeats) for side in SIDES}
+    ours = found["one pass"]
+    wanted = torch.tensor(found["written out"]["grads"])
+    gap = max(
+        float((wanted - torch.tensor(found[side]["grads"])).abs().max() / wanted.abs().max())
+        for side in ("one pass", "chunked")
+    )
+    if not gap < MAX_GAP:
+        why = f"gradients differ by {gap:.1e} of the largest"
+        raise ClsaError(f"{sizes}", why, "the sides do not compute the same loss", Exit.BUG)
+    rows = []
+    for side in SIDES[1:]:
+        limits = (FASTER, SMALLER) if budgets and side == "written out" else (None, None)
+        for name, unit, limit in zip(("seconds", "peak_mb"), ("s", "MB"), limits, strict=True):
+            claim = f"{sizes}: {'time' if unit == 's' else 'extra peak memory'}"
+            least = max(ours[name], 1.0) if unit == "MB" else ours[name]  # a page is no ratio
+            rows.append(versus(claim, least, found[side][name], unit, side, limit, True))
+    return rows, gap
+
+
 def main() -> None:
-    """Run both sides and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("batch", 128), ("queue", 65536), ("dim", 128), ("repeat", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    """Run every point of the grid, or one side of one."""
+    parser = report.parser(__doc__, threads=1)
+    parser.add_argument("--repeat", type=int, default=3, help="best of (3; 2 off the main sizes)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=int, nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = (args.batch, args.queue, args.dim, args.repeat)
     if args.side:
-        print(json.dumps(measure(args.side, *sizes)))
+        print(json.dumps(measure(args.side, Sizes(*args.sizes), args.repeat)))
         return
-    results = []
-    for side in SIDES:
-        command = [sys.executable, "-m", "benchmarks.loss", "--side", side]
-        for name in ("batch", "queue", "dim", "repeat"):
-            command += [f"--{name}", str(getattr(args, name))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        results.append(json.loads(done.stdout))
-        seconds, memory, loss = (results[-1][key] for key in ("seconds", "peak_mb", "loss"))
-        print(f"{side:12} {seconds:7.2f} s  {memory:7.0f} MB  loss {loss:.5f}")
-    plain, ours = results
-    wanted, got = (torch.tensor(side["grads"]) for side in results)
-    faster = plain["seconds"] / ours["seconds"]
-    smaller = plain["peak_mb"] / ours["peak_mb"]
-    gap = (wanted - got).abs().max() / wanted.abs().max()
-    print(f"{faster:.1f}x faster, 1/{smaller:.0f} of the memory, gradients differ by {gap:.1e}")
-    sizes_told = f"B {args.batch}, K {args.queue}, D {args.dim}"
-    print(f"CLSA* 5 x 5, {sizes_told}, 1 thread, torch {torch.__version__}, {platform.machine()}")
+    grid = (Sizes(8, 5000, 16, 2, 2),) if args.quick else GRID
+    rows, gaps = [], []
+    for number, sizes in enumerate(grid):
+        repeats = args.repeat if number == 0 else min(args.repeat, 2)
+        found, gap = compare(sizes, repeats, budgets=number == 0)
+        rows += found
+        gaps.append(gap)
+        print(f"{sizes}: done", file=sys.stderr)
+    notes = [
+        "Forward and backward, one thread, each side in a process of its own. Gradients of all "
+        f"sides agree to {max(gaps):.0e} of the largest. Written out: a softmax matrix a view, as "
+        f"the official code; chunked: plain torch in checkpointed chunks of {CHUNK:,} rows."
+    ]
+    report.publish("loss", "Loss of CLSA", rows, args, notes=notes)
 
 
 if __name__ == "__main__":
-    main()
+    report.run(main)

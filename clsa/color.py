@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
+from torch.nn import functional
 
 from clsa.geometry import upload
 
@@ -102,6 +103,8 @@ def blur(
 ) -> Float32[Tensor, "B 3 S S"]:
     """Gaussian blur of the rows of `apply`: G X G^T, 13 taps, borders reflected.
 
+    As matrix products on a GPU, as convolutions elsewhere.
+
     Args:
         images: at least 7 pixels wide.
         sigma: standard deviation in pixels, at most 2 (the kernel is cut at three times that).
@@ -110,15 +113,34 @@ def blur(
     if not apply.any():
         return images
     rows, chosen = _select(images, apply)
-    size, half = images.shape[-1], BLUR_TAPS // 2
-    taps = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma[apply, None]) ** 2)
+    reach = np.arange(BLUR_TAPS) - BLUR_TAPS // 2
+    taps = np.exp(-0.5 * (reach / sigma[apply, None]) ** 2)
     taps = (taps / taps.sum(1, keepdims=True)).astype(np.float32)
+    # A fifth of the time on a CPU at 224 pixels; on a GPU grouped convolutions are the slow way.
+    blurred = _blur_by_products if images.is_cuda else _blur_by_convolutions
+    return images.index_copy(0, rows, blurred(chosen, taps))
+
+
+def _blur_by_products(
+    images: Float32[Tensor, "B 3 S S"], taps: Float32[np.ndarray, "B taps"]
+) -> Float32[Tensor, "B 3 S S"]:
+    size, half = images.shape[-1], BLUR_TAPS // 2
     reached = np.abs(np.arange(size) + np.arange(-half, half + 1)[:, None])
     reached = size - 1 - np.abs(size - 1 - reached)
     spread = (reached[..., None] == np.arange(size)).astype(np.float32)
-    taps, spread = upload([taps, spread], images.device)
-    kernel = (taps @ spread.view(BLUR_TAPS, -1)).view(-1, 1, size, size)
-    return images.index_copy(0, rows, kernel @ chosen @ kernel.transpose(2, 3))
+    weights, spread = upload([taps, spread], images.device)
+    kernel = (weights @ spread.view(BLUR_TAPS, -1)).view(-1, 1, size, size)
+    return kernel @ images @ kernel.transpose(2, 3)
+
+
+def _blur_by_convolutions(
+    images: Float32[Tensor, "B 3 S S"], taps: Float32[np.ndarray, "B taps"]
+) -> Float32[Tensor, "B 3 S S"]:
+    padded = functional.pad(images, (BLUR_TAPS // 2,) * 4, mode="reflect")
+    kernel = upload([taps.repeat(3, axis=0)], images.device)[0][:, None, None]
+    one_each = padded.reshape(1, -1, *padded.shape[2:])  # channel, as every picture has its kernel
+    across = functional.conv2d(one_each, kernel, groups=len(kernel))
+    return functional.conv2d(across, kernel.mT, groups=len(kernel)).view_as(images)
 
 
 def normalize(

@@ -86,6 +86,14 @@ def test_blur_equals_torchvision(size: int) -> None:
         close(blurred[i], expected if apply[i] else image)
 
 
+@pytest.mark.parametrize("size", [7, 32, 61])
+def test_both_ways_to_blur_agree(size: int) -> None:
+    images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    taps = np.random.default_rng(0).dirichlet(np.ones(color.BLUR_TAPS), 5).astype(np.float32)
+    products = color._blur_by_products(images, taps)
+    torch.testing.assert_close(color._blur_by_convolutions(images, taps), products)
+
+
 def test_weak_operations_without_rows_change_nothing() -> None:
     images = floats()
     count = len(images)

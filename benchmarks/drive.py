@@ -1,0 +1,118 @@
+"""Our side of a step, driven as `fit` drives it: batches, `train_step`, journal; and its parts."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from clsa import data
+from clsa.config import merge
+from clsa.folder import RunFolder
+from clsa.host import keep_freed_memory
+from clsa.intake import open_source
+from clsa.journal import Journal
+from clsa.methods import METHODS
+from clsa.methods.method import Batch
+from clsa.models import autocast
+from clsa.optim import build_optimizer
+from clsa.options import RunOptions
+from clsa.order import Order
+from clsa.recipes import resolve
+from clsa.signals import Stop
+from clsa.sources import Source
+from clsa.state import State
+from clsa.train import Run, make_views, train_step
+
+CPU = torch.device("cpu")
+LAST_STEP = 1_000_000  # the batches never end
+
+
+class Drive:
+    """A run without its ends: no resuming, probing or saving.
+
+    Args:
+        recipe: its name.
+        out: an empty folder for the journal.
+        source: pictures; those that the options name if not given.
+        chosen: which views `views` makes; `step` needs all.
+        values: options that win over the recipe's.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        out: Path,
+        source: Source | None = None,
+        chosen: slice = slice(None),
+        **values: Any,
+    ):
+        keep_freed_memory()
+        given = {"recipe": recipe, "data": {"data": "clipart"}, "out": str(out)}
+        self.options: RunOptions = resolve(merge(given, values))
+        options = self.options
+        source = source or open_source(options.data.data, "train", options.data)
+        order = Order(len(source), options.batch_size, options.seed)
+        self.method = METHODS[options.method.name](options)
+        optimizer = build_optimizer(self.method, options.optim)
+        out.mkdir(parents=True, exist_ok=True)
+        self.state = State(self.method, optimizer, "", RunFolder(out))
+        self.run = Run(options, CPU, order.steps_per_epoch, Stop())
+        flip = options.views.weak.flip
+        self.specs = self.method.view_specs[chosen]
+        self.batches = data.batches(
+            source, self.specs, flip, order, 0, LAST_STEP, CPU, options.data
+        )
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        marks = (self.method.chance, self.method.floor)
+        steps = self.run.steps_per_epoch
+        journal = Journal(self.state.folder, 0, LAST_STEP, steps, marks, speaks=True)
+        journal.console.quiet = True
+        self.journal = self.stack.enter_context(journal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def step(self) -> None:
+        """One whole step: waiting for its data, the step, its line in the log when it is due."""
+        stats = train_step(self.method, self.state, next(self.batches), self.run)
+        self.journal.count(self.options.batch_size, 0.0)
+        if self.state.step % self.options.log_every == 0:
+            self.journal.log(self.state.step, stats.numbers())
+
+    def views(self) -> Batch:
+        """Crops and pixel work of one batch, nothing else."""
+        crops = next(self.batches)
+        return make_views(crops, self.specs, self.state.step, self.run)
+
+    def encoder_alone(self) -> Callable[[], None]:
+        """Only what no method can save: the networks' forward and backward on the same shapes.
+
+        The key network sees the key view without gradient, the trained network every query with
+        it, both with the batch norm in groups that the recipe asks for.
+        """
+        batch, method = self.options.batch_size, self.method
+        generator = torch.Generator().manual_seed(0)
+        key, *queries = (_view(batch, spec.size, generator) for spec in method.view_specs)
+        modules = method.named_modules()
+        key_network = next(module for name, module in modules if name.endswith("key_network"))
+
+        def once() -> None:
+            with autocast(CPU, self.options.precision):
+                with torch.no_grad():
+                    key_network(key)
+                loss = torch.stack([method.network(query).sum() for query in queries]).sum()
+            loss.backward()
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+        return once
+
+
+def _view(batch: int, size: int, generator: torch.Generator) -> Tensor:
+    view = torch.randn(batch, 3, size, size, generator=generator)
+    return view.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,83 @@
+"""CLSA written plainly: the paper's algorithm as its official code computes it, nothing made fast.
+
+Pillow views picture by picture in a DataLoader, float32 in the default memory format, a softmax
+tensor a view, a copy of the queue a term, the key network moved parameter by parameter. Backbone,
+projector, batch, queue and views are those of our recipe.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from benchmarks import plain_views
+from clsa.models import Projector, build_encoder, feature_dim
+from clsa.options import RunOptions
+from clsa.views import view_specs
+from tests.reference import written_out
+
+
+class PlainCLSA(nn.Module):
+    """Encoder, projector, their momentum copies and the queue, with a step of SGD.
+
+    Args:
+        options: of our recipe, with one weak query and one strong.
+        folder: pictures as files.
+        workers: of the loader.
+    """
+
+    queue: Tensor
+
+    def __init__(self, options: RunOptions, folder: Path, workers: int):
+        super().__init__()
+        self.options, model = options, options.model
+        encoder = build_encoder(model, 0).to(memory_format=torch.contiguous_format)
+        width, dim = feature_dim(encoder), model.projector_dim
+        sizes = (model.projector_hidden, dim, model.projector_layers)
+        self.network = nn.Sequential(encoder, Projector(width, *sizes))
+        self.key_network = copy.deepcopy(self.network).requires_grad_(False)
+        rows = torch.randn(options.method.queue_size, dim)
+        self.register_buffer("queue", F.normalize(rows, dim=1))
+        self.pointer = 0
+        optim = options.optim
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay
+        )
+        views = plain_views.Views(options.views, view_specs(options.views, options.method))
+        data = ImageFolder(str(folder), views, loader=plain_views.load)
+        self.batches = endless(
+            DataLoader(data, options.batch_size, True, num_workers=workers, drop_last=True)
+        )
+
+    def step(self) -> None:
+        """One whole step, waiting for its data included."""
+        (key_view, weak_view, strong_view), _ = next(self.batches)
+        temperature, momentum = self.options.method.temperature, self.options.method.key_momentum
+        weak = F.normalize(self.network(weak_view), dim=1)
+        strong = F.normalize(self.network(strong_view), dim=1)
+        with torch.no_grad():
+            pairs = zip(self.key_network.parameters(), self.network.parameters(), strict=True)
+            for key_weight, weight in pairs:
+                key_weight.mul_(momentum).add_(weight, alpha=1 - momentum)
+            order = torch.randperm(len(key_view))
+            shuffled = F.normalize(self.key_network(key_view[order]), dim=1)
+            keys = shuffled[torch.argsort(order)]
+        bank = torch.cat([keys, self.queue.clone()])
+        loss = written_out([weak], [strong], bank, torch.arange(len(keys)), temperature)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        places = (self.pointer + torch.arange(len(keys))) % len(self.queue)
+        self.queue[places] = keys
+        self.pointer = (self.pointer + len(keys)) % len(self.queue)
+
+
+def endless(loader: DataLoader) -> Iterator:
+    """Epoch after epoch."""
+    while True:
+        yield from loader

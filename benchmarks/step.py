@@ -1,0 +1,203 @@
+"""Whole steps at 32 px on the CPU: against lightly, against a plain CLSA, and the encoder's share.
+
+    python -m benchmarks.step                          # all of it, about 8 minutes on 2 cores
+    python -m benchmarks.step --profile clsa-small     # where one step spends its time
+
+Each side runs in processes of its own, the sides in turn, on the embedded drawings: ours resident
+as `clsa pretrain` has them, the peers' as WebP files in a folder through a DataLoader with none
+and with two workers, of which the better counts. The rate is pictures by the mean time of a step,
+with waiting for data and, on our side, the log. Beside our steps, one after the other, runs the
+encoder alone: forward and backward of the networks on the same shapes and nothing else.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from benchmarks import report
+from benchmarks.drive import Drive
+from benchmarks.report import Row, share, versus
+from clsa.archives import CLIPART
+from clsa.recipes import resolve
+
+LIGHTLY, ENCODER = 4.0, 0.9  # budgets: times lightly's rate, the encoder's share of a step
+WORKERS = (0, 2)
+
+
+class Steps(Protocol):
+    """Whatever trains step by step."""
+
+    def step(self) -> None: ...
+
+
+class Side(NamedTuple):
+    """What a process runs: a recipe, and whose code."""
+
+    recipe: str
+    code: str  # ours, lightly, lightly-fast or plain
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}:{self.code}"
+
+
+OURS = [Side(name, "ours") for name in ("moco-v2-small", "clsa-small", "clsa-multi-small")]
+PEERS = [
+    Side("moco-v2-small", "lightly"),
+    Side("moco-v2-small", "lightly-fast"),
+    Side("clsa-small", "plain"),
+]
+TOLD = {
+    "lightly": "lightly 1.6, float32 as its example",
+    "lightly-fast": "lightly 1.6 with bf16 and channels_last",
+    "plain": "the official algorithm written plainly",
+}
+
+
+def batch_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The batch size, and groups of batch norm that it can fill."""
+    few = {"model": {"norm_groups": 2}} if args.batch < 16 else {}
+    return {"batch_size": args.batch, **few}
+
+
+def peer(side: Side, args: argparse.Namespace) -> Steps:
+    """A peer, ready to step."""
+    options = resolve({"recipe": side.recipe, **batch_options(args)})
+    if side.code == "plain":
+        from benchmarks.plain_clsa import PlainCLSA
+
+        return PlainCLSA(options, args.files, args.workers)
+    from benchmarks.lightly_moco import LightlyMoCo
+
+    return LightlyMoCo(options, args.files, args.workers, fast=side.code == "lightly-fast")
+
+
+def timed(call: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def child(side: Side, args: argparse.Namespace) -> dict[str, float]:
+    """In a process of its own: mean seconds of a step and, for ours, of the encoder alone."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)  # the peers draw from global generators
+    if side.code != "ours":
+        steps = peer(side, args)
+        for _ in range(args.warmup):
+            steps.step()
+        return {"step": sum(timed(steps.step) for _ in range(args.steps)) / args.steps}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Drive(side.recipe, Path(folder), **batch_options(args)) as drive,
+    ):
+        alone = drive.encoder_alone()
+        total = {"step": 0.0, "encoder": 0.0}
+        for number in range(args.warmup + args.steps):
+            for name, call in (("step", drive.step), ("encoder", alone)):
+                seconds = timed(call)
+                if number >= args.warmup:
+                    total[name] += seconds / args.steps
+        return total
+
+
+def measure(side: Side, workers: int, args: argparse.Namespace) -> dict[str, float]:
+    """What `child` says in a new process; our steps are quicker, so there are more of them."""
+    ours = side.code == "ours"
+    num_steps = args.steps * (1 if args.quick or not ours or "multi" in side.recipe else 2)
+    command = [sys.executable, "-m", "benchmarks.step", "--side", side.name]
+    for name in ("batch", "threads", "warmup", "files"):
+        command += [f"--{name}", str(getattr(args, name))]
+    command += ["--workers", str(workers), "--steps", str(num_steps)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(args: argparse.Namespace) -> list[Row]:
+    """Every side in turn, the fastest round of each."""
+    runs = [(side, 0) for side in OURS]
+    runs += [(side, workers) for side in PEERS for workers in WORKERS]
+    best: dict[Side, dict[str, float]] = {}
+    for _ in range(args.rounds):
+        for side, workers in runs:
+            found = measure(side, workers, args)
+            told = ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in found.items())
+            print(f"{side.name}, {workers} workers: {told}", file=sys.stderr)
+            if side not in best or found["step"] < best[side]["step"]:
+                best[side] = found
+    rows = []
+    for side in PEERS:
+        ours = args.batch / best[Side(side.recipe, "ours")]["step"]
+        theirs = args.batch / best[side]["step"]
+        budget = LIGHTLY if side.code == "lightly" else None
+        claim = f"`{side.recipe}`, whole steps, batch {args.batch}"
+        rows.append(versus(claim, ours, theirs, "images/s", TOLD[side.code], budget))
+    for side in OURS:
+        found, claim = best[side], f"`{side.recipe}`, batch {args.batch}"
+        rows.append(Row(f"{claim}: whole step", 1e3 * found["step"], unit="ms"))
+        share_claim = f"{claim}: encoder and projector alone, of the step"
+        rows.append(share(share_claim, found["encoder"], found["step"], at_least=ENCODER))
+    return rows
+
+
+def profile(recipe: str, args: argparse.Namespace) -> None:
+    """Print the ten operations in which one step spends most time."""
+    torch.set_num_threads(args.threads)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Drive(recipe, Path(folder), **batch_options(args)) as drive,
+    ):
+        for _ in range(args.warmup):
+            drive.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            drive.step()
+    table = seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=10)
+    print(f"one step of {recipe}, batch {args.batch}, {args.threads} threads")
+    print(table)
+
+
+def main() -> None:
+    """Compare, or run one side of it, or profile."""
+    parser = report.parser(__doc__, threads=2)
+    parser.add_argument("--batch", type=int, default=256, help="pictures a step (256)")
+    parser.add_argument("--steps", type=int, default=7, help="of a peer; ours takes twice (7)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock (3)")
+    parser.add_argument("--rounds", type=int, default=2, help="processes a side (2)")
+    parser.add_argument("--profile", metavar="RECIPE", help="print the profile of one step")
+    for name, kind in (("side", str), ("workers", int), ("files", Path)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.batch, args.steps, args.warmup, args.rounds = 8, 1, 1, 1
+    if args.profile:
+        profile(args.profile, args)
+        return
+    if args.side:
+        print(json.dumps(child(Side(*args.side.split(":")), args)))
+        return
+    report.require("lightly")
+    with tempfile.TemporaryDirectory() as folder:
+        args.files = Path(folder)
+        with tarfile.open(CLIPART) as archive:
+            names = [m for m in archive if m.name.split("/")[0] in ("train", "unlabelled")]
+            archive.extractall(folder, members=names, filter="data")
+        rows = compare(args)
+    title, notes = "Whole steps on the CPU", [
+        "Encoder resnet10-w32 at 32 px, queue 4,096. Peers: the same backbone without groups in "
+        "its batch norm, float32 unless said, the better of 0 and 2 loader workers."
+    ]  # fmt: skip
+    report.publish("step", title, rows, args, peers=("lightly",), notes=notes)
+
+
+if __name__ == "__main__":
+    report.run(main)
