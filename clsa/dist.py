@@ -68,7 +68,8 @@ def process_group(device: torch.device, timeout_s: float = 3600.0) -> Iterator[N
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    td.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    gpu = device if device.type == "cuda" else None
+    td.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=gpu)
     try:
         yield
     except RuntimeError as error:

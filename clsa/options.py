@@ -189,7 +189,7 @@ class RunOptions(Config):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the hardware computes in it."""
     compile: bool = False
-    """torch.compile the encoder."""
+    """torch.compile the encoders and the colour jitter (GPUs; the first steps take minutes)."""
     views: ViewOptions = ViewOptions()
     model: ModelOptions = ModelOptions()
     method: MethodOptions = MethodOptions()

@@ -23,7 +23,7 @@ from clsa.intake import open_source, open_val
 from clsa.journal import Journal
 from clsa.methods import METHODS
 from clsa.methods.method import Batch, Method, sum_of
-from clsa.models import autocast
+from clsa.models import Network, autocast
 from clsa.optim import build_optimizer, lr_at, set_lr
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
@@ -69,7 +69,7 @@ def make_views(crops: Crops, specs: list[views.ViewSpec], step: int, run: Run) -
         views.pixels(
             crop,
             views.sample(options.views, spec, options.seed, epoch, index),
-            options.views, spec,
+            options.views, spec, fused=options.compile,
         )
         for spec, crop in zip(specs, crops.crops, strict=True)
     ]  # fmt: skip
@@ -305,7 +305,9 @@ def parallel(method: Method, options: RunOptions) -> nn.Module:
     statistics are each rank's own, as in MoCo.
     """
     if options.compile:
-        method.network.encoder.compile()
+        for module in method.modules():
+            if isinstance(module, Network):  # of a size of view each, or one graph would serve all
+                module.encoder.compile(dynamic=False)
     if dist.world_size() == 1:
         return method
     return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -315,10 +317,9 @@ def draw_views(
     source: Source, crops: Crops, specs: list[views.ViewSpec], run: Run, path: Path
 ) -> None:
     """Write the contact sheet: originals of the first batch with all their views."""
-    few = Crops(
-        [crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:])
-    )
-    drawn = make_views(few, specs, 0, run).views
+    few = Crops([crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:]))
+    plain = run._replace(options=run.options.model_copy(update={"compile": False}))
+    drawn = make_views(few, specs, 0, plain).views
     size, cpu = run.options.views.size, torch.device("cpu")
     rows = []
     for numbers, originals in data.eval_images(source, few.index.numpy(), size, 1.0, cpu):

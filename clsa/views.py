@@ -228,13 +228,15 @@ def pixels(
     spec: ViewSpec,
     mean: tuple[float, float, float] = MEAN,
     std: tuple[float, float, float] = STD,
+    fused: bool = False,
 ) -> Float32[Tensor, "B 3 S S"]:
     """Crops with pixels in [0, 255] -> normalised views, by the operations in `params`.
 
     Order of the official code: jitter, grayscale, blur, strong operations on uint8, normalise.
+    `fused` as in `color.jitter`.
     """
     images = crops.to(torch.float32, memory_format=torch.contiguous_format) / 255
-    images = color.jitter(images, params.factors, params.order, params.jitter)
+    images = color.jitter(images, params.factors, params.order, params.jitter, fused)
     images = color.grayscale(images, params.gray)
     images = color.blur(images, params.sigma, params.blur)
     if spec.strong:

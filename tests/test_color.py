@@ -86,6 +86,16 @@ def test_blur_equals_torchvision(size: int) -> None:
         close(blurred[i], expected if apply[i] else image)
 
 
+def test_fused_jitter_equals_the_plain_one_to_the_bit() -> None:
+    images = torch.rand(40, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    rng = np.random.default_rng(0)
+    factors = rng.uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (40, 4))
+    order = np.stack([rng.permutation(4) for _ in range(40)])
+    drawn = (images, factors, order, rng.random(40) < 0.8)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled, before it is
+        assert torch.equal(color.jitter(*drawn, fused=True), color.jitter(*drawn))
+
+
 @pytest.mark.parametrize("size", [7, 32, 61])
 def test_both_ways_to_blur_agree(size: int) -> None:
     images = torch.rand(5, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -26,10 +26,12 @@ def frozen(encoder: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in encoder.modules()]
     before = checkpoint.digest(encoder.state_dict())
     encoder.eval()
+    compiled, encoder._compiled_call_impl = encoder._compiled_call_impl, None  # for training only
     try:
         with torch.no_grad():
             yield
     finally:
+        encoder._compiled_call_impl = compiled
         for module, training in modes:
             module.training = training
     if checkpoint.digest(encoder.state_dict()) != before:
