@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clsa import data
 from clsa.config import merge
+from clsa.cutting import Crops
 from clsa.folder import RunFolder
 from clsa.host import keep_freed_memory
 from clsa.intake import open_source
@@ -24,50 +25,55 @@ from clsa.recipes import resolve
 from clsa.signals import Stop
 from clsa.sources import Source
 from clsa.state import State
-from clsa.train import Run, make_views, train_step
+from clsa.train import Run, make_views, parallel, train_step
 
 CPU = torch.device("cpu")
 LAST_STEP = 1_000_000  # the batches never end
 
 
 class Drive:
-    """A run without its ends: no resuming, probing or saving.
+    """A run without its ends: no resuming, probing or saving; a journal inside `with`.
 
     Args:
         recipe: its name.
-        out: an empty folder for the journal.
+        out: an empty folder for the journal; without one there must be no `with`.
         source: pictures; those that the options name if not given.
         chosen: which views `views` makes; `step` needs all.
+        device: where it runs.
         values: options that win over the recipe's.
     """
 
     def __init__(
         self,
         recipe: str,
-        out: Path,
+        out: Path = Path("unused"),
         source: Source | None = None,
         chosen: slice = slice(None),
+        device: torch.device = CPU,
         **values: Any,
     ):
         keep_freed_memory()
         given = {"recipe": recipe, "data": {"data": "clipart"}, "out": str(out)}
         self.options: RunOptions = resolve(merge(given, values))
         options = self.options
-        source = source or open_source(options.data.data, "train", options.data)
-        order = Order(len(source), options.batch_size, options.seed)
-        self.method = METHODS[options.method.name](options)
+        self.device, self.batch_size = device, options.batch_size
+        self.source = source or open_source(options.data.data, "train", options.data)
+        self.order = Order(len(self.source), options.batch_size, options.seed)
+        self.method = METHODS[options.method.name](options).to(device)
         optimizer = build_optimizer(self.method, options.optim)
-        out.mkdir(parents=True, exist_ok=True)
         self.state = State(self.method, optimizer, "", RunFolder(out))
-        self.run = Run(options, CPU, order.steps_per_epoch, Stop())
+        self.run = Run(options, device, self.order.steps_per_epoch, Stop())
+        self.model = parallel(self.method, options)
         flip = options.views.weak.flip
         self.specs = self.method.view_specs[chosen]
         self.batches = data.batches(
-            source, self.specs, flip, order, 0, LAST_STEP, CPU, options.data
+            self.source, self.specs, flip, self.order, 0, LAST_STEP, device, options.data
         )
+        self.journal: Journal | None = None
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
+        self.state.folder.path.mkdir(parents=True, exist_ok=True)
         marks = (self.method.chance, self.method.floor)
         steps = self.run.steps_per_epoch
         journal = Journal(self.state.folder, 0, LAST_STEP, steps, marks, speaks=True)
@@ -78,17 +84,21 @@ class Drive:
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
+    def next_crops(self) -> Crops:
+        """Crops of the next batch, on the device."""
+        return next(self.batches)
+
     def step(self) -> None:
         """One whole step: waiting for its data, the step, its line in the log when it is due."""
-        stats = train_step(self.method, self.state, next(self.batches), self.run)
-        self.journal.count(self.options.batch_size, 0.0)
-        if self.state.step % self.options.log_every == 0:
-            self.journal.log(self.state.step, stats.numbers())
+        stats = train_step(self.model, self.state, self.next_crops(), self.run)
+        if self.journal is not None:
+            self.journal.count(self.batch_size, 0.0)
+            if self.state.step % self.options.log_every == 0:
+                self.journal.log(self.state.step, stats.numbers())
 
     def views(self) -> Batch:
         """Crops and pixel work of one batch, nothing else."""
-        crops = next(self.batches)
-        return make_views(crops, self.specs, self.state.step, self.run)
+        return make_views(self.next_crops(), self.specs, self.state.step, self.run)
 
     def encoder_alone(self) -> Callable[[], None]:
         """Only what no method can save: the networks' forward and backward on the same shapes.
@@ -96,14 +106,14 @@ class Drive:
         The key network sees the key view without gradient, the trained network every query with
         it, both with the batch norm in groups that the recipe asks for.
         """
-        batch, method = self.options.batch_size, self.method
+        method = self.method
         generator = torch.Generator().manual_seed(0)
-        key, *queries = (_view(batch, spec.size, generator) for spec in method.view_specs)
+        key, *queries = (self._view(spec.size, generator) for spec in method.view_specs)
         modules = method.named_modules()
         key_network = next(module for name, module in modules if name.endswith("key_network"))
 
         def once() -> None:
-            with autocast(CPU, self.options.precision):
+            with autocast(self.device, self.options.precision):
                 with torch.no_grad():
                     key_network(key)
                 loss = torch.stack([method.network(query).sum() for query in queries]).sum()
@@ -112,7 +122,6 @@ class Drive:
 
         return once
 
-
-def _view(batch: int, size: int, generator: torch.Generator) -> Tensor:
-    view = torch.randn(batch, 3, size, size, generator=generator)
-    return view.contiguous(memory_format=torch.channels_last)
+    def _view(self, size: int, generator: torch.Generator) -> Tensor:
+        view = torch.randn(self.batch_size, 3, size, size, generator=generator)
+        return view.to(self.device).contiguous(memory_format=torch.channels_last)
