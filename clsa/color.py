@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from clsa.geometry import upload
+from clsa.host import upload
 
 BLUR_TAPS = 13
 """2 ceil(3 sigma) + 1 at the largest sigma, 2 pixels."""

@@ -20,8 +20,8 @@ from clsa import dist
 from clsa.cutting import Crops, Cut, Plan, centre, cut_alone
 from clsa.decode import DecodeError
 from clsa.errors import ClsaError
-from clsa.geometry import crop, upload
-from clsa.host import num_cores
+from clsa.geometry import crop
+from clsa.host import num_cores, upload
 from clsa.options import DataOptions
 from clsa.order import Order, Quarantine, candidates
 from clsa.sources import Pictures, Source

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as td
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from clsa.errors import ClsaError, Exit
+from clsa.host import upload
 
 
 def rank() -> int:
@@ -91,9 +93,27 @@ def all_gather(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:
     return torch.cat(gathered)
 
 
-def own_rows(rows: Tensor) -> Tensor:
-    """This rank's share of `rows`, which all ranks hold whole: the inverse of `all_gather`."""
-    return rows.chunk(world_size())[rank()]
+def permuted(rows: Float[Tensor, "b ..."], order: Int64[np.ndarray, "B"]) -> Float[Tensor, "b ..."]:
+    """This rank's share of `all_gather(rows)[order]`, of which only these rows are sent.
+
+    Args:
+        rows: equally many on every rank; the result carries no gradient.
+        order: a permutation of all ranks' rows, the same on every rank.
+    """
+    rows, count = rows.detach(), len(rows)
+    wanted = order.reshape(world_size(), count)  # a line for each rank
+    owners = wanted // count
+    sent = [
+        line[owner == rank()] - rank() * count for line, owner in zip(wanted, owners, strict=True)
+    ]
+    outgoing = rows[upload([np.concatenate(sent)], rows.device)[0]]
+    if world_size() == 1:
+        return outgoing
+    received = torch.empty_like(outgoing)
+    from_each = np.bincount(owners[rank()], minlength=world_size()).tolist()
+    td.all_to_all_single(received, outgoing, from_each, [len(line) for line in sent])
+    places = upload([np.argsort(owners[rank()], kind="stable")], rows.device)[0]
+    return torch.empty_like(received).index_copy_(0, places, received)
 
 
 def all_max(value: Tensor) -> Tensor:

@@ -12,18 +12,11 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from clsa.host import upload
+
 NUM_TRIES = 10
 NUM_CROP_SLOTS = 2 * NUM_TRIES + 2
 AFFINE_OPS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-
-
-def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of one dtype as tensors on the device, sent together and without waiting."""
-    joined = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    if device.type == "cuda":
-        joined = joined.pin_memory().to(device, non_blocking=True)
-    parts = joined.split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def crop_boxes(

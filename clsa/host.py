@@ -1,7 +1,12 @@
-"""The machine that a process runs on: its cores and its allocator."""
+"""The machine that a process runs on: its cores, its allocator, the way to its device."""
 
 import ctypes
 import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -28,3 +33,12 @@ def keep_freed_memory() -> None:
             (_M_TOP_PAD, 256 << 20),
         ):
             mallopt(option, value)
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of one dtype as tensors on the device, sent together and without waiting."""
+    joined = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    if device.type == "cuda":
+        joined = joined.pin_memory().to(device, non_blocking=True)
+    parts = joined.split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

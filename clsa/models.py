@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clsa import dist, rng
 from clsa.config import nearest
 from clsa.errors import ClsaError
-from clsa.geometry import upload
+from clsa.host import upload
 from clsa.options import ModelOptions
 
 SMALL = "resnet10-w32"
@@ -239,14 +239,14 @@ def encode_shuffled(
 ) -> Float[Tensor, "B D"]:
     """Keys of the global batch, each batch-norm group made of other images than the queries' is.
 
-    MoCo's shuffle BN: gather all ranks' key images, permute them (the same permutation on every
-    rank, from the counter), encode one's own share, gather and put in order again. On one device
+    MoCo's shuffle BN: permute the key images of all ranks (the same permutation on every rank, from
+    the counter), encode one's own share, gather the keys and put them in order again. On one device
     the groups of `GroupedBatchNorm2d` play the ranks' part; groups without the permutation would
-    leave an image's query and key together.
+    leave an image's query and key together. Unlike MoCo's code, a rank receives only the images
+    that it encodes: gathering all would take 10 GB a rank on 64 GPUs at 256 pictures of 224 each.
     """
-    gathered = dist.all_gather(images)
-    permutation = rng.permutation(seed, step, len(gathered), rng.PERMUTATION)
-    order = upload([permutation], images.device)[0]
-    shuffled = dist.own_rows(gathered[order]).contiguous(memory_format=torch.channels_last)
+    permutation = rng.permutation(seed, step, len(images) * dist.world_size(), rng.PERMUTATION)
+    shuffled = dist.permuted(images, permutation).contiguous(memory_format=torch.channels_last)
     keys = dist.all_gather(network(shuffled))
+    order = upload([permutation], images.device)[0]
     return torch.empty_like(keys).index_copy_(0, order, keys)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -310,7 +311,11 @@ def parallel(method: Method, options: RunOptions) -> nn.Module:
                 module.encoder.compile(dynamic=False)
     if dist.world_size() == 1:
         return method
-    return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # the newer name of broadcast_buffers is too new for torch 2.10
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            method, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def draw_views(

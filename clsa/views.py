@@ -235,7 +235,8 @@ def pixels(
     Order of the official code: jitter, grayscale, blur, strong operations on uint8, normalise.
     `fused` as in `color.jitter`.
     """
-    images = crops.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    room = crops.new_empty(crops.shape, dtype=torch.float32)  # channel by channel in memory
+    images = torch.div(crops, 255, out=room)
     images = color.jitter(images, params.factors, params.order, params.jitter, fused)
     images = color.grayscale(images, params.gray)
     images = color.blur(images, params.sigma, params.blur)

@@ -1,5 +1,6 @@
 """With one process every function is the identity; several processes are in test_train.py."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,8 @@ from clsa.errors import ClsaError
 def test_one_process_is_the_identity() -> None:
     rows = torch.randn(4, 3, requires_grad=True)
     assert torch.equal(dist.all_gather(rows), rows) and not dist.all_gather(rows).requires_grad
-    assert torch.equal(dist.own_rows(rows), rows)
+    turned = dist.permuted(rows, np.array([2, 0, 3, 1]))
+    assert torch.equal(turned, rows[[2, 0, 3, 1]]) and not turned.requires_grad
     assert torch.equal(dist.all_max(rows.detach()), rows)
     assert (dist.rank(), dist.world_size()) == (0, 1)
     with dist.process_group(torch.device("cpu")):

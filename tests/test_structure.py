@@ -14,8 +14,8 @@ ROOT = Path(clsa.__file__).parent
 
 # A file imports only from files that stand before it.
 ORDER = [
-    "errors", "files", "dist", "config", "options", "rng", "decode", "archives", "sources",
-    "shards", "listing", "intake", "geometry", "color", "views", "order", "host", "workers",
+    "errors", "files", "host", "dist", "config", "options", "rng", "decode", "archives", "sources",
+    "shards", "listing", "intake", "geometry", "color", "views", "order", "workers",
     "cutting", "streamed", "data", "pack",
     "models", "bank", "losses", "optim",
     "methods.method", "methods.moco", "methods.clsa", "methods", "checkpoint",
