@@ -75,7 +75,7 @@ def pack(args: list[str]) -> None:
     print(f"{state} {packed.pictures:,} pictures, {size:,.1f} MB in {packed.shards} shard{plural}")
     name = shlex.quote(str(options.out))
     if packed.left_out:
-        print(f"left out as unreadable: {packed.left_out} (see {name}/quarantine.jsonl)")
+        print(f"unreadable, so left out: {packed.left_out} (see {name}/quarantine.jsonl)")
     print(f"Next: clsa pretrain --data {name} --out runs/packed")
 
 

@@ -121,7 +121,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    if b"Exif\0\0" not in data:
+    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:  # the latter in XMP
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

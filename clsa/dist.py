@@ -106,7 +106,7 @@ def permuted(rows: Float[Tensor, "b ..."], order: Int64[np.ndarray, "B"]) -> Flo
     sent = [
         line[owner == rank()] - rank() * count for line, owner in zip(wanted, owners, strict=True)
     ]
-    outgoing = rows[upload([np.concatenate(sent)], rows.device)[0]]
+    outgoing = rows[upload([np.concatenate(sent)], rows.device)[0]].contiguous()
     if world_size() == 1:
         return outgoing
     received = torch.empty_like(outgoing)

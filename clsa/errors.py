@@ -31,3 +31,8 @@ class ClsaError(Exception):
     def __init__(self, what: str, why: str, next_step: str, code: Exit = Exit.USAGE):
         super().__init__(f"{what} - {why} - {next_step}")
         self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

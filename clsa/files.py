@@ -81,6 +81,31 @@ def output_errors(path: Path) -> Iterator[None]:
         raise ClsaError(f"cannot write {path}", why, step, code) from error
 
 
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if it is missing, against other processes that ask for it so.
+
+    Raises:
+        ClsaError: 2 when another process holds it, 73 when it cannot be made.
+    """
+    import fcntl  # not everywhere
+
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            why, step = "another process is writing it", "wait for its end, or choose another --out"
+            raise ClsaError(str(folder), why, step) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)

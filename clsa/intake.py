@@ -1,8 +1,6 @@
 """What `--data` names -> a source: folders, lists, arrays, known data sets."""
 
 import os
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ from numpy.lib.npyio import NpzFile
 
 from clsa.archives import NAMED, Split
 from clsa.config import nearest
-from clsa.errors import ClsaError, Exit
+from clsa.errors import ClsaError, Exit, first_line
 from clsa.listing import SUFFIXES, list_images
 from clsa.options import DataOptions
 from clsa.shards import open_shards
@@ -130,8 +128,10 @@ def _npz(path: Path) -> Pictures:
     except OSError as error:
         why = error.strerror or str(error)
         raise ClsaError(str(path), why, "make it readable", Exit.NO_INPUT) from None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        why = str(error).splitlines()[0]
+    except ClsaError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise nearly anything on hostile bytes
+        why = first_line(error)
         if "Object arrays" in why:
             raise ClsaError(str(path), why, "save plain uint8 arrays with np.savez") from None
         raise ClsaError(str(path), f"damaged: {why}", "save it again", Exit.BAD_DATA) from None

@@ -21,7 +21,7 @@ from jaxtyping import Int64
 
 from clsa import files
 from clsa.errors import ClsaError, Exit
-from clsa.sources import Names
+from clsa.names import Names
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MIN_CACHED = 20_000

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clsa import dist, rng
 from clsa.config import nearest
-from clsa.errors import ClsaError
+from clsa.errors import ClsaError, first_line
 from clsa.host import upload
 from clsa.options import ModelOptions
 
@@ -208,7 +208,7 @@ def _try_view(encoder: nn.Module, name: str, size: int) -> None:
     try:
         encoder(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        why = f"does not take views of {size} pixels ({str(error).splitlines()[0]})"
+        why = f"does not take views of {size} pixels ({first_line(error)})"
         raise ClsaError(f"model.encoder {name}", why, "choose other view sizes") from None
     finally:
         encoder.train()

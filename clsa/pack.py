@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,7 +23,7 @@ from clsa.host import num_cores
 from clsa.intake import open_source
 from clsa.options import DataOptions, PackOptions
 from clsa.order import REASONS, Quarantine
-from clsa.shards import INDEX, UNFINISHED, Shards, ShardWriter, shard_name
+from clsa.shards import INDEX, LENGTH, UNFINISHED, UNREADABLE, Shards, ShardWriter, shard_name
 from clsa.sources import Source
 
 PREFETCH = 8
@@ -39,7 +40,7 @@ class Packed(NamedTuple):
     num_bytes: int
     """Of the shards together."""
     left_out: int
-    """Unreadable pictures; quarantine.jsonl lists them."""
+    """Unreadable pictures, gaps in the set; quarantine.jsonl lists them."""
     fresh: bool
     """False where it was all there before."""
 
@@ -49,16 +50,20 @@ def pack(options: PackOptions) -> Packed:
 
     Pictures whose short side is longer than `options.size` become upright JPEGs of that short side
     (Lanczos, from a reduced decoding of at least twice the size); the bytes of others are kept, and
-    pictures that have none (arrays) become PNGs. Unreadable ones are left out and listed in
-    quarantine.jsonl. Shards hold KEY.jpg and, where the class is known, KEY.cls; KEY is the number
-    in the set. The bytes do not depend on the number of workers.
+    pictures that have none (arrays) become PNGs. Shards hold KEY.jpg and, where the class is known,
+    KEY.cls; KEY is the number in the set. The bytes do not depend on the number of workers.
+
+    Unreadable pictures are listed in quarantine.jsonl and stay in the set as gaps, so that its
+    order is that of the source and training replaces them as it would have done without packing.
+    They are not tried again: only a new pack does.
 
     The index is written last, so `out` counts as packed only when everything is there. After an
-    interruption the same call keeps the whole shards and goes on behind them; where the pictures
-    have changed meanwhile it starts over.
+    interruption the same call keeps the shards that were finished and goes on behind them; where
+    the pictures have changed meanwhile it starts over.
 
     Raises:
-        ClsaError: 2 when `out` holds something else, or `data` is packed already; 65 when more than
+        ClsaError: 2 when `out` holds something else or another process packs into it, or `data`
+            is packed already; 65 when more than
             max(10, 0.1 %) of the pictures are unreadable, or a finished pack is damaged; 66 when
             there is nothing to read, 73 and 74 when the disk refuses or a worker fails.
     """
@@ -67,14 +72,16 @@ def pack(options: PackOptions) -> Packed:
         why = "packed already, and resizing twice loses detail"
         raise ClsaError(options.data, why, "give the pictures that it was made from")
     job = _Job(source, options)
-    fresh = not job.is_done()
-    if fresh:
-        job.run()
-    job.clear()
+    with files.only_writer(options.out):
+        fresh = not job.is_done()
+        if fresh:
+            job.run()
+        job.clear()
     made = shards.open_shards(str(options.out))
     assert made is not None
+    readable = int((made.places[:, LENGTH] > 0).sum())
     num_bytes = sum(size for size, _ in made.shards)
-    return Packed(len(made), len(made.shards), num_bytes, len(source) - len(made), fresh)
+    return Packed(readable, len(made.shards), num_bytes, len(made) - readable, fresh)
 
 
 # ---- one picture
@@ -152,13 +159,9 @@ class _Part(NamedTuple):
     """Of the shard, in bytes."""
     sha256: str
     places: Int64[np.ndarray, "n 5"]
-    """As in `Shards`, a row a picture."""
-    rows: Int64[np.ndarray, " n"]
-    """Their numbers in the source."""
-    dropped: Int64[np.ndarray, " m"]
-    """Numbers of all unreadable pictures before `end`."""
+    """As in `Shards`, of all pictures from the last shard's `end` on."""
     reasons: Int64[np.ndarray, " m"]
-    """Their reasons, as places in `REASONS`."""
+    """Of the unreadable ones among them, as places in `REASONS`."""
 
     def write(self, path: Path) -> None:
         """Have it outlast this process."""
@@ -246,7 +249,7 @@ class _Job:
         """Write the shards that are missing, then the index."""
         with files.output_errors(self.out):
             self.unfinished.mkdir(parents=True, exist_ok=True)
-            for path in self.out.glob(".shard-*.tar.tmp-*"):  # of a start that was killed
+            for path in self.out.glob(".*.tmp-*"):  # of a start that was killed
                 path.unlink(missing_ok=True)
         files.write_text(self.manifest, json.dumps(self._asked()) + "\n")
         quarantine = Quarantine(self.source)
@@ -265,8 +268,9 @@ class _Job:
     def _write_shards(self, quarantine: Quarantine) -> list[_Part]:
         parts = self._whole_parts()
         for part in parts:
+            lost = part.end - len(part.places) + np.flatnonzero(part.places[:, LENGTH] == 0)
             reasons = [REASONS[code] for code in part.reasons]
-            quarantine.add(dict(zip(part.dropped.tolist(), reasons, strict=True)))
+            quarantine.add(dict(zip(lost.tolist(), reasons, strict=True)))
         first, total = parts[-1].end if parts else 0, len(self.source)
         if parts:
             self.console.print(f"Going on behind {len(parts)} shards ({first}/{total} pictures).")
@@ -301,27 +305,24 @@ class _Job:
     def _write_shard(
         self, parts: list[_Part], pictures: Iterator[_Encoded], quarantine: Quarantine
     ) -> _Part:
-        k, first = len(parts), sum(len(part.rows) for part in parts)
-        rows: list[int] = []
+        k, start = len(parts), parts[-1].end if parts else 0
         places: list[tuple[int, ...]] = []
 
         def fill(file: IO[bytes]) -> None:
             writer = ShardWriter(file)
             for row, data, suffix, height, width in pictures:
-                label = int(self.source.labels[row])
-                begin = writer.add(f"{first + len(rows):09d}", suffix, data, label)
-                rows.append(row)
+                begin = writer.add(f"{row:09d}", suffix, data, int(self.source.labels[row]))
+                places.extend([UNREADABLE] * (row - start - len(places)))
                 places.append((k, begin, len(data), height, width))
                 if writer.length >= self.options.shard_mb * 1e6:
                     break
             writer.finish()
 
         sha256, size = files.write_atomic(self.out / shard_name(k), fill)
-        end = rows[-1] + 1
-        dropped = sorted(row for row in quarantine.reasons if row < end)
-        codes = [REASONS.index(quarantine.reasons[row]) for row in dropped]
-        arrays = (np.array(values, np.int64) for values in (places, rows, dropped, codes))
-        part = _Part(end, size, sha256, *arrays)
+        lost = [start + i for i, place in enumerate(places) if place == UNREADABLE]
+        codes = [REASONS.index(quarantine.reasons[row]) for row in lost]
+        arrays = (np.array(values, np.int64) for values in (places, codes))
+        part = _Part(start + len(places), size, sha256, *arrays)
         part.write(self._part(k))
         return part
 
@@ -336,31 +337,25 @@ class _Job:
         return parts
 
     def _write_index(self, parts: list[_Part]) -> None:
-        rows, places = (
-            np.concatenate([part[field] for part in parts])
-            for field in map(_Part._fields.index, ("rows", "places"))
-        )
-        names = "\0".join([self.source.ids[row] for row in rows.tolist()])
+        last = np.tile(np.array(UNREADABLE, np.int64), (len(self.source) - parts[-1].end, 1))
         meta = {
             **self.settings,
             "classes": self.source.classes,
             "shards": [{"size": part.size, "sha256": part.sha256} for part in parts],
         }
         arrays = {
-            "places": places,
-            "labels": self.source.labels[rows].astype(np.int64),
-            "ids": np.frombuffer(names.encode("utf-8", "surrogateescape"), np.uint8),
+            "places": np.concatenate([*(part.places for part in parts), last]),
+            "labels": self.source.labels.astype(np.int64),
+            "ids": np.frombuffer(self.source.ids.joined, np.uint8),
         }
         path = self.out / INDEX
         files.write_atomic(path, lambda file: shards.write_arrays(file, meta, **arrays))
 
     def clear(self) -> None:
         """Remove what only an unfinished pack needs."""
-        self._forget_parts()
         with files.output_errors(self.out):
-            self.manifest.unlink(missing_ok=True)
             if self.unfinished.is_dir():
-                self.unfinished.rmdir()
+                shutil.rmtree(self.unfinished)
 
     def _forget_parts(self) -> None:
         with files.output_errors(self.out):

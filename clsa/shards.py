@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import tarfile
-import zipfile
 from pathlib import Path
 from typing import IO, Any, Final, Self, final
 
@@ -16,8 +15,9 @@ from jaxtyping import Int64, UInt8
 from numpy.lib.npyio import NpzFile
 
 from clsa.decode import MAX_PIXELS, DecodeError, Picture, open_picture
-from clsa.errors import ClsaError, Exit
-from clsa.sources import MAX_FILE_BYTES, Names, Source
+from clsa.errors import ClsaError, Exit, first_line
+from clsa.names import Names
+from clsa.sources import MAX_FILE_BYTES, Source
 
 INDEX = "index.npz"
 UNFINISHED = ".packing"  # folder inside a packed set; gone once the index stands
@@ -27,6 +27,7 @@ _KEY = "clsa_pack"  # the member by which an index is known for ours
 
 # Columns of `places`: which shard, where in it, how many bytes; upright size of the original.
 SHARD, OFFSET, LENGTH, HEIGHT, WIDTH = range(5)
+UNREADABLE = (0, 0, 0, 1, 1)  # the place of a picture that could not be packed: it reads as empty
 
 
 def shard_name(k: int) -> str:
@@ -52,8 +53,8 @@ def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | No
     try:
         with open(path, "rb") as file, NpzFile(file, allow_pickle=False) as members:
             # Before they are read: a compressed member may unfold to any size.
-            with zipfile.ZipFile(file) as archive:
-                unfolded = sum(info.file_size for info in archive.infolist())
+            assert members.zip is not None
+            unfolded = sum(info.file_size for info in members.zip.infolist())
             if _KEY not in members:
                 return None
             if unfolded > path.stat().st_size:
@@ -67,16 +68,12 @@ def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | No
         why = error.strerror or str(error)
         raise ClsaError(str(path), why, "make it readable", Exit.NO_INPUT) from None
     except Exception as error:  # zipfile and NumPy raise nearly anything on hostile bytes
-        why = f"damaged ({_first_line(error)})"
+        why = f"damaged ({first_line(error)})"
         raise ClsaError(str(path), why, hint, Exit.BAD_DATA) from None
     if version != VERSION:
         why = f"format {version!r}, this clsa reads format {VERSION}"
         raise ClsaError(str(path), why, "pack the pictures again", Exit.BAD_DATA)
     return meta, arrays
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 class ShardWriter:
@@ -130,8 +127,8 @@ def open_shards(root: str) -> "Shards | None":
     """The packed set that a folder holds; None where there is none.
 
     Raises:
-        ClsaError: 65 when its index or a shard is damaged, the format is of another version, or
-            packing has not finished; 66 when the index cannot be read.
+        ClsaError: 65 when its index is damaged, a shard is missing or of another size, the format
+            is of another version, or packing has not finished; 66 when the index cannot be read.
     """
     path = Path(root) / INDEX
     found = read_arrays(path)
@@ -143,7 +140,7 @@ def open_shards(root: str) -> "Shards | None":
     try:
         shards = Shards(root, *_checked(*found))
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        why, step = f"damaged ({_first_line(error)})", "pack the pictures again"
+        why, step = f"damaged ({first_line(error)})", "pack the pictures again"
         raise ClsaError(str(path), why, step, Exit.BAD_DATA) from None
     for k, (size, _) in enumerate(shards.shards):
         _require_shard(os.path.join(root, shard_name(k)), size)
@@ -238,8 +235,7 @@ class Shards(Source):
     ):
         self.root: Final = root
         self.shards, self.places = shards, places
-        self._names = self.ids = ids
-        self.labels, self.classes = labels, classes
+        self.ids, self.labels, self.classes = ids, labels, classes
 
     def open(self, i: int) -> Picture:
         height, width = self.places[i, HEIGHT:].tolist()
@@ -266,5 +262,5 @@ class Shards(Source):
         return digest.hexdigest()
 
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
-        places, ids, labels = self.places[rows], self._names.take(rows), self.labels[rows]
+        places, ids, labels = self.places[rows], self.ids.take(rows), self.labels[rows]
         return type(self)(self.root, self.shards, places, ids, labels, self.classes)

@@ -8,70 +8,16 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Final, Self, SupportsIndex, final
+from collections.abc import Iterable
+from typing import Final, Self, final
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
 from clsa.decode import DecodeError, Picture, open_picture
+from clsa.names import Names
 
 MAX_FILE_BYTES = 1 << 30
-
-
-@final
-class Names:
-    """Paths as one block of bytes, which forked workers share for good.
-
-    Of a list of strings each worker makes its own copy little by little, since looking at a string
-    counts a reference inside it: 78 MB a worker over a million paths, where this takes none.
-
-    Args:
-        block: paths as the file system has them, a NUL between two.
-        starts, ends: where each begins and ends in `block`, for some of them or another order;
-            empty paths are possible only with these.
-    """
-
-    def __init__(
-        self,
-        block: bytes,
-        starts: Int64[np.ndarray, " N"] | None = None,
-        ends: Int64[np.ndarray, " N"] | None = None,
-    ):
-        if starts is None or ends is None:
-            nuls = np.flatnonzero(np.frombuffer(block, np.uint8) == 0)
-            outer = np.array([len(block)] if block else [], np.int64)
-            ends = np.concatenate([nuls, outer])
-            starts = np.concatenate([0 * outer, nuls + 1])
-        self._block, self._starts, self._ends = block, starts, ends
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, place: SupportsIndex) -> str:
-        return os.fsdecode(self._block[self._starts[place] : self._ends[place]])
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), 4096):  # all at once would be the list
-            part = slice(start, start + 4096)
-            joined = Names(self._block, self._starts[part], self._ends[part]).joined
-            yield from os.fsdecode(joined).split("\0")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Names | list) and list(self) == list(other)
-
-    def take(self, rows: Int64[np.ndarray, " M"]) -> "Names":
-        """The paths of these rows, in this order; shares the block."""
-        return Names(self._block, self._starts[rows], self._ends[rows])
-
-    @property
-    def joined(self) -> bytes:
-        """All paths, a NUL between two."""
-        starts, ends = self._starts, self._ends
-        if np.array_equal(starts[1:], ends[:-1] + 1):  # they lie one after the other
-            return self._block[starts[0] : ends[-1]] if len(self) else b""
-        pairs = zip(starts.tolist(), ends.tolist(), strict=True)
-        return b"\0".join([self._block[start:end] for start, end in pairs])
 
 
 class Source(ABC):
@@ -83,7 +29,7 @@ class Source(ABC):
         classes: names of the classes.
     """
 
-    ids: list[str] | Names
+    ids: Names
     labels: Int64[np.ndarray, " N"]
     classes: list[str]
 
@@ -124,10 +70,7 @@ class Source(ABC):
 
     def _names_digest(self) -> "hashlib._Hash":
         digest = hashlib.sha256("\n".join([*self.classes, ""]).encode(errors="surrogateescape"))
-        if isinstance(self.ids, Names):
-            digest.update(self.ids.joined)
-        else:
-            digest.update("\0".join(self.ids).encode(errors="surrogateescape"))
+        digest.update(self.ids.joined)
         digest.update(self.labels.tobytes())
         return digest
 
@@ -145,13 +88,13 @@ class Folder(Source):
     def __init__(
         self,
         root: str,
-        ids: list[str] | Names,
+        ids: Iterable[str],
         labels: Int64[np.ndarray, " N"],
         classes: list[str],
         sizes: Int64[np.ndarray, " N"] | None = None,
     ):
         self.root: Final = root
-        self.ids, self.labels, self.classes = ids, labels, classes
+        self.ids, self.labels, self.classes = Names.of(ids), labels, classes
         self._sizes = sizes
 
     def open(self, i: int) -> Picture:
@@ -185,8 +128,8 @@ class Folder(Source):
         return -1
 
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
-        ids = self.ids.take(rows) if isinstance(self.ids, Names) else [self.ids[i] for i in rows]
         sizes = None if self._sizes is None else self._sizes[rows]
+        ids = self.ids.take(rows)
         return type(self)(self.root, ids, self.labels[rows], self.classes, sizes)
 
 
@@ -204,12 +147,12 @@ class Pictures(Source):
         images: UInt8[np.ndarray, "N H W C"],
         labels: Int64[np.ndarray, " N"],
         classes: list[str],
-        ids: list[str] | None = None,
+        ids: Iterable[str] | None = None,
     ):
         self._stored: Final = images
         self.images: Final = np.broadcast_to(images, (*images.shape[:3], 3))
         self.labels, self.classes = labels, classes
-        self.ids = ids if ids is not None else [str(i) for i in range(len(images))]
+        self.ids = Names.of(map(str, range(len(images))) if ids is None else ids)
 
     def open(self, i: int) -> Picture:
         return Picture.of(self.images[i].copy())
@@ -228,4 +171,4 @@ class Pictures(Source):
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
         whole = np.array_equal(rows, np.arange(len(self)))
         images = self._stored if whole else self._stored[rows]
-        return type(self)(images, self.labels[rows], self.classes, [self.ids[i] for i in rows])
+        return type(self)(images, self.labels[rows], self.classes, self.ids.take(rows))

@@ -1,5 +1,6 @@
 """Batches of sets that are read from the disk: decoded and cut by worker processes."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,13 +32,56 @@ def streamed(
     if count:
         pixels = sum(spec.size**2 for spec in plan.specs) * plan.share
         workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
-    pinned = device.type == "cuda"
-    for batch, reasons in workers.results(_Steps(plan), steps, count, PREFETCH, pinned):
+    on_gpu = device.type == "cuda"
+    found = workers.results(_Steps(plan), steps, count, PREFETCH, pinned=on_gpu)
+    whole = _whole(found, quarantine)
+    return _copied_ahead(whole, device) if on_gpu else whole
+
+
+def _whole(
+    found: Iterator[tuple[Crops | None, dict[int, str]]], quarantine: Quarantine
+) -> Iterator[Crops]:
+    for batch, reasons in found:
         quarantine.add(reasons)
         if batch is None:
             raise quarantine.error()
-        crops = [view.to(device, non_blocking=True) for view in batch.crops]
-        yield batch._replace(crops=crops)
+        yield batch
+
+
+def _copied_ahead(batches: Iterator[Crops], device: torch.device) -> Iterator[Crops]:
+    """The batches on a GPU, each copied there while the step before it computes."""
+    copies = torch.cuda.Stream(device)
+    ahead: deque[tuple[Crops, torch.cuda.Event]] = deque()
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            crops = [view.to(device, non_blocking=True) for view in batch.crops]
+            copied = torch.cuda.Event()
+            copied.record(copies)
+        ahead.append((batch._replace(crops=crops), copied))
+        if len(ahead) > 1:
+            yield _arrived(*ahead.popleft())
+    if ahead:
+        yield _arrived(*ahead.popleft())
+
+
+def _arrived(batch: Crops, copied: torch.cuda.Event) -> Crops:
+    """Have what is computed from now on wait for the copies, and own their memory."""
+    computing = torch.cuda.current_stream()
+    computing.wait_event(copied)
+    for view in batch.crops:
+        view.record_stream(computing)
+    return batch
+
+
+_Pending = tuple[int, Iterator[int]]
+"""A row of the batch, and the pictures that may still stand there."""
+
+
+class _Opened(NamedTuple):
+    row: int
+    tried: Iterator[int]
+    i: int
+    picture: Picture
 
 
 class _Steps(Dataset):
@@ -70,23 +114,23 @@ class _Steps(Dataset):
             pending = failed
         return Crops(crops, torch.from_numpy(index.copy()), plan.labels(shown)), reasons
 
-    def _open(
-        self, pending: list["_Pending"], reasons: dict[int, str]
-    ) -> Iterator[list["_Opened"]]:
+    def _open(self, pending: list[_Pending], reasons: dict[int, str]) -> Iterator[list[_Opened]]:
         """Groups of opened pictures; an empty one when nothing replaces a picture.
 
         As large as memory allows, since drawing boxes singly costs as much as a crop.
         """
         group: list[_Opened] = []
+        held = 0
         for row, tried in pending:
             opened = self._open_first(tried, reasons)
             if opened is None:
                 yield []
                 return
             group.append(_Opened(row, tried, *opened))
-            if sum(one.picture.held for one in group) > MAX_PENDING_BYTES:
+            held += group[-1].picture.held
+            if held > MAX_PENDING_BYTES:
                 yield group
-                group = []
+                group, held = [], 0
         if group:
             yield group
 
@@ -102,13 +146,13 @@ class _Steps(Dataset):
 
     def _cut(
         self,
-        group: list["_Opened"],
+        group: list[_Opened],
         epoch: int,
         index: Int64[np.ndarray, " b"],
         crops: list[UInt8[Tensor, "b 3 s s"]],
         shown: Int64[np.ndarray, " b"],
         reasons: dict[int, str],
-    ) -> list["_Pending"]:
+    ) -> list[_Pending]:
         """Decode each picture once, as small as its crops allow; returns what failed."""
         failed = []
         sizes = [(one.picture.height, one.picture.width) for one in group]
@@ -122,14 +166,3 @@ class _Steps(Dataset):
                 reasons[i] = error.reason
                 failed.append((row, tried))
         return failed
-
-
-_Pending = tuple[int, Iterator[int]]
-"""A row of the batch, and the pictures that may still stand there."""
-
-
-class _Opened(NamedTuple):
-    row: int
-    tried: Iterator[int]
-    i: int
-    picture: Picture

@@ -70,7 +70,7 @@ def make_views(crops: Crops, specs: list[views.ViewSpec], step: int, run: Run) -
         views.pixels(
             crop,
             views.sample(options.views, spec, options.seed, epoch, index),
-            options.views, spec, fused=options.compile,
+            options.views, spec, fused=options.compile and run.device.type == "cuda",
         )
         for spec, crop in zip(specs, crops.crops, strict=True)
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from clsa import color, geometry, rng
+from clsa.host import upload
 from clsa.options import MethodOptions, StrongViews, ViewOptions, WeakViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -213,8 +214,8 @@ def apply_strong(
     if not groups:
         return images
     names, row_arrays, amount_arrays = zip(*groups, strict=True)
-    rows = geometry.upload(row_arrays, images.device)
-    amounts = geometry.upload(amount_arrays, images.device)
+    rows = upload(row_arrays, images.device)
+    amounts = upload(amount_arrays, images.device)
     images = images.clone()
     for name, chosen, drawn in zip(names, rows, amounts, strict=True):
         images.index_copy_(0, chosen, _PIXEL_OPS[name](images.index_select(0, chosen), drawn))

@@ -19,6 +19,7 @@ from clsa.checkpoint import load_newest
 from clsa.config import merge
 from clsa.evaluate.run import evaluate
 from clsa.folder import RunFolder
+from clsa.host import upload
 from clsa.intake import open_source
 from clsa.methods import METHODS
 from clsa.models import Network, autocast, encode_shuffled, momentum_copy
@@ -91,7 +92,7 @@ def test_uploads_arrive_whole_while_the_device_is_busy() -> None:
     for _ in range(20):
         busy = busy @ busy / 2048
     sent = [np.full(5000, i, np.int64) for i in range(200)]
-    got = [geometry.upload([array], GPU)[0] for array in sent]
+    got = [upload([array], GPU)[0] for array in sent]
     for array, tensor in zip(sent, got, strict=True):
         assert np.array_equal(array, tensor.cpu().numpy())
 

@@ -209,6 +209,17 @@ def test_every_exif_orientation_gives_the_same_pixels(kind: str) -> None:
         np.testing.assert_array_equal(decode(data), expected)
 
 
+def test_a_jpeg_turned_by_xmp_alone_is_upright() -> None:
+    upright = photograph(1, 60, 40)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    stored = np.ascontiguousarray(np.rot90(upright))
+    data = encoded(stored, "JPEG", quality=95, xmp=xmp)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert (open_picture(data).height, open_picture(data).width) == (60, 40)
+    np.testing.assert_array_equal(decode(data), expected)
+
+
 def test_broken_exif_leaves_the_picture_as_it_is() -> None:
     for exif in (b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0junk", b"Exif\0\0"):
         assert difference(encoded(RGB, "PNG", exif=exif), RGB) == 0

@@ -1,11 +1,13 @@
-"""The machine: cores, and memory that stays with the process."""
+"""The machine: memory that stays with the process, and the way to the device."""
 
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
-from clsa import host
+from clsa.host import upload
 
 COUNT = """
 import resource, sys
@@ -34,5 +36,7 @@ def test_freed_tensors_are_not_given_back_to_the_system() -> None:
     assert faults("keep") < 100 < faults("leave")
 
 
-def test_there_is_a_core() -> None:
-    assert host.num_cores() >= 1
+def test_upload_keeps_values_and_shapes() -> None:
+    arrays = [np.arange(6).reshape(2, 3), np.zeros((0,), np.int64), np.arange(4)[::2]]
+    for tensor, array in zip(upload(arrays, torch.device("cpu")), arrays, strict=True):
+        assert np.array_equal(tensor.numpy(), array)

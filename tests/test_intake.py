@@ -279,6 +279,12 @@ def test_wrong_npz(tmp_path: Path) -> None:
         path.write_bytes(junk)
         text, code = opening(path)
         assert "damaged" in text and code == Exit.BAD_DATA
+    marked = bytearray(whole)  # compressed in a way that nobody knows; encrypted
+    for place, value in ((whole.rindex(b"PK\1\2") + 10, 77), (whole.rindex(b"PK\1\2") + 8, 1)):
+        marked[place] = value
+        path.write_bytes(marked)
+        text, code = opening(path)
+        assert "damaged" in text and code == Exit.BAD_DATA
     np.save(path.with_suffix(".npy"), images)
     path.with_suffix(".npy").rename(path)
     assert opening(path)[1] == Exit.BAD_DATA

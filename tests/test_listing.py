@@ -12,8 +12,9 @@ import pytest
 from clsa import listing
 from clsa.intake import open_source
 from clsa.listing import Listing, list_images
+from clsa.names import Names
 from clsa.options import DataOptions
-from clsa.sources import Folder, Names
+from clsa.sources import Folder
 
 FILES = ["b/2.png", "b/deep/er/1.jpg", "b/a.png", "a/1.png", "loose.gif", "z/x.jpeg", "b.png"]
 
@@ -254,25 +255,6 @@ def test_a_cache_made_up_by_someone_is_refused(root: Path, cache: Path) -> None:
 
 
 # ---- names
-
-
-def test_names_are_a_sequence_of_paths() -> None:
-    paths = [f"folder {i % 7}/é{i}.png" for i in range(9000)]
-    paths[17] = os.fsdecode(b"caf\xe9.png")
-    names = Names("\0".join(paths).encode(errors="surrogateescape"))
-    assert len(names) == 9000 and list(names) == paths and names == paths
-    assert [names[i] for i in (0, 17, 8999, -1)] == [paths[i] for i in (0, 17, 8999, -1)]
-    assert names != paths[:-1] and names != "folder"
-    with pytest.raises(IndexError):
-        names[9000]
-    rows = np.array([5, 17, 5, 8999, 0])
-    few = names.take(rows)
-    assert few == [paths[i] for i in rows] and few.take(rows[:0]) == []
-    assert few.joined == "\0".join(paths[i] for i in rows).encode(errors="surrogateescape")
-    assert names.take(np.arange(3, 9)).joined.count(b"\0") == 5
-    for none in (Names(b""), names.take(rows[:0])):
-        assert len(none) == 0 and list(none) == [] and none.joined == b""
-    assert list(Names(b"one")) == ["one"]
 
 
 def test_a_list_of_strings_and_names_have_one_digest(root: Path) -> None:

@@ -262,7 +262,7 @@ def test_pixels_are_copied_no_more_often_than_needed(view: str, most: int, tmp_p
         make_views(few, specs, 0, trainer.run)
     whole = [numel for numel in seen.allocated if numel >= batch * 3 * SIZE * SIZE]
     assert 0 < len(whole) <= most
-    assert max(seen.allocated) <= 3 * batch * 3 * SIZE * SIZE
+    assert max(seen.allocated) <= 1.6 * batch * 3 * SIZE * SIZE
 
 
 def _exchange(rank: int, rendezvous: str, out: str) -> None:

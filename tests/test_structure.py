@@ -14,10 +14,9 @@ ROOT = Path(clsa.__file__).parent
 
 # A file imports only from files that stand before it.
 ORDER = [
-    "errors", "files", "host", "dist", "config", "options", "rng", "decode", "archives", "sources",
-    "shards", "listing", "intake", "geometry", "color", "views", "order", "workers",
-    "cutting", "streamed", "data", "pack",
-    "models", "bank", "losses", "optim",
+    "errors", "files", "host", "dist", "config", "options", "rng", "decode", "archives", "names",
+    "sources", "shards", "listing", "intake", "geometry", "color", "views", "order", "workers",
+    "cutting", "streamed", "data", "pack", "models", "bank", "losses", "optim",
     "methods.method", "methods.moco", "methods.clsa", "methods", "checkpoint",
     "evaluate", "evaluate.results", "evaluate.split", "evaluate.features", "evaluate.knn",
     "evaluate.linear_fast", "evaluate.linear", "evaluate.run", "evaluate.embed",
