@@ -8,17 +8,17 @@ import struct
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import encoded, photograph
+from refusals import refusal
 
 from clsa import listing
 from clsa.archives import CLIPART
 from clsa.decode import DecodeError
-from clsa.errors import ClsaError, Exit
+from clsa.errors import Exit
 from clsa.intake import open_source, open_val
 from clsa.options import DataOptions
 from clsa.sources import Folder, Pictures, Source
@@ -35,16 +35,8 @@ def tree(root: Path, names: list[str]) -> Path:
     return root
 
 
-def failure(action: Callable[[], object]) -> tuple[str, Exit]:
-    with pytest.raises(ClsaError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text and text.count(" - ") >= 2
-    return text, caught.value.code
-
-
 def opening(spec: object, options: DataOptions = OPTIONS) -> tuple[str, Exit]:
-    return failure(lambda: open_source(str(spec), "train", options))
+    return refusal(lambda: open_source(str(spec), "train", options))
 
 
 # ---- folders
@@ -311,7 +303,7 @@ def test_sets_of_no_pictures(tmp_path: Path) -> None:
         text, code = opening(tmp_path / spec)
         assert f"{spec} - holds no pictures - " in text and code == Exit.NO_INPUT
         options = DataOptions(data=str(tmp_path / "tree"), val=str(tmp_path / spec))
-        text, code = failure(lambda options=options: open_val(options, ["a", "b"]))
+        text, code = refusal(lambda options=options: open_val(options, ["a", "b"]))
         assert "holds no pictures" in text and code == Exit.NO_INPUT
     chosen = tmp_path / "classes.txt"
     chosen.write_text("\n")
@@ -393,7 +385,7 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     val = open_source(f"fashion-mnist:{tmp_path}", "val", OPTIONS)
     assert val.labels.tolist() == stored["t10k"][1].tolist()
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    text, code = failure(lambda: open_source(f"fashion-mnist:{tmp_path}", "val", OPTIONS))
+    text, code = refusal(lambda: open_source(f"fashion-mnist:{tmp_path}", "val", OPTIONS))
     assert "t10k-labels-idx1-ubyte - No such file" in text and code == Exit.NO_INPUT
 
     path = tmp_path / "train-images-idx3-ubyte.gz"

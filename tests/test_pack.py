@@ -5,7 +5,6 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ import pytest
 import torch
 from pictures import encoded, jpeg_folder, photograph
 from PIL import Image, ImageOps
+from refusals import refusal
 
 from clsa import files
 from clsa import pack as packing
 from clsa.data import batches
 from clsa.decode import DecodeError, decode
-from clsa.errors import ClsaError, Exit
+from clsa.errors import Exit
 from clsa.intake import open_source
 from clsa.options import (
     DataOptions,
@@ -81,14 +81,6 @@ TINY_SHARDS = 0.008
 
 def packed(data: object, out: Path, **options: Any) -> Packed:
     return pack(PackOptions(data=str(data), out=out, **{"size": SIZE, "workers": 0, **options}))
-
-
-def refusal(action: Callable[[], object]) -> tuple[str, Exit]:
-    with pytest.raises(ClsaError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text and text.count(" - ") >= 2
-    return text, caught.value.code
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from numpy.lib.npyio import NpzFile
 from pictures import encoded, jpeg_folder, photograph
 from PIL import Image
+from refusals import refusal
 
 from clsa import cutting, shards
 from clsa.data import Crops, batches, eval_images
@@ -49,16 +49,8 @@ def packed(data: Path, out: Path, **options: Any) -> Shards:
     return source
 
 
-def failure(action: Callable[[], object]) -> tuple[str, Exit]:
-    with pytest.raises(ClsaError) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text and text.count(" - ") >= 2
-    return text, caught.value.code
-
-
 def opening(root: Path) -> tuple[str, Exit]:
-    return failure(lambda: open_source(str(root), "train", OPTIONS))
+    return refusal(lambda: open_source(str(root), "train", OPTIONS))
 
 
 def collect(source: Source, options: DataOptions, steps: int = 5) -> list[Crops]:
