@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -32,11 +33,10 @@ LAST_STEP = 1_000_000  # the batches never end
 
 
 class Drive:
-    """A run without its ends: no resuming, probing or saving; a journal inside `with`.
+    """A run without its ends: no resuming, probing or saving; inside `with` there is a journal.
 
     Args:
         recipe: its name.
-        out: an empty folder for the journal; without one there must be no `with`.
         source: pictures; those that the options name if not given.
         chosen: which views `views` makes; `step` needs all.
         device: where it runs.
@@ -46,14 +46,13 @@ class Drive:
     def __init__(
         self,
         recipe: str,
-        out: Path = Path("unused"),
         source: Source | None = None,
         chosen: slice = slice(None),
         device: torch.device = CPU,
         **values: Any,
     ):
         keep_freed_memory()
-        given = {"recipe": recipe, "data": {"data": "clipart"}, "out": str(out)}
+        given = {"recipe": recipe, "data": {"data": "clipart"}}
         self.options: RunOptions = resolve(merge(given, values))
         options = self.options
         self.device, self.batch_size = device, options.batch_size
@@ -61,7 +60,7 @@ class Drive:
         self.order = Order(len(self.source), options.batch_size, options.seed)
         self.method = METHODS[options.method.name](options).to(device)
         optimizer = build_optimizer(self.method, options.optim)
-        self.state = State(self.method, optimizer, "", RunFolder(out))
+        self.state = State(self.method, optimizer, "", RunFolder(options.out))
         self.run = Run(options, device, self.order.steps_per_epoch, Stop())
         self.model = parallel(self.method, options)
         flip = options.views.weak.flip
@@ -73,7 +72,7 @@ class Drive:
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self.state.folder.path.mkdir(parents=True, exist_ok=True)
+        self.state.folder = RunFolder(Path(self.stack.enter_context(TemporaryDirectory())))
         marks = (self.method.chance, self.method.floor)
         steps = self.run.steps_per_epoch
         journal = Journal(self.state.folder, 0, LAST_STEP, steps, marks, speaks=True)

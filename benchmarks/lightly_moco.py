@@ -70,13 +70,16 @@ class LightlyMoCo:
         momentum = self.options.method.key_momentum
         update_momentum(self.backbone, self.key_backbone, momentum)
         update_momentum(self.head, self.key_head, momentum)
+        self.loss(query_view, key_view).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def loss(self, query_view: Tensor, key_view: Tensor) -> Tensor:
+        """Of a batch, whose keys then stand in the memory bank."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.fast):
             query = self.head(self.backbone(self._laid_out(query_view)))
             key = self._key(key_view)
-            loss = self.criterion(query.float(), key.float())
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            return self.criterion(query.float(), key.float())
 
     @torch.no_grad()
     def _key(self, view: Tensor) -> Tensor:

@@ -3,20 +3,20 @@
     python -m benchmarks.loss                    # about 3 minutes
 
 Forward and backward of W + W S terms (W weak, S strong queries), on one thread. Written out: as
-the official code, a softmax matrix a view and a copy of the bank a term. Chunked: log-softmax in
+the official code, a softmax matrix a pair and a copy of the bank a term. Chunked: log-softmax in
 plain torch, logsumexp over chunks of the bank, then a second pass for the expectations, each chunk
 checkpointed so that its matrices are not kept. Every side runs in a process of its own; memory is
-the growth of its peak resident set (Linux). The gradients of all sides are compared.
+the growth of its peak resident set (Linux). The gradients of all sides are compared. All figures of
+the main sizes are told, of the others the times.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,19 +95,26 @@ def _cross_entropy(queries: Tensor, lse: Tensor, part: Tensor, num_weak: int) ->
     return -torch.stack(terms).sum()
 
 
-def measure(side: str, sizes: Sizes, repeats: int) -> dict[str, object]:
-    """Best time in s, extra peak memory in MB, loss, and the first gradients of one side."""
-    torch.set_num_threads(1)
+def unit_rows(sizes: Sizes, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Weak and strong queries that want a gradient, and the bank: batch and queue, unit rows."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> Tensor:
-        return F.normalize(torch.randn(rows, sizes.dim, generator=generator), dim=1)
+        drawn = torch.randn(rows, sizes.dim, generator=generator)
+        return F.normalize(drawn, dim=1).to(device)
 
-    bank, positive = unit(sizes.batch + sizes.queue), torch.arange(sizes.batch)
+    bank = unit(sizes.batch + sizes.queue)
     queries = [unit(sizes.batch).requires_grad_() for _ in range(sizes.weak + sizes.strong)]
-    weak, strong = queries[: sizes.weak], queries[sizes.weak :]
+    return queries[: sizes.weak], queries[sizes.weak :], bank
 
-    def once() -> Tensor:
+
+def measure(side: str, sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """Best time in s, extra peak memory in MB and the first gradients of one side."""
+    torch.set_num_threads(1)
+    weak, strong, bank = unit_rows(sizes, torch.device("cpu"))
+    queries, positive = [*weak, *strong], torch.arange(sizes.batch)
+
+    def once() -> None:
         for query in queries:
             query.grad = None
         if side == "one pass":
@@ -118,19 +125,14 @@ def measure(side: str, sizes: Sizes, repeats: int) -> dict[str, object]:
         else:
             loss = written_out(weak, strong, bank, positive, TEMPERATURE)
         loss.backward()
-        return loss
 
     _checkpointed(torch.sin, torch.zeros(1))  # loads what it needs, a process's first time
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory_mb("VmRSS")
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        loss = once()
-        times.append(time.perf_counter() - start)
+    times = [report.seconds(once) for _ in range(repeats)]
     peak = memory_mb("VmHWM") - before
     grads = [query.grad[0].tolist() for query in queries if query.grad is not None]
-    return {"seconds": min(times), "peak_mb": peak, "loss": loss.item(), "grads": grads}
+    return {"seconds": min(times), "peak_mb": peak, "grads": grads}
 
 
 def memory_mb(field: str) -> float:
@@ -147,8 +149,12 @@ def apart(side: str, sizes: Sizes, repeats: int) -> dict:
     return json.loads(done.stdout)
 
 
-def compare(sizes: Sizes, repeats: int, budgets: bool) -> tuple[list[Row], float]:
-    """The rows of one point of the grid, and the largest relative difference of gradients."""
+def compare(sizes: Sizes, repeats: int, main: bool) -> tuple[list[Row], float]:
+    """The rows of one point of the grid, and the largest relative difference of gradients.
+
+    Args:
+        main: whether these are the sizes of the budgets; of others only the times are told.
+    """
     found = {side: apart(side, sizes, repeats) for side in SIDES}
     ours = found["one pass"]
     wanted = torch.tensor(found["written out"]["grads"])
@@ -161,17 +167,18 @@ def compare(sizes: Sizes, repeats: int, budgets: bool) -> tuple[list[Row], float
         raise ClsaError(f"{sizes}", why, "the sides do not compute the same loss", Exit.BUG)
     rows = []
     for side in SIDES[1:]:
-        limits = (FASTER, SMALLER) if budgets and side == "written out" else (None, None)
-        for name, unit, limit in zip(("seconds", "peak_mb"), ("s", "MB"), limits, strict=True):
-            claim = f"{sizes}: {'time' if unit == 's' else 'extra peak memory'}"
-            least = max(ours[name], 1.0) if unit == "MB" else ours[name]  # a page is no ratio
-            rows.append(versus(claim, least, found[side][name], unit, side, limit, True))
+        budgets = (FASTER, SMALLER) if main and side == "written out" else (None, None)
+        kinds = [("seconds", "time", "s"), ("peak_mb", "extra peak memory", "MB")]
+        for (name, told, unit), limit in zip(kinds, budgets, strict=True):
+            if main or name == "seconds":
+                figures = ours[name], found[side][name]
+                rows.append(versus(f"{sizes}: {told}", *figures, unit, side, limit, True))
     return rows, gap
 
 
 def main() -> None:
     """Run every point of the grid, or one side of one."""
-    parser = report.parser(__doc__, threads=1)
+    parser = report.parser(__doc__)
     parser.add_argument("--repeat", type=int, default=3, help="best of (3; 2 off the main sizes)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=int, nargs=5, help=argparse.SUPPRESS)
@@ -183,16 +190,16 @@ def main() -> None:
     rows, gaps = [], []
     for number, sizes in enumerate(grid):
         repeats = args.repeat if number == 0 else min(args.repeat, 2)
-        found, gap = compare(sizes, repeats, budgets=number == 0)
+        found, gap = compare(sizes, repeats, main=number == 0)
         rows += found
         gaps.append(gap)
         print(f"{sizes}: done", file=sys.stderr)
     notes = [
         "Forward and backward, one thread, each side in a process of its own. Gradients of all "
-        f"sides agree to {max(gaps):.0e} of the largest. Written out: a softmax matrix a view, as "
+        f"sides agree to {max(gaps):.0e} of the largest. Written out: a softmax matrix a pair, as "
         f"the official code; chunked: plain torch in checkpointed chunks of {CHUNK:,} rows."
     ]
-    report.publish("loss", "Loss of CLSA", rows, args, notes=notes)
+    report.publish("loss", "Loss of CLSA", rows, args, __doc__, threads=1, notes=notes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Photographs to read: cut from pictures that a machine has, so that nothing is downloaded."""
+"""Folders of JPEGs to read: cuts of photographs that a machine has, or else drawn ones."""
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import numpy as np
 from PIL import Image
 
 from clsa.errors import ClsaError, Exit
+from clsa.host import num_cores
+from tests.pictures import photograph
 
 FOLDERS = ("/usr/share/backgrounds", "/usr/share/wallpapers")
 LEAST_PIXELS = 2_000_000
 CUTS_A_PHOTOGRAPH = 6
 HINT = "apt install mate-backgrounds plasma-workspace-wallpapers, or give --photos DIR"
+SYNTHETIC = ", synthetic pictures"
+FROM = "folder of JPEGs of 2 MP and more (default: Debian's wallpapers, or else drawn pictures)"
 
 
 def photographs(folder: Path | None) -> list[Path]:
@@ -47,31 +52,53 @@ def _num_pixels(path: Path) -> int:
 @contextmanager
 def prepared(
     folder: Path | None, width: int, height: int, quality: int, count: int
-) -> Iterator[Path]:
-    """A temporary folder of `count` JPEGs of one size, random cuts of real photographs.
+) -> Iterator[tuple[Path, str]]:
+    """A temporary folder of `count` JPEGs of one size, and what a claim has to say of them.
+
+    They are random cuts of photographs. Where none are at hand and no folder was named, they are
+    drawn, and the claim says that they are synthetic.
 
     Args:
         folder: where photographs are; None: Debian's.
         width, height: of the result, in pixels.
         quality: of the JPEGs.
+
+    Raises:
+        ClsaError: 66 when `folder` has no photographs.
     """
-    paths = photographs(folder)
-    draw = np.random.default_rng(0)
+    try:
+        paths = photographs(folder)
+    except ClsaError:
+        if folder:
+            raise
+        paths = []
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
-        each = max(CUTS_A_PHOTOGRAPH, -(-count // len(paths))) if count > len(paths) else 1
-        made = 0
-        for path in paths:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-            for _ in range(min(each, count - made)):
-                cut = _cut(image, width / height, draw.uniform(0.3, 0.9) if each > 1 else 1.0, draw)
-                resized = cut.resize((width, height), Image.Resampling.LANCZOS)
-                resized.save(out / f"{made:05d}.jpg", quality=quality)
-                made += 1
-            if made == count:
-                break
-        yield out
+
+        def save(number: int, image: Image.Image) -> None:
+            image.save(out / f"{number:05d}.jpg", quality=quality)
+
+        if paths:
+            for number, image in enumerate(_cuts(paths, width, height, count)):
+                save(number, image)
+        else:
+            with ThreadPoolExecutor(num_cores()) as pool:
+                list(pool.map(lambda i: save(i, _drawn(i, width, height)), range(count)))
+        yield out, "" if paths else SYNTHETIC
+
+
+def _cuts(paths: list[Path], width: int, height: int, count: int) -> Iterator[Image.Image]:
+    draw, made = np.random.default_rng(0), 0
+    each = max(CUTS_A_PHOTOGRAPH, -(-count // len(paths))) if count > len(paths) else 1
+    for path in paths:
+        if made == count:
+            return
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        for _ in range(min(each, count - made)):
+            cut = _cut(image, width / height, draw.uniform(0.3, 0.9) if each > 1 else 1.0, draw)
+            yield cut.resize((width, height), Image.Resampling.LANCZOS)
+            made += 1
 
 
 def _cut(image: Image.Image, aspect: float, share: float, draw: np.random.Generator) -> Image.Image:
@@ -80,3 +107,14 @@ def _cut(image: Image.Image, aspect: float, share: float, draw: np.random.Genera
     left = int(draw.integers(0, image.width - width + 1))
     top = int(draw.integers(0, image.height - height + 1))
     return image.crop((left, top, left + width, top + height))
+
+
+def _drawn(seed: int, width: int, height: int) -> Image.Image:
+    """Gradients, blobs and grain: as heavy a file as photographs make."""
+    image = photograph(seed, height, width).astype(np.float32)
+    grain = np.random.default_rng(seed)
+    for coarse, strength in ((2, 20), (6, 40)):
+        noise = 128 + strength * grain.normal(size=(height // coarse, width // coarse))
+        scaled = Image.fromarray(noise.clip(0, 255).astype(np.uint8)).resize((width, height))
+        image += np.asarray(scaled, np.float32)[..., None] - 128
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))

@@ -1,7 +1,7 @@
 """CLSA written plainly: the paper's algorithm as its official code computes it, nothing made fast.
 
 Pillow views picture by picture in a DataLoader, float32 in the default memory format, a softmax
-tensor a view, a copy of the queue a term, the key network moved parameter by parameter. Backbone,
+tensor a pair, a copy of the queue a term, the key network moved parameter by parameter. Backbone,
 projector, batch, queue and views are those of our recipe.
 """
 
@@ -57,24 +57,31 @@ class PlainCLSA(nn.Module):
     def step(self) -> None:
         """One whole step, waiting for its data included."""
         (key_view, weak_view, strong_view), _ = next(self.batches)
-        temperature, momentum = self.options.method.temperature, self.options.method.key_momentum
-        weak = F.normalize(self.network(weak_view), dim=1)
-        strong = F.normalize(self.network(strong_view), dim=1)
+        momentum = self.options.method.key_momentum
         with torch.no_grad():
             pairs = zip(self.key_network.parameters(), self.network.parameters(), strict=True)
             for key_weight, weight in pairs:
                 key_weight.mul_(momentum).add_(weight, alpha=1 - momentum)
-            order = torch.randperm(len(key_view))
-            shuffled = F.normalize(self.key_network(key_view[order]), dim=1)
-            keys = shuffled[torch.argsort(order)]
-        bank = torch.cat([keys, self.queue.clone()])
-        loss = written_out([weak], [strong], bank, torch.arange(len(keys)), temperature)
+        loss, keys = self.loss(key_view, weak_view, strong_view)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         places = (self.pointer + torch.arange(len(keys))) % len(self.queue)
         self.queue[places] = keys
         self.pointer = (self.pointer + len(keys)) % len(self.queue)
+
+    def loss(
+        self, key_view: Tensor, weak_view: Tensor, strong_view: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both terms of a batch, and its keys."""
+        weak = F.normalize(self.network(weak_view), dim=1)
+        strong = F.normalize(self.network(strong_view), dim=1)
+        with torch.no_grad():
+            order = torch.randperm(len(key_view))
+            shuffled = F.normalize(self.key_network(key_view[order]), dim=1)
+            keys = shuffled[torch.argsort(order)]
+        bank, temperature = torch.cat([keys, self.queue]), self.options.method.temperature
+        return written_out([weak], [strong], bank, torch.arange(len(keys)), temperature), keys
 
 
 def endless(loader: DataLoader) -> Iterator:

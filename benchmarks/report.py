@@ -1,44 +1,40 @@
-"""What every benchmark shares: rows, clocks, the machine, results as JSON, the page of them all.
+"""What every benchmark shares: rows, the host's clock, the machine, results as JSON.
 
     python -m benchmarks.report        # docs/benchmarks.md from benchmarks/results/*.json
 
 A benchmark is one file a claim. It measures ours and the peer in turn, makes `Row`s and hands them
-to `publish`, which prints them, writes `benchmarks/results/NAME.json` and renders the page anew.
-Results of another machine (a GPU, say) stay in the page as long as their JSON stays in the folder.
+to `publish`, which prints them, writes NAME.json to the results and renders the page anew. Results
+of another machine (a GPU, say) stay in the page as long as their JSON stays in the folder.
 """
 
 import argparse
 import gc
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import page
 from clsa.errors import ClsaError
 from clsa.host import num_cores
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-ORDER = ("input", "augment", "loss", "step", "gpu", "scale")  # of the sections; others follow
 OURS = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
-COUNTED = ("cores", "threads")
 INSTALL = "`make bench` installs it; or: pip install --no-deps -c constraints.txt, and its name"
-HEADER = """# Benchmarks
-
-Written by `make bench` from `benchmarks/results/*.json`; do not edit. Each figure was measured on
-the machine named below its table, ours and the peer in the same run, one after the other. A ratio
-says how many times better ours is: times as fast, or times less memory.
-"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ class Row:
         budget: what it must reach, in words: ">= 8x", "<= 7 %"; empty for none.
         met: whether it does; None without a budget.
         against: what the peer is.
+        spread: lowest and highest ratio of the single rounds.
     """
 
     claim: str
@@ -63,6 +60,7 @@ class Row:
     budget: str = ""
     met: bool | None = None
     against: str = ""
+    spread: tuple[float, float] | None = None
 
 
 def versus(
@@ -73,12 +71,15 @@ def versus(
     against: str,
     at_least: float | None = None,
     less_is_better: bool = False,
+    rounds: Sequence[float] = (),
 ) -> Row:
-    """A row that compares; `at_least` is the budget of its ratio."""
-    ratio = peer / ours if less_is_better else ours / peer
+    """A row that compares; `at_least` is the budget of its ratio, `rounds` has single ratios."""
+    over, under = (peer, ours) if less_is_better else (ours, peer)
+    ratio = over / under if under > 0 else None  # what takes nothing that shows has no ratio
     budget = "" if at_least is None else f">= {at_least:g}x"
-    met = None if at_least is None else ratio >= at_least
-    return Row(claim, ours, peer, unit, ratio, budget, met, against)
+    met = None if at_least is None else over >= at_least * under
+    spread = (min(rounds), max(rounds)) if rounds else None
+    return Row(claim, ours, peer, unit, ratio, budget, met, against, spread)
 
 
 def share(
@@ -91,29 +92,34 @@ def share(
     """A row in percent of a whole; the budgets are fractions."""
     value, budget, met = part / whole, "", None
     if at_least is not None:
-        budget, met = f">= {at_least:.0%}", value >= at_least
+        budget, met = f">= {100 * at_least:g} %", value >= at_least
     if at_most is not None:
-        budget, met = f"<= {at_most:.0%}", value <= at_most
-    return Row(claim, 100 * value, unit="%", budget=budget.replace("%", " %"), met=met)
+        budget, met = f"<= {100 * at_most:g} %", value <= at_most
+    return Row(claim, 100 * value, unit="%", budget=budget, met=met)
 
 
-# ---- clocks
+# ---- the clock
+
+
+def seconds(call: Callable[[], object], one_core: bool = False) -> float:
+    """Wall time of one call; for one core the processor time of all threads where that is more."""
+    wall, processor = time.perf_counter(), time.process_time()
+    call()
+    processor, wall = time.process_time() - processor, time.perf_counter() - wall
+    return max(wall, processor) if one_core else wall
 
 
 def alternate(
-    sides: dict[str, Callable[[], object]], repeats: int, warmup: int = 1
+    sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, one_core: bool = False
 ) -> dict[str, list[float]]:
     """Seconds of every call, the sides taken in turn so that a slow minute hits all alike."""
-    for _ in range(warmup):
-        for side in sides.values():
-            side()
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
+    for number in range(warmup + repeats):
         for name, side in sides.items():
             gc.collect()
-            start = time.perf_counter()
-            side()
-            times[name].append(time.perf_counter() - start)
+            taken = seconds(side, one_core)
+            if number >= warmup:
+                times[name].append(taken)
     return times
 
 
@@ -125,23 +131,25 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 # ---- the machine
 
 
-def machine(peers: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:
+def machine(peers: Sequence[str], threads: int) -> dict[str, Any]:
     """What the figures depend on: processor, cores, threads, GPU, versions.
 
     Args:
         peers: names of packages whose versions are told besides our own.
-        threads: of torch; what it uses now if not given.
+        threads: that each process computes with.
     """
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": num_cores(),
-        "threads": threads or torch.get_num_threads(),
+        "threads": threads,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in (*OURS, *peers)},
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = str(torch.version.cuda)
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts["driver"] = (driver or "unknown").splitlines()[0]
     return facts
 
 
@@ -164,6 +172,25 @@ def _version(package: str) -> str:
         return "none"
 
 
+@cache
+def said(*command: str) -> str:
+    """What a command prints, the first time; nothing where it fails."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, timeout=30, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def commit() -> str:
+    """Short name of the commit that stands here, "+dirty" when files but the results differ."""
+    name = said("git", "rev-parse", "--short", "HEAD")
+    written = ":!benchmarks/results", ":!docs/benchmarks.md"
+    differs = said("git", "status", "--porcelain", "--", ".", *written)
+    return f"{name}+dirty" if name and differs else name
+
+
 def require(*modules: str) -> None:
     """Say in one line which peers are missing and how to get them.
 
@@ -178,15 +205,17 @@ def require(*modules: str) -> None:
 # ---- running
 
 
-def parser(description: str | None, threads: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks have: --quick, --threads, --out."""
+def parser(description: str | None, threads: int | None = None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have: --quick, --out, and --threads where they may differ."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
-    made.add_argument("--threads", type=int, default=threads, help=f"of torch ({threads})")
-    told = "JSON file of the results (default: benchmarks/results/NAME.json; none with --quick)"
+    told = "folder of the results (default: benchmarks/results; with --quick none)"
     made.add_argument("--out", type=Path, help=told)
+    if threads is not None:
+        made.add_argument("--threads", type=int, default=threads, help=f"of torch ({threads})")
+    made.set_defaults(started=time.monotonic(), commit=commit())
     return made
 
 
@@ -199,107 +228,73 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(int(error.code))
 
 
-def publish(
+def record(
     name: str,
     title: str,
     rows: Sequence[Row],
     args: argparse.Namespace,
+    about: str | None,
+    threads: int,
     peers: Sequence[str] = (),
     notes: Sequence[str] = (),
-) -> None:
-    """Print the rows and write them, with the machine, to the results; render the page.
+) -> dict[str, Any]:
+    """Write rows and machine to the results; returns what it writes.
 
-    With --quick nothing is written unless --out names a file: tiny sizes are no result.
+    With --quick nothing is written unless --out names a folder: tiny sizes are no result.
 
     Args:
-        name: of the benchmark's module; the results go to NAME.json.
+        name: the results go to NAME.json.
         title: heading of its section.
-        args: of `parser`; `--out` elsewhere than in the results leaves the page alone.
+        args: of `parser`.
+        about: a docstring; its first paragraph behind title and commands opens the section.
+        threads: that each process computed with.
         peers: packages whose versions are told.
         notes: paragraphs of Markdown below the table.
     """
     result = {
         "title": title,
-        "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "about": first_paragraph(about or ""),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(peers, getattr(args, "threads", None)),
+        "commit": args.commit,
+        "seconds": round(time.monotonic() - args.started, 1),
+        "machine": machine(peers, threads),
         "rows": [asdict(row) for row in rows],
         "notes": list(notes),
     }
-    print(section(result))
-    quick, out = getattr(args, "quick", False), getattr(args, "out", None)
-    if quick and out is None:
-        return
-    path = out or RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    if path.parent.resolve() == RESULTS:
-        PAGE.write_text(render(RESULTS))
+    folder = destination(args)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
 
-# ---- the page
+def destination(args: argparse.Namespace) -> Path | None:
+    """The folder that results go to, or None for nowhere."""
+    return args.out or (None if args.quick else RESULTS)
 
 
-def number(value: float | None) -> str:
-    """Three digits or so, thousands marked; a dash for none."""
-    if value is None:
-        return "-"
-    size = abs(value)
-    if size >= 100 or value == 0:
-        return f"{value:,.0f}"
-    if size >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"
+def publish(
+    name: str, title: str, rows: Sequence[Row], args: argparse.Namespace, *facts: Any, **others: Any
+) -> None:
+    """`record`, print the section, and render the page where the results are the page's."""
+    print(page.section(record(name, title, rows, args, *facts, **others)))
+    folder = destination(args)
+    if folder and folder.resolve() == RESULTS.resolve():
+        PAGE.write_text(page.render(RESULTS))
 
 
-def _cells(row: dict[str, Any]) -> str:
-    ratio = "-" if row["ratio"] is None else f"{number(row['ratio'])}x"
-    met = {True: "met", False: "**missed**", None: ""}[row["met"]]
-    budget = " ".join(word for word in (row["budget"], met) if word) or "-"
-    told = [row["claim"], number(row["ours"]), number(row["peer"]), row["unit"], ratio, budget]
-    return (
-        "| "
-        + " | ".join(cell.replace("|", "\\|") for cell in [*told, row["against"] or "-"])
-        + " |"
-    )
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows (as dicts) as a Markdown table."""
-    head = (
-        "| claim | ours | peer | unit | ratio | budget | peer is |\n|---|--:|--:|---|--:|---|---|"
-    )
-    return "\n".join([head, *map(_cells, rows)])
-
-
-def section(result: dict[str, Any]) -> str:
-    """One benchmark as Markdown: table, notes, machine, command."""
-    facts = result["machine"]
-    versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
-    gpu = f"{facts['gpu']} (CUDA {facts['cuda']}); " if "gpu" in facts else ""
-    counts = [f"{facts[what]} {what[: None if facts[what] > 1 else -1]}" for what in COUNTED]
-    where = f"{gpu}{facts['processor']}; {', '.join(counts)}"
-    told = (
-        f"`{result['command']}`, {result['date']}: {where}; Python {facts['python']}, {versions}."
-    )
-    paragraphs = [f"## {result['title']}", table(result["rows"]), *result["notes"], told]
-    return "\n\n".join(paragraphs) + "\n"
-
-
-def render(folder: Path) -> str:
-    """The page: a summary of every budget, then a section a file of results."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    names = [name for name in ORDER if name in found]
-    results = [found[name] for name in [*names, *(name for name in found if name not in ORDER)]]
-    judged = [row for result in results for row in result["rows"] if row["met"] is not None]
-    summary = f"## Budgets: {sum(row['met'] for row in judged)} of {len(judged)} met\n\n"
-    return "\n".join([HEADER, summary + table(judged) + "\n", *map(section, results)])
+def first_paragraph(docstring: str) -> str:
+    """What follows the first line and indented commands, or else the first line, as one line."""
+    title, *others = inspect.cleandoc(docstring).split("\n\n")
+    plain = [other for other in others if not other.startswith("    ")]
+    return " ".join((plain[0] if plain else title).split())
 
 
 def main() -> None:
     """Render the page from the results."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "").parse_args()
-    PAGE.write_text(render(RESULTS))
+    argparse.ArgumentParser(description="Render docs/benchmarks.md from the results.").parse_args()
+    PAGE.write_text(page.render(RESULTS))
     print(os.path.relpath(PAGE))
 
 

@@ -1,18 +1,11 @@
 """Cost against work: start-up, batch, pictures, queue, views, memory over time, processes.
 
     python -m benchmarks.scale                       # about 4 minutes on 2 cores
-    python -m benchmarks.scale --files 1000000       # the budgets of start-up (5 GB of disk)
     python -m benchmarks.scale --parts start memory
+    python -m benchmarks.scale --parts start --files 1000000     # the budgets; 5 GB of disk
 
-- start: `clsa pretrain` on a folder of tiny JPEGs in 1,000 classes, from the launch of the process
-  to the end of the first step (the time of metrics.jsonl), listed anew and from the cache; the page
-  cache is warm. Memory of the main process is its largest resident set; of the worker's, only what
-  it shares with nobody is told.
-- work: images/s of `clsa-small` on the resident drawings, one number changed at a time.
-- memory: resident sets of tiny runs at step 200 and at step 2,000, each the largest of ten samples.
-- processes: two gloo processes of one thread against one, the same global batch.
-- paper: bytes that a step exchanges, and the hours of 200 ImageNet epochs as a formula of the rate
-  of one GPU. Calculated, not measured.
+Each part has its own file of results; that of a start-up on fewer than a million files is another
+one (start-small).
 """
 
 import argparse
@@ -38,15 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import report
 from benchmarks.drive import CPU, Drive
-from benchmarks.on_paper import on_paper
-from benchmarks.report import Row, versus
+from benchmarks.report import Row, share, versus
 from clsa import dist
 from clsa.listing import MIN_CACHED
 from clsa.train import train_step
 
 CLASSES, FEW = 1000, 100
 SETTLED_S = 3.0  # a younger folder is not cached
-COLD_S, CACHED_S, GROWTH = 60.0, 5.0, 0.02
+COLD_S, CACHED_S, JUDGED, GROWTH = 60.0, 5.0, 1_000_000, 0.02
 STEPS = (200, 2000)
 TINY = """
 batch_size: 8
@@ -154,62 +146,77 @@ def start_up(out: Path, pictures: Path, cache: str) -> tuple[float, float, float
     return (out / "metrics.jsonl").stat().st_mtime - run.start, most[0], most[2]
 
 
-def start_rows(folder: Path, pictures: Path, count: int) -> Iterator[Row]:
-    """Start-up on all files, listed anew and cached, and on a few."""
-    cache, out, full = str(folder / "cache"), folder / "run", count >= 1_000_000
-    few = folder / "few"
+def start_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
+    """Start-up.
+
+    `clsa pretrain` on a folder of tiny JPEGs in 1,000 classes, from the launch of the process to
+    the end of the first step (the time of metrics.jsonl), the folder listed anew and then from the
+    cache of listings. The page cache is warm both times. Memory of the main process is its largest
+    resident set; of the worker's, only what it shares with nobody is told.
+    """
+    count = num_files(pictures)
+    cache, few = folder / "cache", folder / "few"
     write_pictures(few, FEW, 2)
-    sides = {
-        f"{count:,} files, listed anew": (pictures, cache, COLD_S),
-        f"{count:,} files, cached listing": (pictures, cache, CACHED_S),
-        f"{FEW} files": (few, "off", None),
-    }
-    if count <= MIN_CACHED:
-        sides.pop(f"{count:,} files, cached listing")
-    for name, (data, place, limit) in sides.items():
-        seconds, main, worker = start_up(out, data, place)
-        judged = full and limit is not None
-        budget = f"<= {limit:g} s" if judged else ""
-        met = seconds <= limit if judged and limit is not None else None
-        yield Row(f"launch to the end of the first step, {name}", seconds, None, "s", None,
-                  budget, met)  # fmt: skip
+    sides = [(f"{count:,} files, listed anew", pictures, str(cache), COLD_S)]
+    if count > MIN_CACHED:
+        sides.append((f"{count:,} files, cached listing", pictures, str(cache), CACHED_S))
+    for name, data, place, limit in [*sides, (f"{FEW} files", few, "off", None)]:
+        if data == pictures:
+            cached = num_files(cache) > 0
+            assert cached == ("cached" in name), f"{name}, but the cache says otherwise"
+        taken, main, worker = start_up(folder / "run", data, place)
+        judged = limit is not None and count >= JUDGED
+        budget = (f"<= {limit:g} s", taken <= limit) if limit and judged else ("", None)
+        claim = f"first step, {name}, page cache warm: from launch to its end"
+        yield Row(claim, taken, None, "s", None, *budget)
         yield Row(f"memory of the main process, {name}", main, unit="MB")
         yield Row(f"private memory of its worker, {name}", worker, unit="MB")
+
+
+def num_files(root: Path) -> int:
+    """Files below `root`."""
+    return sum(len(names) for _, _, names in os.walk(root))
 
 
 # ---- work
 
 
-def work_rows(folder: Path, quick: bool) -> Iterator[Row]:
-    """Images/s, one number of `BASE` changed at a time."""
-    seen = set()
+def work_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
+    """Cost of work.
+
+    Whole steps of `clsa-small` on the resident drawings, one number changed at a time.
+    """
+    torch.set_num_threads(2)
+    seen = []
     for name, values in GRID.items():
         for value in values[:2] if quick else values:
             point = {**BASE, **({"batch_size": 16} if quick else {}), name: value}
-            if tuple(point.items()) in seen:
-                continue
-            seen.add(tuple(point.items()))
-            rate = images_per_s(folder / f"{name}{value}", 2 if quick else 4, **point)
-            told = "batch {batch_size}, {size} px, queue {queue:,}, {strong} strong".format(**point)
-            yield Row(f"clsa-small, {told}", rate, unit="images/s")
+            if point not in seen:
+                seen.append(point)
+                told = "batch {batch_size}, {size} px, queue {queue:,}, {strong} strong"
+                ms = ms_a_picture(2 if quick else 4, **point)
+                yield Row(f"clsa-small, {told.format(**point)}", ms, unit="ms a picture")
 
 
-def images_per_s(
-    out: Path, repeats: int, batch_size: int, size: int, queue: int, strong: int
-) -> float:
-    """Rate of whole steps by their median time."""
+def ms_a_picture(repeats: int, batch_size: int, size: int, queue: int, strong: int) -> float:
+    """Median time of whole steps, by pictures."""
     views = {"size": size, "weak": {"sizes": [size]}, "strong": {"sizes": [size] * strong}}
     options = {"batch_size": batch_size, "views": views, "method": {"queue_size": queue}}
-    with Drive("clsa-small", out, **options) as drive:
+    with Drive("clsa-small", **options) as drive:
         times = report.alternate({"step": drive.step}, repeats)
-    return batch_size / report.medians(times)["step"]
+    return 1e3 * report.medians(times)["step"] / batch_size
 
 
 # ---- memory
 
 
-def memory_rows(folder: Path, pictures: Path, steps: tuple[int, int]) -> Iterator[Row]:
-    """Growth of resident and streamed runs, both at once on a core each."""
+def memory_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
+    """Memory over time.
+
+    Resident sets of two tiny runs, one over resident drawings and one over streamed JPEGs with a
+    worker, at step 200 and at step 2,000: each the largest of ten samples.
+    """
+    steps = (20, 60) if quick else STEPS
     tiny = folder / "tiny.yaml"
     tiny.write_text(TINY)
     args = ["--config", str(tiny), "--max-steps", str(steps[1] + 100), "--data"]
@@ -227,14 +234,19 @@ def memory_rows(folder: Path, pictures: Path, steps: tuple[int, int]) -> Iterato
                 elif not run.runs and len(samples[name]) < 2:
                     raise RuntimeError(f"the {name} run ended before it was measured")
             time.sleep(0.02)
-    for name, (early, late) in samples.items():
-        places = {"main process": 0, "worker": 1}
-        for place, i in places.items():
-            if early[i]:
-                grown = late[i] / early[i] - 1
-                claim = f"tiny {name} run at step {steps[1]:,}, {place} ({grown:+.1%})"
-                yield Row(claim, late[i], early[i], "MB", early[i] / late[i], "<= +2 %",
-                          grown <= GROWTH, f"at step {steps[0]}")  # fmt: skip
+    for name, taken in samples.items():
+        yield from growth(f"tiny {name} run", steps, *taken)
+
+
+def growth(
+    run: str, steps: tuple[int, int], early: Sequence[float], late: Sequence[float]
+) -> Iterator[Row]:
+    """Rows of one run; a run without a worker has no memory there."""
+    for place, before, after in zip(("main process", "worker"), early, late, strict=False):
+        if before:
+            claim = f"{run}, {place}: growth of the resident set, step {steps[0]:,} to {steps[1]:,}"
+            yield share(claim, after - before, before, at_most=GROWTH)
+            yield Row(f"{run}, {place}: resident set at step {steps[1]:,}", after, unit="MB")
 
 
 def largest(sample: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
@@ -249,12 +261,16 @@ def largest(sample: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
 # ---- processes
 
 
-def process_rows(folder: Path, steps: int, batch: int) -> Iterator[Row]:
-    """Two processes against one, and where their time goes."""
+def process_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
+    """Two processes.
+
+    Two gloo processes of one thread against one, the same global batch, and where their time goes:
+    steps with and, in turn, without the exchange of gradients.
+    """
+    steps, batch = (2, 32) if quick else (6, 256)
     results = []
     for world in (1, 2):
-        side = ["-m", "benchmarks.scale", "--side", str(folder / f"world{world}")]
-        side += ["--steps", str(steps), "--batch", str(batch)]
+        side = ["-m", "benchmarks.scale", "--side", str(steps), str(batch)]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         command = [sys.executable, *(launch if world > 1 else []), *side]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -269,30 +285,26 @@ def process_rows(folder: Path, steps: int, batch: int) -> Iterator[Row]:
     yield versus(claim, rates[1], rates[0], "images/s", "1 process of one thread")
     step = two["step"]
     gathers = f"of that step: exchanging pictures, keys, flags ({two['calls']:g} calls)"
-    yield Row(gathers, 100 * two["waited"] / step, unit="%")
-    hidden = "of that step: gradients, beyond what backward hides"
-    yield Row(hidden, 100 * max(0.0, step - two["alone"]) / step, unit="%")
+    yield share(gathers, two["waited"], step)
+    yield share("of that step: gradients, beyond what backward hides", step - two["alone"], step)
     assert one["calls"] == 0
 
 
-def process_side(folder: Path, steps: int, batch: int) -> None:
+def process_side(steps: int, batch: int) -> None:
     """In each process: time steps with and, in turn, without the exchange of gradients."""
     torch.set_num_threads(1)
     waited: list[float] = []
     with dist.process_group(CPU), timed_exchanges(waited):
-        out = folder / f"rank{dist.rank()}"
-        drive = Drive("clsa-small", out, batch_size=batch)
+        drive = Drive("clsa-small", batch_size=batch)
         model = drive.model
         pause = model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
         together, alone, exchanged = [], [], []
         for number in range(2 * steps + 2):
             parted = number % 2 == 1
-            crops = next(drive.batches)
+            crops = drive.next_crops()
             waited.clear()
-            start = time.perf_counter()
             with pause() if parted else nullcontext():
-                train_step(model, drive.state, crops, drive.run)
-            taken = time.perf_counter() - start
+                taken = report.seconds(lambda c=crops: train_step(model, drive.state, c, drive.run))
             if number >= 2:
                 (alone if parted else together).append(taken)
                 if not parted:
@@ -332,41 +344,42 @@ def timed_exchanges(waited: list[float]) -> Iterator[None]:
             setattr(td, name, plain[name])
 
 
-PARTS = ("start", "work", "memory", "processes", "paper")
+Part = Callable[[Path, Path, bool], Iterator[Row]]
+PARTS: dict[str, tuple[Part, int]] = {  # and the threads of each process
+    "start": (start_rows, 1),
+    "work": (work_rows, 2),
+    "memory": (memory_rows, 1),
+    "processes": (process_rows, 1),
+}
 
 
 def main() -> None:
-    """Run the parts and publish their rows."""
-    parser = report.parser(__doc__, threads=2)
+    """Run the parts and publish the rows of each."""
+    parser = report.parser(__doc__)
     parser.add_argument("--files", type=int, default=100_000, help="for start (100,000)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     parser.add_argument("--pictures", type=Path, help="a folder that such a run has left here")
-    for name, kind in (("side", Path), ("steps", int), ("batch", int)):
-        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--side", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        process_side(args.side, args.steps, args.batch)
+        process_side(*args.side)
         return
-    torch.set_num_threads(args.threads)
-    quick = args.quick
-    count = 2 * CLASSES if quick else args.files
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pictures = args.pictures or folder / "pictures"
         if {"start", "memory"} & set(args.parts) and not pictures.exists():
-            write_pictures(pictures, count, CLASSES)
+            write_pictures(pictures, 2 * CLASSES if args.quick else args.files, CLASSES)
             time.sleep(SETTLED_S)
-        if "start" in args.parts:
-            rows += start_rows(folder, pictures, count)
-        if "work" in args.parts:
-            rows += work_rows(folder, quick)
-        if "memory" in args.parts:
-            rows += memory_rows(folder, pictures, (20, 60) if quick else STEPS)
-        if "processes" in args.parts:
-            rows += process_rows(folder, 2 if quick else 6, 32 if quick else 256)
-    notes = [on_paper()] if "paper" in args.parts else []
-    report.publish("scale", "Scale", rows, args, notes=notes)
+        for part, (rows, threads) in PARTS.items():
+            if part in args.parts:
+                made = list(rows(folder, pictures, args.quick))
+                small = part == "start" and num_files(pictures) < JUDGED
+                title = f"Scale: {(rows.__doc__ or '').split('.')[0].lower()}"
+                about = rows.__doc__
+                report.publish(
+                    f"{part}-small" if small else part, title, made, args, about, threads
+                )
+                args.started = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def _open(spec: str, split: Split) -> Source:
     suffix = Path(spec).suffix.lower()
     if os.path.exists(spec) and suffix in (".txt", ".npz"):
         return _list(Path(spec)) if suffix == ".txt" else _npz(Path(spec))
-    forms = f"a folder, a .txt list, an .npz, or one of {', '.join(NAMED)}"
+    forms = f"a folder (packed or not), a .txt list, an .npz, or one of {', '.join(NAMED)}"
     if not spec:
         raise ClsaError("no pictures given", "the data option is empty", f"give {forms}")
     if os.path.exists(spec):

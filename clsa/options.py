@@ -25,8 +25,8 @@ class DataOptions(Config):
     """Which pictures, and how they are read."""
 
     data: str = ""
-    """Pictures: a folder, a list file, an .npz, `clipart`, or NAME[:PATH] with
-    fashion-mnist, cifar10, cifar100, stl10."""
+    """Pictures: a folder, what `clsa pack` made of one, a list file, an .npz, `clipart`, or
+    NAME[:PATH] with fashion-mnist, cifar10, cifar100, stl10."""
     val: str | None = None
     """Labelled pictures for evaluation, in the same forms (default: the set's own test split)."""
     class_list: Path | None = None

@@ -72,16 +72,16 @@ def written_out(
     positive: Tensor,
     temperature: float = 0.2,
 ) -> Tensor:
-    """CLSA* as the official code computes it: a softmax matrix a view, a bank copy a pair.
+    """CLSA* as the official code computes it: a softmax matrix a pair, a bank copy a term.
 
-    Differentiable torch, any dtype: what the streaming losses are timed and compared against.
+    The target of a weak query is the softmax of its contrast logits, detached. Differentiable
+    torch, any dtype: what the streaming losses are timed and compared against.
     """
     loss = weak[0].new_zeros(())
     for query in weak:
         logits = query @ bank.clone().T / temperature
         loss = loss + torch.nn.functional.cross_entropy(logits, positive)
-    for query in weak:
-        target = torch.softmax(query.detach() @ bank.clone().T / temperature, dim=1)
+        target = torch.softmax(logits.detach(), dim=1)
         for distorted in strong:
             predicted = torch.softmax(distorted @ bank.clone().T / temperature, dim=1)
             loss = loss - (target * torch.log(predicted)).sum(1).mean()
