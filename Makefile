@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 FILES := clsa tests benchmarks
 BENCHMARKS := input augment loss step scale
 # Measured against, never depended on; without their own dependencies, which would bring Lightning.
-PEERS := lightly lightly-utils lightning-utilities kornia kornia-rs webdataset braceexpand
+PEERS := lightly lightly-utils lightning-utilities kornia kornia-rs
 
 .PHONY: demo test check pytest format parity bench clean
 

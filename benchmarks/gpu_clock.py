@@ -162,12 +162,19 @@ def busy(once: Callable[[], object], device: torch.device) -> tuple[float, int, 
         once()
         torch.cuda.synchronize()
     events = seen.events() or []
-    kernels = [event.time_range for event in events if event.device_type.name == "CUDA"]
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
+    )
     if not kernels:
         return None
-    first, last = min(span.start for span in kernels), max(span.end for span in kernels)
+    at_work, reached = 0.0, kernels[0][0]
+    for start, end in kernels:  # streams run side by side
+        at_work += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
     table = seen.key_averages().table(sort_by="self_device_time_total", row_limit=10)
-    return sum(span.elapsed_us() for span in kernels) / (last - first), len(kernels), table
+    return at_work / (reached - kernels[0][0]), len(kernels), table
 
 
 def breakdown(drive: Drive, named: str) -> Iterator[Row | str]:

@@ -36,7 +36,7 @@ from clsa import dist
 from clsa.listing import MIN_CACHED
 from clsa.train import train_step
 
-CLASSES, FEW = 1000, 100
+CLASSES, FEW = 1000, 200  # more than one step of them, so that no probe comes first
 SETTLED_S = 3.0  # a younger folder is not cached
 COLD_S, CACHED_S, JUDGED, GROWTH = 60.0, 5.0, 1_000_000, 0.02
 STEPS = (200, 2000)
@@ -243,6 +243,8 @@ def growth(
 ) -> Iterator[Row]:
     """Rows of one run; a run without a worker has no memory there."""
     for place, before, after in zip(("main process", "worker"), early, late, strict=False):
+        if before and not after:
+            raise RuntimeError(f"{run}: the {place} had ended before it was measured again")
         if before:
             claim = f"{run}, {place}: growth of the resident set, step {steps[0]:,} to {steps[1]:,}"
             yield share(claim, after - before, before, at_most=GROWTH)

@@ -168,9 +168,9 @@ def main() -> None:
     """Compare, or run one side of it, or profile."""
     parser = report.parser(__doc__, threads=2)
     parser.add_argument("--batch", type=int, default=256, help="pictures a step (256)")
-    parser.add_argument("--steps", type=int, default=4, help="of a peer; ours takes twice (4)")
+    parser.add_argument("--steps", type=int, default=5, help="of a peer; ours takes twice (5)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock (3)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes a side (3)")
+    parser.add_argument("--rounds", type=int, default=2, help="processes a side (2)")
     parser.add_argument("--profile", metavar="RECIPE", help="print the profile of one step")
     for name, kind in (("side", str), ("workers", int), ("files", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)

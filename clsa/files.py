@@ -3,12 +3,15 @@
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from clsa.errors import ClsaError, Exit
+
+LOCK_WAIT_S = 15.0  # workers of a killed process hold its lock until they notice
 
 
 class _Hashing:
@@ -94,13 +97,19 @@ def only_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            why, step = "another process is writing it", "wait for its end, or choose another --out"
-            raise ClsaError(str(folder), why, step) from None
-        except OSError:
-            pass  # a file system without locks
+        give_up = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    why = "another process is writing it"
+                    step = "wait for its end, or choose another --out"
+                    raise ClsaError(str(folder), why, step) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
         yield
     finally:
         os.close(handle)

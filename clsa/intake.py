@@ -98,7 +98,10 @@ def _folder(root: str) -> Folder:
 def _list(path: Path) -> Folder:
     """Lines of `PATH`, `PATH<tab>LABEL` or `PATH LABEL`, relative to the folder of the list."""
     ids, names = [], []
-    for line in filter(None, map(str.strip, _text(path).split("\n"))):
+    text = _text(path)
+    if "\0" in text:
+        raise ClsaError(str(path), "holds a zero byte, so it is no text", "give one path a line")
+    for line in filter(None, map(str.strip, text.split("\n"))):
         name, label = line, ""
         if "\t" in line:
             name, label = line.rsplit("\t", 1)

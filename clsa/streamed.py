@@ -59,14 +59,14 @@ def _copied_ahead(batches: Iterator[Crops], device: torch.device) -> Iterator[Cr
             copied.record(copies)
         ahead.append((batch._replace(crops=crops), copied))
         if len(ahead) > 1:
-            yield _arrived(*ahead.popleft())
+            yield _arrived(*ahead.popleft(), device)
     if ahead:
-        yield _arrived(*ahead.popleft())
+        yield _arrived(*ahead.popleft(), device)
 
 
-def _arrived(batch: Crops, copied: torch.cuda.Event) -> Crops:
+def _arrived(batch: Crops, copied: torch.cuda.Event, device: torch.device) -> Crops:
     """Have what is computed from now on wait for the copies, and own their memory."""
-    computing = torch.cuda.current_stream()
+    computing = torch.cuda.current_stream(device)
     computing.wait_event(copied)
     for view in batch.crops:
         view.record_stream(computing)

@@ -419,7 +419,10 @@ def test_what_a_killed_pack_left_is_swept(many: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_two_packs_do_not_write_one_folder(many: Path, tmp_path: Path) -> None:
+def test_two_packs_do_not_write_one_folder(
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LOCK_WAIT_S", 0)
     with files.only_writer(tmp_path / "out"):
         text, code = refusal(lambda: packed(many, tmp_path / "out"))
     assert "another process is writing it" in text and code == Exit.USAGE
