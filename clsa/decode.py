@@ -121,13 +121,25 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:  # the latter in XMP
+    if not _may_be_turned(data):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return _orientation(image)
     except Exception:  # as `_decode`, should it come to that
         return 1
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Whether a JPEG has an APP1 segment (Exif or XMP) before its pixels, or is oddly built."""
+    place = 2
+    while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
+        if data[place + 1] == 0xDA:
+            return False
+        if data[place + 1] == 0xE1:
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True
 
 
 def _jpeg(

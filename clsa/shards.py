@@ -39,7 +39,8 @@ def write_arrays(file: IO[bytes], meta: dict[str, Any], **arrays: np.ndarray) ->
     """An .npz of plain arrays, `meta` (what JSON holds) among them; equal input, equal bytes."""
     text = np.frombuffer(json.dumps({"version": VERSION, **meta}).encode(), np.uint8)
     buffer = io.BytesIO()  # `np.savez` wants a file that can be read, too
-    np.savez(buffer, **{_KEY: text}, **arrays)
+    members: dict[str, Any] = {_KEY: text, **arrays}
+    np.savez(buffer, **members)
     file.write(buffer.getvalue())
 
 
