@@ -80,7 +80,7 @@ def pack(args: list[str]) -> None:
 
 
 def demo(args: list[str]) -> None:
-    """Four minutes on a CPU: pretrain on embedded drawings, compare random and trained."""
+    """Three minutes on a CPU: pretrain on embedded drawings, compare random and trained."""
     options = _parse("demo", DemoOptions, args)
     from clsa.evaluate.run import evaluate as judge
     from clsa.train import pretrain as run
