@@ -63,9 +63,9 @@ def pack(options: PackOptions) -> Packed:
 
     Raises:
         ClsaError: 2 when `out` holds something else or another process packs into it, or `data`
-            is packed already; 65 when more than
-            max(10, 0.1 %) of the pictures are unreadable, or a finished pack is damaged; 66 when
-            there is nothing to read, 73 and 74 when the disk refuses or a worker fails.
+            is packed already; 65 when more than max(10, 0.1 %) of the pictures are unreadable, or a
+            finished pack is damaged; 66 when there is nothing to read, 73 and 74 when the disk
+            refuses or a worker fails.
     """
     source = open_source(options.data, options.split, DataOptions())
     if isinstance(source, Shards):
