@@ -33,6 +33,7 @@ from clsa.sources import Source
 from clsa.state import State
 
 SHEET_ROWS = 6
+MAX_GRAPHS = 64  # one for each size of view and one for the keys
 
 
 class Run(NamedTuple):
@@ -306,6 +307,10 @@ def parallel(method: Method, options: RunOptions) -> nn.Module:
     statistics are each rank's own, as in MoCo.
     """
     if options.compile:
+        from torch._dynamo import config  # slow to import
+
+        # Beyond its limit views run uncompiled and move statistics that compiled ones have saved.
+        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
         for module in method.modules():
             if isinstance(module, Network):  # of a size of view each, or one graph would serve all
                 module.encoder.compile(dynamic=False)

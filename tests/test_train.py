@@ -15,6 +15,9 @@ from clsa import train
 from clsa.checkpoint import digest, load_encoder, run_digest
 from clsa.config import merge
 from clsa.errors import ClsaError, Exit
+from clsa.evaluate.features import frozen
+from clsa.methods import METHODS
+from clsa.models import Network
 from clsa.options import RunOptions
 from clsa.recipes import resolve
 from clsa.train import pretrain
@@ -260,3 +263,19 @@ def test_torchrun_is_the_whole_difference(pictures: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 6
     assert done.stdout.count("Next:") == 1
+
+
+def test_compiling_reaches_every_encoder_and_no_evaluation(pictures: Path, tmp_path: Path) -> None:
+    from torch._dynamo import config
+
+    asked = options(pictures, tmp_path, compile=True)
+    method = METHODS[asked.method.name](asked)
+    train.parallel(method, asked)
+    networks = [module for module in method.modules() if isinstance(module, Network)]
+    assert len(networks) == 2 and config.recompile_limit >= train.MAX_GRAPHS
+    for network in networks:
+        compiled = network.encoder._compiled_call_impl
+        assert compiled is not None
+        with frozen(network.encoder):
+            assert network.encoder._compiled_call_impl is None
+        assert network.encoder._compiled_call_impl is compiled
