@@ -176,7 +176,8 @@ def load_encoder_facts(path: Path) -> tuple[nn.Module, EncoderFacts]:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:  # pyright: ignore
             facts = EncoderFacts.model_validate(json.loads((opened.metadata() or {})["clsa"]))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            names = list(opened.keys())  # it is no mapping
+            tensors = {name: opened.get_tensor(name) for name in names}
         encoder = build_encoder(facts.model, seed=0)
         encoder.load_state_dict(tensors)
     except (safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError,

@@ -312,8 +312,8 @@ def parallel(method: Method, options: RunOptions) -> nn.Module:
         # Beyond its limit views run uncompiled and move statistics that compiled ones have saved.
         config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
         for module in method.modules():
-            if isinstance(module, Network):  # of a size of view each, or one graph would serve all
-                module.encoder.compile(dynamic=False)
+            if isinstance(module, Network):
+                module.encoder.compile(dynamic=False)  # a graph for each size of view
     if dist.world_size() == 1:
         return method
     with warnings.catch_warnings():  # the newer name of broadcast_buffers is too new for torch 2.10

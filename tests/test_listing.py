@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,8 +233,8 @@ def test_a_cache_made_up_by_someone_is_refused(root: Path, cache: Path) -> None:
     assert good is not None
     names, sizes, folders, owners = good.listing
 
-    def load(*changed: object) -> object:
-        path.write_bytes(listing._packed(good._replace(listing=Listing(*changed))))  # type: ignore
+    def load(*changed: Any) -> object:
+        path.write_bytes(listing._packed(good._replace(listing=Listing(*changed))))
         return listing._load(path)
 
     assert load(names, sizes, folders, owners) is not None
@@ -254,7 +255,7 @@ def test_a_cache_made_up_by_someone_is_refused(root: Path, cache: Path) -> None:
     assert listing._load(path) is None
 
 
-# ---- names
+# ---- digest
 
 
 def test_a_list_of_strings_and_names_have_one_digest(root: Path) -> None:

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -313,8 +315,9 @@ def test_too_many_unreadable_pictures_end_it(tmp_path: Path) -> None:
 # ---- interruptions
 
 
-def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
-    """Have picture number `at` end the packing as Ctrl-C does."""
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
+    """Inside, picture number `at` ends the packing as Ctrl-C does."""
     encode = packing._encode
 
     def encode_until(source: Any, row: int, *options: int) -> Any:
@@ -322,7 +325,9 @@ def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
             raise KeyboardInterrupt
         return encode(source, row, *options)
 
-    patch.setattr(packing, "_encode", encode_until)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "_encode", encode_until)
+        yield
 
 
 def test_an_interrupted_pack_goes_on_behind_its_whole_shards(
@@ -332,8 +337,7 @@ def test_an_interrupted_pack_goes_on_behind_its_whole_shards(
     packed(many, tmp_path / "whole", shard_mb=TINY_SHARDS)
     expected, out = contents(tmp_path / "whole"), tmp_path / "out"
     for at in (0, 1, 7, 11):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt(patch, at)
+        with interrupted(monkeypatch, at):
             packed(many, out, shard_mb=TINY_SHARDS)
         text, code = refusal(lambda: open_source(str(out), "train", OPTIONS))
         assert "packing has not finished" in text and code == Exit.BAD_DATA
@@ -374,8 +378,7 @@ def test_pictures_that_changed_meanwhile_are_packed_anew(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 11)
+    with interrupted(monkeypatch, 11):
         packed(many, out, shard_mb=TINY_SHARDS)
     assert len(list(out.glob("*.tar"))) == 2
     for i in range(2, 12):
@@ -452,8 +455,7 @@ def test_an_unfinished_pack_of_something_else_is_left_alone(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt(patch, 11)
+    with interrupted(monkeypatch, 11):
         packed(many, out, shard_mb=TINY_SHARDS)
     before = contents(out)
     text, code = refusal(lambda: packed(many, out, shard_mb=TINY_SHARDS, size=20))
