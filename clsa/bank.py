@@ -39,6 +39,11 @@ class KeyQueue(nn.Module):
         self.pointer.add_(len(keys)).remainder_(length)
 
 
+def own_rows(count: int, device: torch.device) -> Int[Tensor, " b"]:
+    """Rows of the global batch, ranks in order, that are this rank's `count`."""
+    return dist.rank() * count + torch.arange(count, device=device)
+
+
 def keys_with_queue(
     keys: Float[Tensor, "B D"], queue: KeyQueue, batch_negatives: bool
 ) -> tuple[Float[Tensor, "N D"], Int[Tensor, " b"], Bool[Tensor, "b B"] | None]:
@@ -53,8 +58,7 @@ def keys_with_queue(
     Returns:
         bank; row of each local query's own key (global rank, not local); candidates (None: all).
     """
-    local = len(keys) // dist.world_size()
-    own = dist.rank() * local + torch.arange(local, device=keys.device)
+    own = own_rows(len(keys) // dist.world_size(), keys.device)
     candidates = None
     if not batch_negatives:
         candidates = own[:, None] == torch.arange(len(keys), device=keys.device)

@@ -180,6 +180,16 @@ def _blur_by_convolutions(
     return functional.conv2d(across, kernel.mT, groups=len(kernel)).view_as(images)
 
 
+def solarize_half(
+    images: Float32[Tensor, "B 3 S S"], apply: Bool[np.ndarray, "B"]
+) -> Float32[Tensor, "B 3 S S"]:
+    """Rows of `apply`, in [0, 1], with pixels of a half or more inverted (BYOL's second view)."""
+    if not apply.any():
+        return images
+    rows, chosen = _select(images, apply)
+    return images.index_copy(0, rows, torch.where(chosen < 0.5, chosen, 1 - chosen))
+
+
 def normalize(
     images: Float32[Tensor, "B 3 S S"],
     mean: tuple[float, float, float],
@@ -226,6 +236,11 @@ def solarize(
     return torch.where(images < threshold[:, None, None, None], images, 255 - images)
 
 
+def solarize_add(images: UInt8[Tensor, "B 3 S S"]) -> UInt8[Tensor, "B 3 S S"]:
+    """Add 110 to pixels below 128 (RandAugment's SolarizeAdd at full strength)."""
+    return torch.where(images < 128, images + 110, images)
+
+
 def posterize(
     images: UInt8[Tensor, "B 3 S S"], bits: Float[Tensor, "B"]
 ) -> UInt8[Tensor, "B 3 S S"]:
@@ -246,9 +261,9 @@ def _blend(
     images: Float32[Tensor, "B 3 S S"],
     factor: Float[Tensor, "B"],
 ) -> UInt8[Tensor, "B 3 S S"]:
-    """Pillow's Image.blend for factors in [0, 1]: in float32, then truncated."""
-    difference = images - degenerate
-    return difference.mul_(factor.float()[:, None, None, None]).add_(degenerate).to(torch.uint8)
+    """Pillow's Image.blend for factors of 0 or more: in float32, clipped, then truncated."""
+    mixed = (images - degenerate).mul_(factor.float()[:, None, None, None]).add_(degenerate)
+    return mixed.clamp_(0, 255).to(torch.uint8)
 
 
 def contrast(
@@ -272,7 +287,7 @@ def brightness(
     images: UInt8[Tensor, "B 3 S S"], factor: Float[Tensor, "B"]
 ) -> UInt8[Tensor, "B 3 S S"]:
     """Blend with black (0: black, 1: unchanged; Pillow's Brightness)."""
-    return (images * factor.float()[:, None, None, None]).to(torch.uint8)
+    return (images * factor.float()[:, None, None, None]).clamp_(0, 255).to(torch.uint8)
 
 
 def sharpness(

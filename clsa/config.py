@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 import pydantic
 import yaml
@@ -11,6 +11,12 @@ import yaml
 from clsa.errors import ClsaError, Exit
 
 MAX_YAML_BYTES = 1 << 20
+
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Share = Annotated[float, pydantic.Field(gt=0, le=1)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+NotNegative = Annotated[float, pydantic.Field(ge=0)]
+Count = Annotated[int, pydantic.Field(ge=1)]
 
 
 class Config(pydantic.BaseModel):
@@ -41,17 +47,22 @@ class Config(pydantic.BaseModel):
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
+            key = ".".join(str(part) for part in first["loc"] if str(part)[:1] != "<")  # a tag
             if first["type"] != "extra_forbidden":
                 why = str(first["msg"]).removeprefix("Value error, ")
                 what = f"{source}: {key or 'settings'}"
                 raise ClsaError(what, why, "correct the value") from None
-            names = list(flatten(cls.model_construct()))
+            names = list(flatten(cls.example(values)))
             same = [name for name in names if name.endswith(f".{key}")]
             groups = {name.rpartition(".")[0] for name in names}
             close = same[0] if same else nearest(key, [*names, *sorted(groups)])
             hint = f"did you mean {close}?" if close else "see --help for the names"
             raise ClsaError(f"{source}: {key}", "no such setting", hint) from None
+
+    @classmethod
+    def example(cls, values: dict[str, Any]) -> Self:
+        """Default settings whose names are those that `values` may use."""
+        return cls.model_construct()
 
     def to_yaml(self) -> str:
         """The configuration as YAML, readable by `read_yaml`."""

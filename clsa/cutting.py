@@ -38,7 +38,6 @@ class Plan:
 
     source: Source
     specs: Sequence[ViewSpec]
-    flip_probability: float
     order: Order
     start: int
     share: int
@@ -55,7 +54,7 @@ class Plan:
         widths: Int64[np.ndarray, " b"],
     ) -> list[Cuts]:
         """Boxes and flips of each view."""
-        drawn = (self.order.seed, epoch, index, heights, widths, self.flip_probability)
+        drawn = (self.order.seed, epoch, index, heights, widths)
         return [crop_params(spec, *drawn) for spec in self.specs]
 
     def labels(self, shown: Int64[np.ndarray, " b"]) -> Int64[Tensor, " b"]:

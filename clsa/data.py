@@ -36,7 +36,6 @@ Result = TypeVar("Result")
 def batches(
     source: Source,
     specs: Sequence[ViewSpec],
-    flip_probability: float,
     order: Order,
     first_step: int,
     last_step: int,
@@ -58,7 +57,7 @@ def batches(
         what, why = f"batch_size {order.batch_size}", f"not divisible among {world} processes"
         raise ClsaError(what, why, f"use a multiple of {world}")
     share = order.batch_size // world
-    plan = Plan(source, specs, flip_probability, order, share * dist.rank(), share)
+    plan = Plan(source, specs, order, share * dist.rank(), share)
     quarantine = quarantine or Quarantine(source)
     images = _resident_images(source, options, device, quarantine)
     if images is not None:

@@ -93,6 +93,42 @@ def all_gather(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:
     return torch.cat(gathered)
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        total = value.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(total)
+        return total
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """Sum of `value` over the ranks, with gradient: each rank's loss reaches every rank's value."""
+    return value if world_size() == 1 else _Sum.apply(value)  # pyright: ignore
+
+
+def all_gather_with_grad(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:
+    """`all_gather` with gradient: a rank's rows receive what every rank's loss asks of them."""
+    if world_size() == 1:
+        return rows
+    # Zeros of all ranks around one's own rows; the sum puts them side by side.
+    before = rows.new_zeros((rank() * len(rows), *rows.shape[1:]))
+    after = rows.new_zeros(((world_size() - 1 - rank()) * len(rows), *rows.shape[1:]))
+    return all_sum(torch.cat([before, rows, after]))
+
+
+def from_first(value: Tensor) -> Tensor:
+    """Rank 0's `value`, written over every other rank's."""
+    if world_size() > 1:
+        td.broadcast(value, 0)
+    return value
+
+
 def permuted(rows: Float[Tensor, "b ..."], order: Int64[np.ndarray, "B"]) -> Float[Tensor, "b ..."]:
     """This rank's share of `all_gather(rows)[order]`, of which only these rows are sent.
 

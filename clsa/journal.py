@@ -11,6 +11,7 @@ from rich.text import Text
 
 from clsa import files
 from clsa.folder import RunFolder
+from clsa.methods.method import Landmarks
 
 
 class _Told(ProgressColumn):
@@ -25,7 +26,7 @@ class Journal:
         folder: where metrics.jsonl and tensorboard/ go.
         first_step, last_step: range of this start of the run.
         steps_per_epoch: to count epochs.
-        landmarks: chance and floor of the contrastive loss, drawn beside it.
+        landmarks: the loss that is told, its chance and its floor.
         speaks: whether this process logs.
     """
 
@@ -35,7 +36,7 @@ class Journal:
         first_step: int,
         last_step: int,
         steps_per_epoch: int,
-        landmarks: tuple[float, float],
+        landmarks: Landmarks,
         speaks: bool,
     ):
         self.console = Console(stderr=True, quiet=not speaks)
@@ -91,8 +92,8 @@ class Journal:
         epoch = step / self.steps_per_epoch
         self.write({"step": step, "epoch": round(epoch, 4), **values,
                     "images_per_s": round(rate, 2), "data_wait": round(share, 4)})  # fmt: skip
-        chance, floor = self.landmarks
-        told = f"contrast {values['contrast']:.2f} (chance {chance:.2f}, floor {floor:.2f})"
+        name, chance, floor = self.landmarks
+        told = f"{name} {values[name]:.2f} (chance {chance:.2f}, floor {floor:.2f})"
         if "kl" in values:
             told += f" · KL {values['kl']:.3f}"
         told += f" · {rate:,.0f} images/s · waiting {share:.0%}"

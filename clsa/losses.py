@@ -107,27 +107,84 @@ def _stream(
 
 
 class Stream(NamedTuple):
-    """One set of queries with its statistics over the bank, shared by the losses that need it."""
+    """One set of queries with its statistics over a bank, shared by the losses that need it."""
 
     query: Queries
     temperature: float
     lse: PerQuery
     expected_key: Queries
 
+    def at(self, temperature: float, bank: Tensor, candidates: Tensor | None) -> "Stream":
+        """The same queries over the same bank at `temperature`, without gradient."""
+        if temperature == self.temperature:
+            return self
+        return streams([self.query.detach()], bank, temperature, candidates)[0]
+
     def entropy(self) -> PerQuery:
         """Entropy of the similarity distribution in nats: H = lse - q . E / T."""
         return self.lse - _dot(self.query, self.expected_key) / self.temperature
 
 
-class Losses(NamedTuple):
-    """The terms of CLSA. `contrast` and `divergence` are summed over views and pairs."""
+class Divergence(NamedTuple):
+    """The divergence of all pairs of targets and predictions, and how far it is from its floor."""
 
-    contrast: Float[Tensor, ""]
     divergence: Float[Tensor, ""]
+    """Summed over the pairs."""
     target_entropy: Float[Tensor, ""]
     """Mean H(t) in nats: the floor that the divergence per pair cannot go below."""
     kl: Float[Tensor, ""]
     """Mean KL(t || r) per pair in nats: divergence per pair less its floor."""
+
+
+class Losses(NamedTuple):
+    """The terms of CLSA: `contrast` is summed over the weak queries, the rest is `Divergence`'s."""
+
+    contrast: Float[Tensor, ""]
+    divergence: Float[Tensor, ""]
+    target_entropy: Float[Tensor, ""]
+    kl: Float[Tensor, ""]
+
+
+def streams(
+    queries: list[Queries],
+    bank: Float[Tensor, "N D"],
+    temperature: float,
+    candidates: Bool[Tensor, "B M"] | None = None,
+) -> list[Stream]:
+    """`bank_statistics` of each set of queries; what `contrast` and `divergence` are made of."""
+    if not queries:
+        raise ValueError("at least one set of queries is needed")
+    return [
+        Stream(query, temperature, *bank_statistics(query, bank, temperature, candidates))
+        for query in queries
+    ]
+
+
+def contrast(
+    weak: list[Stream], bank: Float[Tensor, "N D"], positive: Int[Tensor, " B"]
+) -> Float[Tensor, ""]:
+    """`info_nce` summed over sets of queries, from their streams over `bank`."""
+    keys = bank[positive].to(weak[0].lse.dtype)
+    terms = [stream.lse - _dot(stream.query, keys) / stream.temperature for stream in weak]
+    return torch.stack(terms).sum(0).mean()
+
+
+def divergence(targets: list[Stream], predicted: list[Stream]) -> Divergence:
+    """`distribution_divergence` of all pairs, from their streams over the same bank.
+
+    sum_w sum_s L_D(w -> s) = mean_i sum_s [ W lse_s - s . (sum_w E_w) / T ]: W + S streams do for
+    W x S pairs. The targets receive no gradient.
+    """
+    expected = torch.stack([stream.expected_key for stream in targets]).sum(0)
+    terms = [
+        len(targets) * stream.lse - _dot(stream.query, expected) / stream.temperature
+        for stream in predicted
+    ]
+    total = torch.stack(terms).sum(0).mean()
+    with torch.no_grad():
+        entropy = torch.stack([stream.entropy().mean() for stream in targets]).mean()
+        kl = total / (len(targets) * len(predicted)) - entropy
+    return Divergence(total, entropy, kl)
 
 
 def info_nce(
@@ -148,7 +205,7 @@ def info_nce(
         temperature: T > 0.
         candidates: see `bank_statistics`.
     """
-    return _contrast(_streams([query], bank, temperature, candidates), bank, positive)
+    return contrast(streams([query], bank, temperature, candidates), bank, positive)
 
 
 def lowest_info_nce(num_candidates: int, dim: int, temperature: float) -> float:
@@ -187,8 +244,8 @@ def distribution_divergence(
     targets = [weak] if isinstance(weak, Tensor) else weak
     predicted = [strong] if isinstance(strong, Tensor) else strong
     cold = temperature if target_temperature is None else target_temperature
-    target_streams = _streams([query.detach() for query in targets], bank, cold, candidates)
-    return _divergence(target_streams, _streams(predicted, bank, temperature, candidates))
+    target_streams = streams([query.detach() for query in targets], bank, cold, candidates)
+    return divergence(target_streams, streams(predicted, bank, temperature, candidates)).divergence
 
 
 def contrast_and_divergence(
@@ -213,45 +270,16 @@ def contrast_and_divergence(
         strong_temperature, target_temperature: T and T_t of the divergence.
         target: queries that give the target instead of `weak` (the keys, say).
     """
-    weak_streams = _streams(weak, bank, temperature, candidates)
-    if target is None and target_temperature == temperature:
-        targets = [stream._replace(query=stream.query.detach()) for stream in weak_streams]
+    weak_streams = streams(weak, bank, temperature, candidates)
+    if target is None:
+        targets = [stream.at(target_temperature, bank, candidates) for stream in weak_streams]
     else:
-        rows = [query.detach() for query in (weak if target is None else target)]
-        targets = _streams(rows, bank, target_temperature, candidates)
-    predicted = _streams(strong, bank, strong_temperature, candidates)
-    divergence = _divergence(targets, predicted)
-    with torch.no_grad():
-        entropy = torch.stack([stream.entropy().mean() for stream in targets]).mean()
-        kl = divergence / (len(targets) * len(predicted)) - entropy
-    return Losses(_contrast(weak_streams, bank, positive), divergence, entropy, kl)
+        rows = [query.detach() for query in target]
+        targets = streams(rows, bank, target_temperature, candidates)
+    predicted = streams(strong, bank, strong_temperature, candidates)
+    total = contrast(weak_streams, bank, positive)
+    return Losses(total, *divergence(targets, predicted))
 
 
 def _dot(left: Tensor, right: Tensor) -> PerQuery:
     return (left.to(right.dtype) * right).sum(1)
-
-
-def _streams(
-    queries: list[Queries], bank: Tensor, temperature: float, candidates: Tensor | None
-) -> list[Stream]:
-    if not queries:
-        raise ValueError("at least one set of queries is needed")
-    return [
-        Stream(query, temperature, *bank_statistics(query, bank, temperature, candidates))
-        for query in queries
-    ]
-
-
-def _contrast(streams: list[Stream], bank: Tensor, positive: Tensor) -> Float[Tensor, ""]:
-    keys = bank[positive].to(streams[0].lse.dtype)
-    terms = [stream.lse - _dot(stream.query, keys) / stream.temperature for stream in streams]
-    return torch.stack(terms).sum(0).mean()
-
-
-def _divergence(targets: list[Stream], predicted: list[Stream]) -> Float[Tensor, ""]:
-    expected = torch.stack([stream.expected_key for stream in targets]).sum(0)
-    terms = [
-        len(targets) * stream.lse - _dot(stream.query, expected) / stream.temperature
-        for stream in predicted
-    ]
-    return torch.stack(terms).sum(0).mean()

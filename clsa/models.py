@@ -3,9 +3,9 @@
 import copy
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, cast
 
 import timm
 import torch
@@ -22,7 +22,8 @@ from clsa.errors import ClsaError, first_line
 from clsa.host import upload
 from clsa.options import ModelOptions
 
-SMALL = "resnet10-w32"
+Copied = TypeVar("Copied", bound=nn.Module)
+SMALL, SMALL_VIT = "resnet10-w32", "vit6-w192"
 
 
 class InGroups:
@@ -35,7 +36,7 @@ class InGroups:
 
     groups = 1
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def forward(self, x: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
         """Normalise; with running statistics in eval mode, by group in train mode."""
         normalise = super().forward  # pyright: ignore[reportAttributeAccessIssue]
         if not self.training or self.groups == 1:  # pyright: ignore[reportAttributeAccessIssue]
@@ -43,6 +44,43 @@ class InGroups:
         sizes = [(len(x) + place) // self.groups for place in range(self.groups)]
         # split, not tensor_split: its backward is one cat, not a filled tensor a group
         return torch.cat([normalise(part) for part in x.split(sizes)])
+
+
+class OverRanks:
+    """Batch norm whose training statistics are taken over the batches of all processes.
+
+    torch's SyncBatchNorm runs on GPUs only; this one is `dist.all_sum` of the mean and then of the
+    squared distances from it, and so takes its gradients across processes too.
+    """
+
+    def forward(self, x: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
+        """Normalise; with running statistics in eval mode, over all processes in train mode."""
+        norm = cast(nn.BatchNorm2d, self)
+        if not norm.training or dist.world_size() == 1:
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        wide, dims = x.float(), [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        count = x.numel() // x.shape[1] * dist.world_size()
+        mean = dist.all_sum(wide.sum(dims)) / count
+        centred = wide - mean.view(shape)
+        variance = dist.all_sum(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            momentum = float(cast(float, norm.momentum))
+            cast(Tensor, norm.running_mean).lerp_(mean, momentum)
+            cast(Tensor, norm.running_var).lerp_(variance * (count / max(count - 1, 1)), momentum)
+            cast(Tensor, norm.num_batches_tracked).add_(1)
+        scaled = centred * torch.rsqrt(variance + norm.eps).view(shape)
+        if norm.weight is not None:
+            scaled = scaled * norm.weight.view(shape)
+        if norm.bias is not None:
+            scaled = scaled + norm.bias.view(shape)
+        if isinstance(norm, BatchNormAct2d):
+            scaled = norm.act(norm.drop(scaled))
+        return scaled.to(x.dtype)
+
+
+class GroupedBatchNorm1d(InGroups, nn.BatchNorm1d):
+    """torch's batch norm of vectors, in groups."""
 
 
 class GroupedBatchNorm2d(InGroups, nn.BatchNorm2d):
@@ -53,23 +91,47 @@ class GroupedBatchNormAct2d(InGroups, BatchNormAct2d):
     """timm's batch norm with its activation, in groups."""
 
 
-GROUPED = {nn.BatchNorm2d: GroupedBatchNorm2d, BatchNormAct2d: GroupedBatchNormAct2d}
+class SharedBatchNorm1d(OverRanks, nn.BatchNorm1d):
+    """torch's batch norm of vectors, over all processes."""
 
 
-def group_norms(module: nn.Module, groups: int) -> None:
-    """Turn every batch norm inside `module` into one of `groups` groups, in place.
+class SharedBatchNorm2d(OverRanks, nn.BatchNorm2d):
+    """torch's batch norm, over all processes."""
 
-    The running statistics see the groups in turn, with momentum 1 - (1 - momentum)^(1/groups), so
-    that a step moves them as far as a step of plain batch norm.
+
+class SharedBatchNormAct2d(OverRanks, BatchNormAct2d):
+    """timm's batch norm with its activation, over all processes."""
+
+
+GROUPED = {
+    nn.BatchNorm1d: GroupedBatchNorm1d,
+    nn.BatchNorm2d: GroupedBatchNorm2d,
+    BatchNormAct2d: GroupedBatchNormAct2d,
+}
+SHARED = {
+    nn.BatchNorm1d: SharedBatchNorm1d,
+    nn.BatchNorm2d: SharedBatchNorm2d,
+    BatchNormAct2d: SharedBatchNormAct2d,
+}
+
+
+def group_norms(module: nn.Module, num_groups: int) -> None:
+    """Let every batch norm inside `module` take its statistics over `num_groups` groups, in place.
+
+    The groups are of the global batch, at least one a process; 1 is the whole of it, over all
+    processes. The running statistics see a process's groups in turn, with momentum
+    1 - (1 - momentum)^(1/groups), so that a step moves them as far as a step of plain batch norm.
     """
+    groups = max(1, num_groups // dist.world_size())
+    kinds = GROUPED if num_groups > 1 else SHARED
     for child in module.modules():
-        if type(child) in GROUPED:
+        if type(child) in kinds:
             momentum = 1 - (1 - float(vars(child)["momentum"])) ** (1 / groups)
-            child.__class__ = GROUPED[type(child)]
+            child.__class__ = kinds[type(child)]
             vars(child).update(groups=groups, momentum=momentum)
-        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and groups > 1:
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and num_groups > 1:
             raise ClsaError(
-                f"model.norm_groups {groups}",
+                f"model.norm_groups {num_groups}",
                 f"the encoder's {type(child).__name__} cannot be split",
                 "choose another encoder, or 1 group: keys and queries then share statistics",
             )
@@ -79,15 +141,15 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
     """Encoder of `options` with random weights from `seed`: (B, 3, S, S) -> (B, F) features.
 
     ResNets start with ones in the last norm of each block, as torchvision's and MoCo's do; timm's
-    default is zeros. Dropout and stochastic depth are switched off: they would draw from a global
-    generator, and no method here asks for them.
+    default is zeros (`zero_init_last`). Dropout and stochastic depth are switched off: they would
+    draw from a global generator, and no method here needs them.
 
     Raises:
         ClsaError: for an unknown encoder, or a small stem where there is no ResNet.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = _create(options.encoder)
+        encoder = _create(options.encoder, options.zero_init_last)
         if options.small_stem and options.encoder != SMALL:
             _shrink_stem(encoder, options.encoder)
     for module in encoder.modules():
@@ -98,20 +160,25 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
     return encoder.to(memory_format=torch.channels_last)
 
 
-def _create(name: str) -> nn.Module:
+def _create(name: str, zero_init_last: bool) -> nn.Module:
+    if name == SMALL_VIT:
+        return timm.models.vision_transformer.VisionTransformer(
+            img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=0,
+            dynamic_img_size=True,
+        )  # fmt: skip
     if name == SMALL:
         encoder = ResNet(
             BasicBlock,  # pyright: ignore[reportArgumentType]
             (1, 1, 1, 1), num_classes=0, stem_type="deep", stem_width=16,
-            channels=(32, 64, 128, 256), zero_init_last=False,
+            channels=(32, 64, 128, 256), zero_init_last=zero_init_last,
         )  # fmt: skip
         _shrink_stem(encoder, name)  # deep only so that timm builds stage 1 for 2 x 16 channels
         return encoder
     if not timm.is_model(name):
-        close = nearest(name, [SMALL, *timm.list_models()])
+        close = nearest(name, [SMALL, SMALL_VIT, *timm.list_models()])
         hint = f"did you mean {close}?" if close else "any name of timm.list_models() will do"
         raise ClsaError(f"model.encoder {name}", "no such encoder", hint)
-    extra: dict[str, Any] = {"zero_init_last": False} if _is_resnet(name) else {}
+    extra: dict[str, Any] = {"zero_init_last": zero_init_last} if _is_resnet(name) else {}
     try:  # transformers that take views of several sizes say so by this argument
         return timm.create_model(name, num_classes=0, dynamic_img_size=True, **extra)
     except TypeError:
@@ -159,15 +226,44 @@ def _cpu_has_bf16() -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16"})
 
 
-class Projector(nn.Sequential):
-    """Linear layers with ReLU between (no batch norm): (B, F) -> (B, D); one layer is MoCo v1's."""
+def mlp(
+    widths: Sequence[int],
+    norm: Literal["none", "hidden", "all", "all-scaled"] = "none",
+    activation: Literal["relu", "gelu"] = "relu",
+    seed: int = 0,
+) -> nn.Sequential:
+    """Linear layers from `widths[0]` to `widths[-1]` with activations between: (B, F) -> (B, D).
 
-    def __init__(self, features: int, hidden: int, dim: int, layers: int):
-        widths = [features] + [hidden] * (layers - 1) + [dim]
-        modules: list[nn.Module] = []
-        for wide_in, wide_out in itertools.pairwise(widths):
-            modules += [nn.Linear(wide_in, wide_out), nn.ReLU(inplace=True)]
-        super().__init__(*modules[:-1])
+    Args:
+        widths: one width alone gives the identity.
+        norm: batch norm after no layer, the hidden ones, or all; the last one then has neither
+            scale nor shift ("all": SimSiam, MoCo v3) or no shift ("all-scaled": SimCLR).
+        activation: between the layers.
+        seed: of the weights.
+    """
+    modules: list[nn.Module] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for place, (wide_in, wide_out) in enumerate(itertools.pairwise(widths), 2):
+            last = place == len(widths)
+            normed = norm.startswith("all") or (norm == "hidden" and not last)
+            modules.append(nn.Linear(wide_in, wide_out, bias=not normed))
+            if normed:
+                modules.append(nn.BatchNorm1d(wide_out, affine=not (last and norm == "all")))
+                if last and norm == "all-scaled":
+                    vars(modules[-1])["_parameters"]["bias"] = None
+            if not last:
+                modules.append(nn.ReLU(inplace=True) if activation == "relu" else nn.GELU())
+    return nn.Sequential(*modules)
+
+
+def build_predictor(
+    options: ModelOptions, hidden: int, norm: Literal["hidden", "all"], seed: int
+) -> nn.Sequential:
+    """Two layers (B, D) -> (B, D) with the batch norm of the network's kind (BYOL, SimSiam)."""
+    predictor = mlp((options.projector_dim, hidden, options.projector_dim), norm, seed=seed)
+    group_norms(predictor, options.norm_groups)
+    return predictor
 
 
 class Network(nn.Module):
@@ -185,21 +281,22 @@ class Network(nn.Module):
     def __init__(self, options: ModelOptions, seed: int, sizes: Iterable[int] = ()):
         super().__init__()
         self.encoder = build_encoder(options, seed)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1)
-            self.projector = Projector(
-                feature_dim(self.encoder),
-                options.projector_hidden,
-                options.projector_dim,
-                options.projector_layers,
-            )
-        group_norms(self.encoder, max(1, options.norm_groups // dist.world_size()))
+        layers, width = options.projector_layers, feature_dim(self.encoder)
+        last = [options.projector_dim] if layers else []
+        widths = [width, *[options.projector_hidden] * (layers - 1), *last]
+        self.projector = mlp(widths, options.projector_norm, options.projector_activation, seed + 1)
+        self.dim = widths[-1]
+        group_norms(self, options.norm_groups)
         for size in sorted(set(sizes)):
             _try_view(self.encoder, options.encoder, size)
 
+    def project(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
+        """Projections of one view, of any length."""
+        return self.projector(self.encoder(images)).float()
+
     def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """Unit-length projections of one view."""
-        return F.normalize(self.projector(self.encoder(images)).float(), dim=1)
+        return F.normalize(self.project(images), dim=1)
 
 
 @torch.no_grad()
@@ -221,7 +318,7 @@ def feature_dim(encoder: nn.Module) -> int:
     return width
 
 
-def momentum_copy(network: Network) -> Network:
+def momentum_copy(network: Copied) -> Copied:
     """A copy without gradients, to be moved by `move_towards` only."""
     return copy.deepcopy(network).requires_grad_(False)
 
@@ -235,7 +332,11 @@ def move_towards(key_network: nn.Module, network: nn.Module, momentum: float) ->
 
 @torch.no_grad()
 def encode_shuffled(
-    network: nn.Module, images: Float[Tensor, "b 3 S S"], seed: int, step: int
+    network: Network,
+    images: Float[Tensor, "b 3 S S"],
+    seed: int,
+    step: int,
+    stream: int = rng.PERMUTATION,
 ) -> Float[Tensor, "B D"]:
     """Keys of the global batch, each batch-norm group made of other images than the queries' is.
 
@@ -244,8 +345,10 @@ def encode_shuffled(
     the groups of `GroupedBatchNorm2d` play the ranks' part; groups without the permutation would
     leave an image's query and key together. Unlike MoCo's code, a rank receives only the images
     that it encodes: gathering all would take 10 GB a rank on 64 GPUs at 256 pictures of 224 each.
+    Each `stream` has its own permutations: symmetric losses encode two views a step.
     """
-    permutation = rng.permutation(seed, step, len(images) * dist.world_size(), rng.PERMUTATION)
+    total = len(images) * dist.world_size()
+    permutation = rng.permutation(seed, step, total, stream)
     shuffled = dist.permuted(images, permutation).contiguous(memory_format=torch.channels_last)
     keys = dist.all_gather(network(shuffled))
     order = upload([permutation], images.device)[0]

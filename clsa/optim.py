@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +14,27 @@ class LARS(torch.optim.Optimizer):
     """SGD with layer-wise rates (You, Gitman, Ginsburg 2017), for large batches.
 
     For weights: g <- g + wd p; g <- g * trust ||p|| / ||g||; v <- momentum v + g; p <- p - lr v.
-    Vectors (biases, norms) take plain momentum SGD without decay, as SimCLR and BYOL do.
+    Groups with `adapt` False (biases, norms) take plain momentum SGD, as in SimCLR and BYOL.
 
     Args:
-        params: parameters.
+        params: parameters, or groups of them.
         lr: learning rate.
         momentum, weight_decay: as in SGD.
         trust: trust coefficient.
+        clip: the layer's rate is at most `lr`: the factor becomes min(trust ||p|| / (||g|| lr), 1).
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 1e-6,
         trust: float = 0.001,
+        clip: bool = False,
     ):
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust,
+                    "clip": clip, "adapt": True}  # fmt: skip
         super().__init__(params, settings)
 
     @torch.no_grad()
@@ -41,11 +44,12 @@ class LARS(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                update = param.grad
-                if param.ndim > 1:
-                    update = update.add(param, alpha=group["weight_decay"])
+                update = param.grad.add(param, alpha=group["weight_decay"])
+                if group["adapt"]:
                     size, length = param.norm(), update.norm()
                     ratio = group["trust"] * size / length
+                    if group["clip"]:
+                        ratio = (ratio / max(group["lr"], 1e-12)).clamp(max=1.0)
                     update = update * torch.where((size > 0) & (length > 0), ratio, 1.0)
                 state: dict[str, Any] = self.state[param]
                 if "momentum_buffer" not in state:
@@ -54,24 +58,41 @@ class LARS(torch.optim.Optimizer):
                 param.add_(velocity, alpha=-group["lr"])
 
 
-def build_optimizer(method: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
+def build_optimizer(
+    method: nn.Module, options: OptimOptions, fixed_rate: Iterable[nn.Module] = ()
+) -> torch.optim.Optimizer:
     """The optimiser over `method`'s trainable parameters; `set_lr` gives it the rate.
 
-    SGD decays every parameter, as the official code does.
+    Args:
+        method: whose parameters; weight decay takes all of them, as in the official code, or with
+            `decay_vectors=False` leaves out biases and norms.
+        fixed_rate: modules whose rate does not follow the schedule.
     """
-    params = [param for param in method.parameters() if param.requires_grad]
-    momentum, decay = options.momentum, options.weight_decay
+    fixed = {param for module in fixed_rate for param in module.parameters()}
+    kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+    for param in method.parameters():
+        if param.requires_grad:
+            kind = (options.decay_vectors or param.ndim > 1, param not in fixed)
+            kinds.setdefault(kind, []).append(param)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "weight_decay": options.weight_decay if decays else 0.0,
+         "decays": decays, "scheduled": scheduled}
+        for (decays, scheduled), params in kinds.items()
+    ]  # fmt: skip
     if options.name == "lars":
-        return LARS(params, lr=0.0, momentum=momentum, weight_decay=decay)
-    return torch.optim.SGD(params, lr=0.0, momentum=momentum, weight_decay=decay, foreach=True)
+        groups = [{**group, "adapt": group["decays"]} for group in groups]
+        return LARS(groups, 0.0, options.momentum, trust=options.trust, clip=options.clip_trust)
+    if options.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, foreach=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, foreach=True)
 
 
 def lr_at(options: OptimOptions, step: int, steps_per_epoch: int, epochs: int, batch: int) -> float:
     """Learning rate at `step` (from 0).
 
     Linear warm-up from lr / warm-up steps; then, with t the share of the remaining run that is
-    over: cosine (1 + cos pi t) / 2 by step or by whole epoch, or a tenth at each milestone (shares
-    of the whole run).
+    over: cosine final + (lr - final) (1 + cos pi t) / 2 by step or by whole epoch, or a tenth at
+    each milestone (shares of the whole run).
 
     Args:
         options: base rate per 256 pictures, schedule.
@@ -79,7 +100,7 @@ def lr_at(options: OptimOptions, step: int, steps_per_epoch: int, epochs: int, b
         steps_per_epoch, epochs: length of the run.
         batch: global batch size.
     """
-    peak = options.lr * batch / 256
+    peak, final = options.lr * batch / 256, options.final_lr * batch / 256
     total = steps_per_epoch * epochs
     warmup = options.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -91,11 +112,53 @@ def lr_at(options: OptimOptions, step: int, steps_per_epoch: int, epochs: int, b
         return peak * 0.1**passed
     if options.schedule == "cosine-epoch":
         step = max(step // steps_per_epoch * steps_per_epoch, math.ceil(warmup))
-    progress = (step - warmup) / max(1.0, total - warmup)
-    return peak * (1 + math.cos(math.pi * progress)) / 2
+    return along_cosine(peak, final, (step - warmup) / max(1.0, total - warmup))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` from now on."""
+def along_cosine(start: float, end: float, progress: float) -> float:
+    """From `start` at progress 0 to `end` at 1: end + (start - end) (1 + cos pi t) / 2."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def weight_decay_at(options: OptimOptions, step: int, num_steps: int) -> float:
+    """Weight decay at `step` of `num_steps`: constant, or along a cosine (DINO)."""
+    end = options.final_weight_decay
+    start = options.weight_decay
+    return start if end is None else along_cosine(start, end, step / num_steps)
+
+
+class HasKeyMomentum(Protocol):
+    """Options of a method with a momentum network."""
+
+    @property
+    def key_momentum(self) -> float: ...
+    @property
+    def final_key_momentum(self) -> float | None: ...
+
+
+def momentum_at(options: HasKeyMomentum, step: int, num_steps: int) -> float:
+    """Key momentum at `step`: constant, or m = end - (end - start) (cos(pi t) + 1) / 2 (BYOL)."""
+    start, end = options.key_momentum, options.final_key_momentum
+    return start if end is None else along_cosine(start, end, step / num_steps)
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    peak: float | None = None,
+    weight_decay: float | None = None,
+) -> None:
+    """Use `lr` from now on; `peak` for modules of fixed rate, and `weight_decay` where there is."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr if peak is None or group["scheduled"] else peak
+        if weight_decay is not None and group["decays"]:
+            group["weight_decay"] = weight_decay
+
+
+@torch.no_grad()
+def clip_gradients(params: Iterable[nn.Parameter], limit: float) -> None:
+    """Shorten the gradient of each parameter to a norm of `limit` (DINO clips each on its own)."""
+    grads = [param.grad for param in params if param.grad is not None]
+    norms = torch._foreach_norm(grads)
+    factors = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    torch._foreach_mul_(grads, factors)

@@ -5,18 +5,14 @@ those of the official CLSA code on ImageNet; a recipe (`recipes.py`) is a set of
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import tyro
 
-from clsa.config import Config
+from clsa.config import Config, Count, Fraction, NotNegative, Positive, Share
+from clsa.method_options import KINDS, MethodOptions, MoCoOptions
 
-Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
-Share = Annotated[float, pydantic.Field(gt=0, le=1)]
-Positive = Annotated[float, pydantic.Field(gt=0)]
-NotNegative = Annotated[float, pydantic.Field(ge=0)]
-Count = Annotated[int, pydantic.Field(ge=1)]
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 62)]
 Sizes = tuple[Annotated[int, pydantic.Field(ge=8)], ...]
 
@@ -42,11 +38,49 @@ class DataOptions(Config):
     process's share of the cores, at most 8)."""
 
 
+class Operations(Config):
+    """Random operations on top of the weak recipe: `rounds` times one of a pool."""
+
+    pool: Literal["paper", "official", "randaugment"] = "official"
+    """paper: CLSA's 14, Invert among them, continuous ranges; official: Identity in its place, nine
+    levels; randaugment: InfoMin's, at full strength."""
+    rounds: Annotated[int, pydantic.Field(ge=0, le=20)] = 5
+    """How many times an operation is drawn."""
+    probability: Fraction = 0.5
+    """Probability of applying each drawn operation."""
+
+
+class StrongOptions(Operations):
+    """What --stronger adds: strong views (the weak recipe, then `rounds` random operations) and
+    the divergence that makes them follow the weak ones (CLSA)."""
+
+    sizes: Sizes = (96,)
+    """Sides of the strong query crops in pixels, one query each."""
+    beta: NotNegative = 1.0
+    """Weight of the divergence."""
+    temperature: Positive = 0.2
+    """Temperature of the strong views' distribution."""
+    target_temperature: Positive = 0.2
+    """Temperature of the weak views' distribution, the target."""
+    target: Literal["query", "key", "one-hot"] = "query"
+    """The target comes from the weak query, from the key, or is the positive alone."""
+    reduce: Literal["sum", "mean"] = "sum"
+    """Over the pairs of weak and strong queries."""
+
+
+PerView = tuple[Fraction, ...]
+
+
 class WeakViews(Config):
-    """Weak views: MoCo v2's recipe (crop, jitter, grayscale, blur, flip)."""
+    """Weak views, by default MoCo v2's recipe (crop, jitter, grayscale, blur, flip).
+
+    `blur` and `solarize` take one number a view, in the order of views.png; the last holds for all
+    views after it.
+    """
 
     sizes: Sizes = (224,)
-    """Sides of the weak query crops in pixels, one query each."""
+    """Sides of the weak crops after the first in pixels: the queries of MoCo, the other view of
+    SimCLR; none for methods of one view."""
     jitter: tuple[
         NotNegative, NotNegative, NotNegative, Annotated[float, pydantic.Field(ge=0, le=0.5)]
     ] = (0.4, 0.4, 0.4, 0.1)
@@ -55,37 +89,41 @@ class WeakViews(Config):
     """Probability of jitter."""
     grayscale: Fraction = 0.2
     """Probability of dropping the colour."""
-    blur: Fraction = 0.5
+    blur: PerView = (0.5,)
     """Probability of Gaussian blur, sigma 0.1 to 2 pixels."""
+    solarize: PerView = (0.0,)
+    """Probability of inverting what is brighter than half."""
     flip: Fraction = 0.5
     """Probability of mirroring left and right."""
+    ops: Operations = Operations(pool="randaugment", rounds=0)
+
+    @pydantic.field_validator("blur", "solarize", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (int, float)) else value
 
 
-class StrongViews(Config):
-    """Strong views: the weak recipe, then `rounds` times one random operation of 14."""
+class LocalViews(Config):
+    """Small weak crops that take little of the picture (SwAV, DINO)."""
 
-    sizes: Sizes = (96,)
-    """Sides of the strong query crops in pixels, one query each; none for moco."""
-    pool: Literal["paper", "official"] = "official"
-    """paper: Invert, continuous ranges; official: Identity in its place, nine levels."""
-    rounds: Annotated[int, pydantic.Field(ge=0, le=20)] = 5
-    """How many times an operation is drawn."""
-    probability: Fraction = 0.5
-    """Probability of applying each drawn operation."""
+    sizes: Sizes = ()
+    """Their sides in pixels."""
+    scale: tuple[Share, Share] = (0.05, 0.14)
+    """Share of the picture's area that one takes."""
 
 
 class ViewOptions(Config):
     """Crops and pixel operations."""
 
     size: Annotated[int, pydantic.Field(ge=8)] = 224
-    """Side in pixels of the key view and of pictures at evaluation."""
+    """Side in pixels of the first view (MoCo's key) and of pictures at evaluation."""
     scale: tuple[Share, Share] = (0.2, 1.0)
     """Share of the picture's area that a crop of `size` takes; smaller crops take
     proportionally less (times side / size), as in the official code."""
     eval_crop: Share = 0.875
     """Side of the centre square seen at evaluation, as a share of the short side."""
     weak: WeakViews = WeakViews()
-    strong: StrongViews = StrongViews()
+    local: LocalViews = LocalViews()
 
 
 class ModelOptions(Config):
@@ -95,57 +133,45 @@ class ModelOptions(Config):
     """Any timm model, or resnet10-w32 (small, for CPUs and pictures of 32 to 64 pixels)."""
     small_stem: bool = False
     """For ResNets: a 3x3 stride-1 first convolution and no max-pool (pictures under 100 pixels)."""
-    projector_layers: Annotated[int, pydantic.Field(ge=1, le=4)] = 2
-    """Linear layers of the projector, ReLU between them."""
+    zero_init_last: bool = False
+    """For ResNets: the last norm of each block starts at zero."""
+    projector_layers: Annotated[int, pydantic.Field(ge=0, le=4)] = 2
+    """Linear layers of the projector (0: the features themselves are compared)."""
     projector_hidden: Count = 2048
     """Width of the projector's hidden layers."""
     projector_dim: Count = 128
     """Length of the projections that are compared."""
+    projector_norm: Literal["none", "hidden", "all", "all-scaled"] = "none"
+    """Batch norm in the projector: none, after its hidden layers, or after the last too, there
+    without scale and shift (all) or without shift (all-scaled)."""
+    projector_activation: Literal["relu", "gelu"] = "relu"
+    """Between the projector's layers."""
     norm_groups: Count = 8
-    """Batch norm takes its statistics over this many groups of the global batch (MoCo's 8 GPUs),
-    at least one a process."""
-
-
-class MethodOptions(Config):
-    """What is learned from the views."""
-
-    name: Literal["moco", "clsa"] = "clsa"
-    """moco: contrast only; clsa: contrast and the divergence of strong views."""
-    key_momentum: Fraction = 0.999
-    """The key network moves by 1 - key_momentum towards the query network at each step."""
-    queue_size: Count = 65536
-    """Number of past keys to compare with."""
-    bank: Literal["queue", "batch+queue"] = "batch+queue"
-    """queue: own key and queue (the papers); batch+queue: all keys of the batch too (the code)."""
-    temperature: Positive = 0.2
-    """Temperature of the contrastive loss."""
-    reduce: Literal["sum", "mean"] = "sum"
-    """Over several weak queries, strong queries and their pairs."""
-    strong_query: bool = False
-    """moco only: queries are strong views at the weak sizes (the paper's Table 5)."""
-    strong_key: bool = False
-    """moco only: keys are strong views too."""
-    beta: NotNegative = 1.0
-    """clsa: weight of the divergence."""
-    strong_temperature: Positive = 0.2
-    """clsa: temperature of the strong views' distribution."""
-    target_temperature: Positive = 0.2
-    """clsa: temperature of the weak views' distribution, the target."""
-    target: Literal["query", "key", "one-hot"] = "query"
-    """clsa: the target comes from the weak query, from the key, or is the positive alone."""
+    """Batch norm takes its statistics over this many groups of the global batch (MoCo's 8 GPUs), at
+    least one a process; 1: over the whole batch, across all processes."""
 
 
 class OptimOptions(Config):
     """Optimiser and schedule."""
 
-    name: Literal["sgd", "lars"] = "sgd"
-    """lars: layer-wise rates, for large batches."""
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    """lars: layer-wise rates, for large batches; adamw: for transformers."""
     lr: Positive = 0.03
     """Learning rate per 256 pictures: it is scaled by batch size / 256."""
     momentum: Fraction = 0.9
     """Share of the last update in the next."""
     weight_decay: NotNegative = 1e-4
-    """Share of each weight added to its gradient."""
+    """Share of each weight added to its gradient (adamw: taken off it at each step)."""
+    final_weight_decay: NotNegative | None = None
+    """Weight decay at the end of the run, reached along a cosine (default: constant)."""
+    decay_vectors: bool = True
+    """Weight decay, and the layer-wise rate of lars, for biases and norms too."""
+    trust: Positive = 0.001
+    """lars: a step is at most about this share of a weight's norm, times the rate."""
+    clip_trust: bool = False
+    """lars: only ever shorten a step of plain SGD."""
+    clip_norm: Positive | None = None
+    """Shorten the gradient of each parameter to this norm."""
     schedule: Literal["cosine", "cosine-epoch", "step", "constant"] = "cosine-epoch"
     """cosine moves at every step, cosine-epoch (official code) at every epoch, step at
     milestones."""
@@ -153,6 +179,8 @@ class OptimOptions(Config):
     """step: shares of the run after which the rate drops to a tenth."""
     warmup_epochs: NotNegative = 0.0
     """Epochs over which the rate rises from zero."""
+    final_lr: NotNegative = 0.0
+    """cosine: learning rate per 256 pictures at the end."""
 
 
 class RunOptions(Config):
@@ -192,28 +220,29 @@ class RunOptions(Config):
     """torch.compile the encoders and the colour jitter (GPUs; the first steps take minutes)."""
     views: ViewOptions = ViewOptions()
     model: ModelOptions = ModelOptions()
-    method: MethodOptions = MethodOptions()
+    method: MethodOptions = MoCoOptions()
     optim: OptimOptions = OptimOptions()
+    stronger: bool = False
+    """Learn from stronger augmentations too: any method becomes its CLSA form."""
+    strong: StrongOptions = StrongOptions()
+
+    @classmethod
+    def example(cls, values: dict[str, Any]) -> "RunOptions":
+        """Defaults with the options of the method that `values` name."""
+        given = values.get("method")
+        name = given.get("name") if isinstance(given, dict) else None
+        return cls.model_construct(method=KINDS.get(str(name), MoCoOptions)())
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "RunOptions":
-        method, strong = self.method, self.views.strong
-        if method.name == "moco" and strong.sizes:
-            raise ValueError("moco takes no views.strong.sizes: leave them empty, or choose clsa")
-        if method.name == "clsa" and not strong.sizes:
-            raise ValueError("clsa needs strong views: set views.strong.sizes")
-        if method.name == "clsa" and (method.strong_query or method.strong_key):
-            raise ValueError("strong_query and strong_key belong to moco")
-        if method.strong_key and not method.strong_query:
-            raise ValueError("strong_key needs strong_query")
+        if self.stronger and not self.strong.sizes:
+            raise ValueError("--stronger needs strong views: set strong.sizes")
         if self.batch_size < 2 * self.model.norm_groups:
             groups = f"{self.batch_size} pictures in {self.model.norm_groups} groups"
             raise ValueError(
                 f"batch norm needs two pictures a group, not {groups}: "
                 "raise batch_size or lower model.norm_groups"
             )
-        if not self.views.weak.sizes:
-            raise ValueError("at least one weak query: set views.weak.sizes")
         if self.views.scale[0] > self.views.scale[1]:
             raise ValueError("views.scale: the smaller share comes first")
         return self

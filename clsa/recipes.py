@@ -23,7 +23,6 @@ def moco_v1() -> Overrides:
     return {
         "views": {
             "weak": {"jitter": (0.4, 0.4, 0.4, 0.4), "jitter_probability": 1.0, "blur": 0.0},
-            "strong": {"sizes": ()},
         },
         "model": {"projector_layers": 1},
         "method": {"name": "moco", "bank": "queue", "temperature": 0.07},
@@ -37,7 +36,7 @@ def moco_v2() -> Overrides:
     `clsa pretrain --recipe moco-v2 --data IMAGENET`: 67.5 linear top-1 published, 53 h on 8 V100;
     not measured here. `moco-v2-small` on clipart, 14 epochs: 20-NN +4.4 points (docs/evidence.md).
     """
-    return {"views": {"strong": {"sizes": ()}}, "method": {"name": "moco", "bank": "queue"}}
+    return {"method": {"name": "moco", "bank": "queue"}}
 
 
 def moco_multi() -> Overrides:
@@ -46,8 +45,7 @@ def moco_multi() -> Overrides:
     `clsa pretrain --recipe moco-multi --data IMAGENET`: nothing published; AdCo with
     the same crops has 73.2. Not measured here.
     """
-    views = {"weak": {"sizes": FIVE}, "strong": {"sizes": ()}}
-    return {"views": views, "method": {"name": "moco", "bank": "batch+queue"}}
+    return {"views": {"weak": {"sizes": FIVE}}, "method": {"name": "moco", "bank": "batch+queue"}}
 
 
 def clsa_official() -> Overrides:
@@ -58,8 +56,9 @@ def clsa_official() -> Overrides:
     +6.1 points, +5.9 on strong queries (docs/evidence.md).
     """
     return {
-        "views": {"strong": {"sizes": (96,), "pool": "official"}},
-        "method": {"name": "clsa", "bank": "batch+queue"},
+        "method": {"name": "moco", "bank": "batch+queue"},
+        "stronger": True,
+        "strong": {"sizes": (96,), "pool": "official"},
     }
 
 
@@ -70,8 +69,9 @@ def clsa_paper() -> Overrides:
     variant; not measured here.
     """
     return {
-        "views": {"strong": {"sizes": (96,), "pool": "paper"}},
-        "method": {"name": "clsa", "bank": "queue"},
+        "method": {"name": "moco", "bank": "queue"},
+        "stronger": True,
+        "strong": {"sizes": (96,), "pool": "paper"},
     }
 
 
@@ -85,7 +85,7 @@ def clsa_multi_paper() -> Overrides:
 
     `clsa pretrain --recipe clsa-multi-paper --data IMAGENET`: not measured here.
     """
-    return merge(clsa_paper(), {"views": {"strong": {"sizes": FIVE}}})
+    return merge(clsa_paper(), {"strong": {"sizes": FIVE}})
 
 
 def clsa_multi() -> Overrides:
@@ -94,7 +94,7 @@ def clsa_multi() -> Overrides:
     `clsa pretrain --recipe clsa-multi --data IMAGENET`: 73.3 published, 166 h on 8 V100;
     not measured here.
     """
-    return merge(clsa_official(), {"views": {"weak": {"sizes": FIVE}, "strong": {"sizes": FIVE}}})
+    return merge(clsa_official(), {"views": {"weak": {"sizes": FIVE}}, "strong": {"sizes": FIVE}})
 
 
 def moco_strong_query() -> Overrides:
@@ -109,7 +109,7 @@ def moco_strong_query_key() -> Overrides:
 
 def clsa_contrastive() -> Overrides:
     """The paper's Table 5, row 4 (68.0): the strong view is contrasted, the target is one-hot."""
-    return merge(clsa_official(), {"method": {"target": "one-hot"}})
+    return merge(clsa_official(), {"strong": {"target": "one-hot"}})
 
 
 def small(overrides: Overrides) -> Overrides:
@@ -118,17 +118,18 @@ def small(overrides: Overrides) -> Overrides:
     A single strong view keeps the full 32 pixels, since 96/224 of 32 would leave 14; five views
     take 32 to 16.
     """
-    views = overrides.get("views", {})
-    sizes: Overrides = {"size": 32, "eval_crop": 1.0, "weak": {"sizes": (32,), "blur": 0.0}}
-    for kind in ("weak", "strong"):
-        given = views.get(kind, {}).get("sizes", ())
-        if len(given) > 1:
-            sizes = merge(sizes, {kind: {"sizes": tuple(FIVE_SMALL[size] for size in given)}})
-        elif given:
-            sizes = merge(sizes, {kind: {"sizes": (32,)}})
+    weak = overrides.get("views", {}).get("weak", {}).get("sizes", (224,))
+    strong = overrides.get("strong", {}).get("sizes", (96,))
     shrunk = {
         "epochs": 20,
-        "views": sizes,
+        "views": {
+            "size": 32,
+            "eval_crop": 1.0,
+            "weak": {"sizes": tuple(FIVE_SMALL[size] for size in weak), "blur": 0.0},
+        },
+        "strong": {
+            "sizes": tuple(FIVE_SMALL[size] for size in strong) if len(strong) > 1 else (32,)
+        },
         "model": {"encoder": "resnet10-w32", "projector_hidden": 256},
         "method": {"queue_size": 4096, "key_momentum": 0.99},
         "optim": {"lr": 0.06, "weight_decay": 5e-4},

@@ -16,6 +16,7 @@ Ints = TypeVar("Ints", np.ndarray, Tensor)
 
 # Streams that are not views: numbers far above any view of a batch.
 ORDER, REPLACEMENT, PERMUTATION, HOLDOUT = 1_000_001, 1_000_002, 1_000_003, 1_000_004
+SECOND_PERMUTATION, NEGATIVES, JIGSAW, CLUSTERS = 1_000_005, 1_000_006, 1_000_007, 1_000_008
 
 
 def _signed(constant: int) -> int:

@@ -1,5 +1,6 @@
 """The run: `train_step` is one step, `fit` the loop around it. Read this first."""
 
+import functools
 import sys
 import time
 import warnings
@@ -15,17 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 from clsa import checkpoint, data, dist, files, views
 from clsa.cutting import Crops
 from clsa.errors import ClsaError, Exit
+from clsa.evaluate.features import projections
 from clsa.evaluate.results import Record, append_records
 from clsa.evaluate.run import PROBE_QUERIES, probe
 from clsa.evaluate.split import split
 from clsa.folder import RunFolder
-from clsa.host import keep_freed_memory
+from clsa.host import keep_freed_memory, upload
 from clsa.intake import open_source, open_val
 from clsa.journal import Journal
-from clsa.methods import METHODS
-from clsa.methods.method import Batch, Method, sum_of
+from clsa.methods import build_method
+from clsa.methods.method import Batch, Extent, Method, sum_of
 from clsa.models import Network, autocast
-from clsa.optim import build_optimizer, lr_at, set_lr
+from clsa.optim import build_optimizer, clip_gradients, lr_at, set_lr, weight_decay_at
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.signals import Stop, stop_on_signals
@@ -66,16 +68,13 @@ class Stats(NamedTuple):
 def make_views(crops: Crops, specs: list[views.ViewSpec], step: int, run: Run) -> Batch:
     """Pixel operations of every view, on the device; draws from (seed, epoch, index, view)."""
     options, epoch = run.options, step // run.steps_per_epoch
-    index = crops.index.numpy()
+    index, fused = crops.index.numpy(), options.compile and run.device.type == "cuda"
     pixels = [
-        views.pixels(
-            crop,
-            views.sample(options.views, spec, options.seed, epoch, index),
-            options.views, spec, fused=options.compile and run.device.type == "cuda",
-        )
+        views.pixels(crop, views.sample(spec, options.seed, epoch, index), spec, fused=fused)
         for spec, crop in zip(specs, crops.crops, strict=True)
-    ]  # fmt: skip
-    return Batch(pixels, crops.index, crops.labels, step)
+    ]
+    places, labels = upload([index, crops.labels.numpy()], run.device)
+    return Batch(pixels, places, labels, step)
 
 
 def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
@@ -93,8 +92,7 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
     """
     options, method, optimizer = run.options, state.method, state.optimizer
     batch = make_views(crops, method.view_specs, state.step, run)
-    lr = lr_at(options.optim, state.step, run.steps_per_epoch, options.epochs, options.batch_size)
-    set_lr(optimizer, lr)
+    lr = set_rates(optimizer, state.step, run)
     with autocast(run.device, options.precision):
         output = model(batch)
         loss = sum_of(output.losses.values())
@@ -103,12 +101,23 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
         [p.grad for p in method.parameters() if p.grad is not None]
     )
     stop = require_finite(loss, norm, state.step, run.stop)
+    if options.optim.clip_norm:
+        clip_gradients(method.parameters(), options.optim.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     method.after_step(output.state, state.step)
     state.step += 1
     terms = {"loss": loss, **output.losses, **output.metrics, "grad_norm": norm}
     return Stats({name: value.detach() for name, value in terms.items()}, lr, stop)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
+    """Learning rate (returned) and weight decay of this step."""
+    options, batch_size = run.options.optim, run.options.batch_size
+    lr = lr_at(options, step, run.steps_per_epoch, run.options.epochs, batch_size)
+    peak, decay = options.lr * batch_size / 256, weight_decay_at(options, step, run.num_steps)
+    set_lr(optimizer, lr, peak, decay)
+    return lr
 
 
 def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> int:
@@ -137,11 +146,15 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
     last = min(run.num_steps, options.max_steps or run.num_steps)
     model = parallel(method, options)
     batches = data.batches(
-        source, method.view_specs, options.views.weak.flip, order, state.step, last, run.device,
-        options.data, quarantine,
-    )  # fmt: skip
-    speaks, marks = dist.rank() == 0, (method.chance, method.floor)
-    with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
+        source, method.view_specs, order, state.step, last, run.device, options.data, quarantine
+    )
+    speaks, embed = (
+        dist.rank() == 0,
+        functools.partial(projections, source, options.views, run.device),
+    )
+    with Journal(
+        folder, state.step, last, run.steps_per_epoch, method.landmarks, speaks
+    ) as journal:
         judge = Judge(state, source, run, journal)
         saved = waiting = time.monotonic()
         reason = end_reason(state.step, last, run)
@@ -149,6 +162,8 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
             waited = time.monotonic() - waiting
             if state.step == 0 and speaks:
                 draw_views(source, crops, method.view_specs, run, folder.views)
+            if state.step % run.steps_per_epoch == 0:
+                method.before_epoch(state.step // run.steps_per_epoch, embed)
             stats = train_step(model, state, crops, run)
             journal.count(options.batch_size, waited)
             epoch, rest = divmod(state.step, run.steps_per_epoch)
@@ -193,8 +208,11 @@ def pretrain(options: RunOptions) -> Path:
         source = open_source(options.data.data, "train", options.data)
         order = Order(len(source), options.batch_size, options.seed)
         quarantine = Quarantine(source, folder.read_quarantine())
-        method = METHODS[options.method.name](options).to(device)
-        state = State(method, build_optimizer(method, options.optim), source.digest(), folder)
+        steps = order.steps_per_epoch
+        extent = Extent(len(source), len(source.classes), steps, steps * options.epochs)
+        method = build_method(options, extent).to(device)
+        optimizer = build_optimizer(method, options.optim, method.fixed_rate)
+        state = State(method, optimizer, source.digest(), folder)
         passed_over = state.resume()
         require_same_step(state.step, device)  # and every rank has checked before the first writes
         if dist.rank() == 0:
@@ -202,10 +220,11 @@ def pretrain(options: RunOptions) -> Path:
                 print(f"passed over {skipped}", file=sys.stderr)
             folder.claim(options)
             folder.cut_metrics(state.step)
-            if options.method.queue_size > len(source):
+            queue_size = getattr(options.method, "queue_size", 0)
+            if queue_size > len(source):
                 print(
-                    f"note: the queue ({options.method.queue_size}) is longer than the set "
-                    f"({len(source)}); try a smaller --method.queue-size",
+                    f"note: the queue ({queue_size}) is longer than the set ({len(source)}); "
+                    "try a smaller --method.queue-size",
                     file=sys.stderr,
                 )
         run = Run(options, device, order.steps_per_epoch, stop)

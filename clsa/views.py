@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clsa import color, geometry, rng
 from clsa.host import upload
-from clsa.options import MethodOptions, StrongViews, ViewOptions, WeakViews
+from clsa.options import Operations, StrongOptions, ViewOptions, WeakViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MIN_SIGMA, MAX_SIGMA = 0.1, 2.0
@@ -26,12 +26,14 @@ _SHARED = (*geometry.AFFINE_OPS, "AutoContrast", "Equalize", "Solarize", "Poster
 POOLS: dict[str, tuple[str, ...]] = {
     "paper": (*_SHARED, "Invert"),
     "official": (*_SHARED, "Identity"),
+    "randaugment": (*_SHARED, "Invert", "SolarizeAdd"),
 }
 _PIXEL_OPS = {
     "AutoContrast": lambda images, _: color.auto_contrast(images),
     "Equalize": lambda images, _: color.equalize(images),
     "Invert": lambda images, _: color.invert(images),
     "Solarize": color.solarize,
+    "SolarizeAdd": lambda images, _: color.solarize_add(images),
     "Posterize": color.posterize,
     "Contrast": color.contrast,
     "Color": color.saturate,
@@ -40,26 +42,46 @@ _PIXEL_OPS = {
     "Affine": geometry.affine_nearest,
 }
 
-# Slots of the counter that a view draws from: crop, flip, 9 of the weak recipe, 4 a strong round.
+_FULL_STRENGTH = {
+    "ShearX": lambda sign, _: 0.3 * sign,
+    "ShearY": lambda sign, _: 0.3 * sign,
+    "TranslateX": lambda sign, size: sign * np.floor(0.45 * size),
+    "TranslateY": lambda sign, size: sign * np.floor(0.45 * size),
+    "Rotate": lambda sign, _: 30 * sign,
+    "Solarize": lambda sign, _: np.full_like(sign, 256),
+    "Posterize": lambda sign, _: np.full_like(sign, 4),
+    **{op: lambda sign, _: np.full_like(sign, 1.9) for op in _ENHANCE},
+}
+
+# Slots of the counter that a view draws from: crop, flip, 9 of the weak recipe, 4 a round of
+# operations (at most 20 rounds), solarize.
 _FLIP = geometry.NUM_CROP_SLOTS
 _WEAK = _FLIP + 1
-_STRONG = _WEAK + 9
+_ROUNDS = _WEAK + 9
+_SOLARIZE = _ROUNDS + 4 * 20
+Scale = tuple[float, float]
 _ORDERS = np.array(list(itertools.permutations(range(4))))
 
 
 class ViewSpec(NamedTuple):
-    """One view of every picture of a batch."""
+    """One view of every picture of a batch: all that decides its crops and its pixels."""
 
     name: str
-    """key, weak0, weak1, ..., strong0, ..."""
+    """key, weak0, weak1, ..., local0, ..., strong0, ..."""
     size: int
     """Side in pixels."""
     scale: tuple[float, float]
     """Share of the picture's area that the crop takes."""
-    strong: bool
-    """Whether the strong operations follow the weak recipe."""
     view: int
     """Number of its stream of random numbers."""
+    weak: WeakViews
+    """Jitter, grayscale and flip."""
+    blur: float
+    """Probability of blur."""
+    solarize: float
+    """Probability of solarizing."""
+    ops: Operations
+    """What follows the weak recipe."""
 
 
 class Params(NamedTuple):
@@ -71,6 +93,7 @@ class Params(NamedTuple):
     gray: Bool[np.ndarray, "B"]
     blur: Bool[np.ndarray, "B"]
     sigma: Float[np.ndarray, "B"]
+    solarize: Bool[np.ndarray, "B"]
     ops: Int64[np.ndarray, "B rounds"]
     """Position in the pool."""
     applied: Bool[np.ndarray, "B rounds"]
@@ -80,32 +103,60 @@ class Params(NamedTuple):
     """-1 or 1, for shear, translation and rotation."""
 
 
-def view_specs(options: ViewOptions, method: MethodOptions) -> list[ViewSpec]:
-    """The views of a step: the key, the weak queries, the strong queries."""
-    weak, strong = options.weak.sizes, options.strong.sizes
-    named = [("key", options.size, method.strong_key)]
-    named += [(f"weak{i}", size, method.strong_query) for i, size in enumerate(weak)]
-    named += [(f"strong{i}", size, True) for i, size in enumerate(strong)]
+def _spec(options: ViewOptions, name: str, size: int, scale: Scale, view: int) -> ViewSpec:
+    weak = options.weak
+    blur, solarize = (each[min(view, len(each) - 1)] for each in (weak.blur, weak.solarize))
+    return ViewSpec(name, size, scale, view, weak, blur, solarize, weak.ops)
+
+
+def _scale_at(options: ViewOptions, size: int) -> Scale:
     low, high = options.scale
-    specs = []
-    for view, (name, size, is_strong) in enumerate(named):
-        share = size / options.size
-        specs.append(ViewSpec(name, size, (low * share, min(high * share, 1)), is_strong, view))
-    return specs
+    share = size / options.size
+    return low * share, min(high * share, 1)
 
 
-def strong_eval_options(options: ViewOptions) -> ViewOptions:
-    """The recipe of `strong_eval_spec`: the defaults of both kinds of view, without blur."""
-    fixed = {"weak": WeakViews(blur=0), "strong": StrongViews()}
-    return options.model_copy(update=fixed)
+def weak_specs(options: ViewOptions, keyed: bool = False) -> list[ViewSpec]:
+    """The weak views of a step: one of `options.size`, then `weak.sizes`, then `local.sizes`.
+
+    Args:
+        keyed: the first is named `key`, as in MoCo.
+    """
+    sizes, local = (options.size, *options.weak.sizes), options.local
+    named = [
+        (f"weak{i - keyed}" if i or not keyed else "key", size) for i, size in enumerate(sizes)
+    ]
+    specs = [
+        _spec(options, name, size, _scale_at(options, size), view)
+        for view, (name, size) in enumerate(named)
+    ]
+    return specs + [
+        _spec(options, f"local{i}", size, local.scale, len(sizes) + i)
+        for i, size in enumerate(local.sizes)
+    ]
+
+
+def strong_specs(options: ViewOptions, strong: StrongOptions, first_view: int) -> list[ViewSpec]:
+    """The strong views of a step: the weak recipe, then `strong`'s operations.
+
+    Args:
+        first_view: number of the first one's stream of random numbers.
+    """
+    return [
+        _spec(options, f"strong{i}", size, _scale_at(options, size), first_view + i)._replace(
+            ops=strong
+        )
+        for i, size in enumerate(strong.sizes)
+    ]
 
 
 def strong_eval_spec(options: ViewOptions) -> ViewSpec:
     """The strong view of evaluation, one for all recipes so that they can be compared.
 
-    Draw and apply it with `strong_eval_options(options)`.
+    The defaults of both kinds of view, without blur.
     """
-    return ViewSpec("strong-eval", options.size, options.scale, True, STRONG_EVAL_VIEW)
+    fixed = options.model_copy(update={"weak": WeakViews(blur=(0.0,))})
+    spec = _spec(fixed, "strong-eval", options.size, options.scale, STRONG_EVAL_VIEW)
+    return spec._replace(ops=Operations())
 
 
 def crop_params(
@@ -115,39 +166,37 @@ def crop_params(
     index: Int64[np.ndarray, "B"],
     heights: Int64[np.ndarray, "B"],
     widths: Int64[np.ndarray, "B"],
-    flip_probability: float,
 ) -> tuple[Int64[np.ndarray, "B 4"], Bool[np.ndarray, "B"]]:
     """Boxes (top, left, height, width in pixels) and flips of one view, for workers and devices."""
     u = rng.uniforms(seed, epoch, index, spec.view, np.arange(_FLIP + 1))
     boxes = geometry.crop_boxes(u[:, :_FLIP], heights, widths, spec.scale)
-    return boxes, u[:, _FLIP] < flip_probability
+    return boxes, u[:, _FLIP] < spec.weak.flip
 
 
-def sample(
-    options: ViewOptions, spec: ViewSpec, seed: int, epoch: int, index: Int64[np.ndarray, "B"]
-) -> Params:
-    """Draw the pixel operations of one view: MoCo v2's weak recipe, then the strong rounds.
+def sample(spec: ViewSpec, seed: int, epoch: int, index: Int64[np.ndarray, "B"]) -> Params:
+    """Draw the pixel operations of one view: the weak recipe, then the rounds of operations.
 
     Factors of jitter are uniform in [max(0, 1 - s), 1 + s], turns of hue in [-s, s], for the
-    strengths s of `options.weak.jitter`; sigma is uniform in [0.1, 2] pixels.
+    strengths s of `weak.jitter`; sigma is uniform in [0.1, 2] pixels.
     """
-    weak, strong = options.weak, options.strong
-    rounds = strong.rounds if spec.strong else 0
-    slots = np.arange(_WEAK, _STRONG + 4 * rounds)
+    weak, ops = spec.weak, spec.ops
+    slots = np.append(np.arange(_WEAK, _ROUNDS + 4 * ops.rounds), _SOLARIZE)
     u = rng.uniforms(seed, epoch, index, spec.view, slots)
     strength = np.array(weak.jitter)
     centre = np.array([1.0, 1.0, 1.0, 0.0])
     low = np.maximum(centre - strength, [0, 0, 0, -strength[3]])
-    op, applied, magnitude, sign = u[:, 9:].reshape(len(index), rounds, 4).transpose(2, 0, 1)
+    rounds = u[:, 9:-1].reshape(len(index), ops.rounds, 4)
+    op, applied, magnitude, sign = rounds.transpose(2, 0, 1)
     return Params(
         jitter=u[:, 0] < weak.jitter_probability,
         factors=low + (centre + strength - low) * u[:, 1:5],
         order=_ORDERS[(u[:, 5] * len(_ORDERS)).astype(np.int64)],
         gray=u[:, 6] < weak.grayscale,
-        blur=u[:, 7] < weak.blur,
+        blur=u[:, 7] < spec.blur,
         sigma=MIN_SIGMA + (MAX_SIGMA - MIN_SIGMA) * u[:, 8],
-        ops=(op * len(POOLS[strong.pool])).astype(np.int64),
-        applied=applied < strong.probability,
+        solarize=u[:, -1] < spec.solarize,
+        ops=(op * len(POOLS[ops.pool])).astype(np.int64),
+        applied=applied < ops.probability,
         magnitude=magnitude,
         sign=np.where(sign < 0.5, -1.0, 1.0),
     )
@@ -162,11 +211,15 @@ def amount(
 ) -> Float[np.ndarray, "B"]:
     """What a drawn magnitude means for an operation.
 
-    Official: v = 1..9 with equal probability, as the official code; paper: v uniform in [0, 10).
+    Official: v = 1..9 with equal probability, as the official code; paper: v uniform in [0, 10);
+    randaugment: full strength, as InfoMin's (timm's magnitude 10; black where it fills with the
+    mean, and translations of 45 %).
 
     Returns:
         Shear in pixels a pixel, shift in whole pixels, degrees, threshold, bits, or factor.
     """
+    if pool == "randaugment":
+        return _FULL_STRENGTH.get(op, lambda sign, size: np.zeros_like(sign))(sign, size)
     official = pool == "official"
     v = 1 + np.floor(9 * magnitude) if official else 10 * magnitude
     if op in ("ShearX", "ShearY"):
@@ -184,7 +237,7 @@ def amount(
     return np.zeros_like(magnitude)
 
 
-def _strong_groups(
+def _op_groups(
     params: Params, pool: str, size: int
 ) -> list[tuple[str, Int64[np.ndarray, "b"], Float[np.ndarray, "b ..."]]]:
     """(operation, rows, amounts or affine coefficients) in the order of application."""
@@ -206,11 +259,11 @@ def _strong_groups(
     return groups
 
 
-def apply_strong(
+def apply_ops(
     images: UInt8[Tensor, "B 3 S S"], params: Params, pool: str
 ) -> UInt8[Tensor, "B 3 S S"]:
-    """The strong rounds: in each, every row that drew an operation and applies it is replaced."""
-    groups = _strong_groups(params, pool, images.shape[-1])
+    """In each round, every row that drew an operation and applies it is replaced."""
+    groups = _op_groups(params, pool, images.shape[-1])
     if not groups:
         return images
     names, row_arrays, amount_arrays = zip(*groups, strict=True)
@@ -225,7 +278,6 @@ def apply_strong(
 def pixels(
     crops: UInt8[Tensor, "B 3 S S"] | Float32[Tensor, "B 3 S S"],
     params: Params,
-    options: ViewOptions,
     spec: ViewSpec,
     mean: tuple[float, float, float] = MEAN,
     std: tuple[float, float, float] = STD,
@@ -233,7 +285,7 @@ def pixels(
 ) -> Float32[Tensor, "B 3 S S"]:
     """Crops with pixels in [0, 255] -> normalised views, by the operations in `params`.
 
-    Order of the official code: jitter, grayscale, blur, strong operations on uint8, normalise.
+    Order of the official code: jitter, grayscale, blur, solarize, operations on uint8, normalise.
     `fused` as in `color.jitter`.
     """
     room = crops.new_empty(crops.shape, dtype=torch.float32)  # channel by channel in memory
@@ -241,9 +293,10 @@ def pixels(
     images = color.jitter(images, params.factors, params.order, params.jitter, fused)
     images = color.grayscale(images, params.gray)
     images = color.blur(images, params.sigma, params.blur)
-    if spec.strong:
+    images = color.solarize_half(images, params.solarize)
+    if spec.ops.rounds:
         rounded = images.mul(255).round_().to(torch.uint8)
-        images = apply_strong(rounded, params, options.strong.pool) / 255
+        images = apply_ops(rounded, params, spec.ops.pool) / 255
     return color.normalize(images, mean, std)
 
 

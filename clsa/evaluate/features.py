@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from clsa import checkpoint, color, views
+from clsa import checkpoint, color, dist, views
 from clsa.cutting import Cuts
 from clsa.data import EVAL_CHUNK, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
+from clsa.host import upload
+from clsa.models import Network
 from clsa.options import ViewOptions
 from clsa.sources import Source
 
@@ -98,6 +100,23 @@ def centre_views(
         yield numbers, color.normalize(crops / 255, views.MEAN, views.STD)
 
 
+def projections(
+    source: Source, options: ViewOptions, device: torch.device, network: Network
+) -> Float32[Tensor, "n D"]:
+    """Unit projections of the centre crop of every picture, in the set's order, on the CPU.
+
+    Each process embeds a contiguous share of the set; rows of unreadable pictures are zeros.
+    """
+    share = -(-len(source) // dist.world_size())
+    first = share * dist.rank()
+    rows = np.arange(first, min(first + share, len(source)))
+    found = torch.zeros(share, network.dim, device=device)
+    with frozen(network):
+        for numbers, images in centre_views(source, rows, options, device):
+            found.index_copy_(0, upload([numbers - first], device)[0], network(images))
+    return dist.all_gather(found)[: len(source)].cpu()
+
+
 def _strong_views(
     source: Source,
     rows: Int64[np.ndarray, "n"],
@@ -105,15 +124,15 @@ def _strong_views(
     seed: int,
     device: torch.device,
 ) -> Iterator[tuple[Int64[np.ndarray, "b"], Float32[Tensor, "b 3 S S"]]]:
-    recipe, spec = views.strong_eval_options(options), views.strong_eval_spec(options)
+    spec = views.strong_eval_spec(options)
 
     def cut(
         index: Int64[np.ndarray, "b"],
         heights: Int64[np.ndarray, "b"],
         widths: Int64[np.ndarray, "b"],
     ) -> Cuts:
-        return views.crop_params(spec, seed, 0, index, heights, widths, recipe.weak.flip)
+        return views.crop_params(spec, seed, 0, index, heights, widths)
 
     for numbers, crops in eval_crops(source, rows, spec.size, cut, device):
-        params = views.sample(recipe, spec, seed, 0, numbers)
-        yield numbers, views.pixels(crops, params, recipe, spec)
+        params = views.sample(spec, seed, 0, numbers)
+        yield numbers, views.pixels(crops, params, spec)

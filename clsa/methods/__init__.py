@@ -1,7 +1,14 @@
-"""Learning methods by name."""
+"""Learning methods by name, and how options become one."""
 
-from clsa.methods.clsa import CLSA
-from clsa.methods.method import Method
+from clsa.methods.method import Extent, Method
 from clsa.methods.moco import MoCo
+from clsa.methods.stronger import Stronger
+from clsa.options import RunOptions
 
-METHODS: dict[str, type[Method]] = {"moco": MoCo, "clsa": CLSA}
+METHODS: dict[str, type[Method]] = {"moco": MoCo}
+
+
+def build_method(options: RunOptions, extent: Extent) -> Method:
+    """The method that `options` name, inside `Stronger` when they ask for it."""
+    method = METHODS[options.method.name](options, extent)
+    return Stronger(method, options, extent) if options.stronger else method

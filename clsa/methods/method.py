@@ -1,16 +1,42 @@
 """What a learning method is: `forward` computes and changes nothing, `after_step` changes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from clsa.losses import Stream
 from clsa.models import Network
 from clsa.options import RunOptions
 from clsa.views import ViewSpec
+
+Embed = Callable[[Network], Float[Tensor, "n D"]]
+"""Unit projections of the centre crops of the whole set by a network, in the set's order."""
+
+
+class Extent(NamedTuple):
+    """How much there is to learn from."""
+
+    num_pictures: int
+    num_classes: int
+    """0 without labels."""
+    steps_per_epoch: int
+    num_steps: int
+    """Of the whole schedule."""
+
+
+class Landmarks(NamedTuple):
+    """What a method's main loss says to whoever watches a run."""
+
+    name: str
+    """Of the loss, a key of `Output.losses`."""
+    chance: float
+    """Of a network that knows nothing."""
+    floor: float
+    """Of one that knows all it can."""
 
 
 class Batch(NamedTuple):
@@ -19,11 +45,24 @@ class Batch(NamedTuple):
     views: list[Float[Tensor, "b 3 S S"]]
     """One per entry of `Method.view_specs`, in that order."""
     index: Int[Tensor, " b"]
-    """Places in the data set."""
+    """Places in the data set, on the device."""
     labels: Int[Tensor, " b"]
-    """Class numbers, -1 unknown; no method of this file's age uses them."""
+    """Class numbers on the device, -1 unknown; only `supervised` uses them."""
     step: int
-    """Optimiser step, for draws from the counter."""
+    """Optimiser step, for schedules and draws from the counter."""
+
+
+class Comparison(NamedTuple):
+    """Weak queries and the bank that they are compared with: what `Stronger` learns from."""
+
+    queries: list[Float[Tensor, "b D"]] | list[Stream]
+    """Unit rows; as streams where the method has them over this very bank and these candidates."""
+    bank: Float[Tensor, "N D"]
+    """Unit rows, detached."""
+    positive: Int[Tensor, " b"] | None = None
+    """Bank row of each query's positive; None where there is none (prototypes)."""
+    candidates: Bool[Tensor, "b M"] | None = None
+    """See `losses.bank_statistics`."""
 
 
 class Output(NamedTuple):
@@ -33,6 +72,8 @@ class Output(NamedTuple):
     """Terms whose sum is minimised, local means."""
     state: Any
     """Detached tensors that `after_step` moves into the banks."""
+    comparisons: list[Comparison]
+    """One for each bank that weak queries were, or could be, compared with."""
     metrics: dict[str, Float[Tensor, ""]]
     """Detached, only logged."""
 
@@ -43,19 +84,17 @@ class Method(nn.Module, ABC):
     Attributes:
         network: the encoder with its projector, which is trained and kept.
         view_specs: the views that a batch must hold.
-        chance, floor: the "contrast" loss of a network that knows nothing and of one that knows
-            all it can, in nats: landmarks for whoever watches a run.
+        landmarks: of the loss that tells how far a run is.
+        fixed_rate: modules whose learning rate stays at its peak.
     """
 
     network: Network
     view_specs: list[ViewSpec]
-    chance: float
-    floor: float
+    landmarks: Landmarks
+    fixed_rate: tuple[nn.Module, ...] = ()
 
-    def __init__(self, options: RunOptions):
+    def __init__(self, options: RunOptions, extent: Extent):
         super().__init__()
-        self.options = options.method
-        self.seed = options.seed
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
@@ -64,6 +103,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def after_step(self, state: Any, step: int) -> None:
         """Move key weights and banks; called once after each optimiser step, on every rank."""
+
+    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+        """Unit rows by which a view is compared with the bank; with gradient."""
+        return self.network(images)
+
+    def before_epoch(self, epoch: int, embed: Embed) -> None:
+        """Prepare what stays the same over an epoch, on every rank; nothing by default."""
 
 
 def sum_of(terms: Iterable[Float[Tensor, ""]]) -> Float[Tensor, ""]:

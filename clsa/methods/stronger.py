@@ -1,0 +1,105 @@
+"""CLSA's divergence around any method (Wang and Qi 2021): learning from stronger augmentations."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clsa.errors import ClsaError
+from clsa.losses import Divergence, Stream, contrast, divergence, streams
+from clsa.methods.method import Batch, Comparison, Embed, Extent, Method, Output, sum_of
+from clsa.models import Network
+from clsa.options import RunOptions
+from clsa.views import strong_specs
+
+
+class Stronger(Method):
+    """A method and the divergence of strong views: L = L_base + beta L_D (CLSA Eq. 8).
+
+    L_D = mean_i - sum_j t_ij log r_ij (Eq. 6-7): t compares a weak query of the method with its
+    bank, r a strong query with the same rows. L_D is summed over the pairs of weak and strong
+    queries that share a bank (25 for CLSA*), or averaged with `reduce="mean"`; where each view of a
+    symmetric method has its own bank, these are averaged. Around MoCo this is CLSA, as its code
+    computes it (`bank="batch+queue"`) or as its equations read (`"queue"`). Deviation from the
+    code: positives are found by the global rank, so several machines work.
+
+    `target="key"` takes the target from the positive, `"one-hot"` replaces L_D by L_C of the strong
+    query (Table 5, 68.0); both need a method with positives.
+    """
+
+    def __init__(self, base: Method, options: RunOptions, extent: Extent):
+        super().__init__(options, extent)
+        self.base, self.options = base, options.strong
+        strong = strong_specs(options.views, options.strong, len(base.view_specs))
+        self.view_specs = base.view_specs + strong
+        self.landmarks, self.fixed_rate = base.landmarks, base.fixed_rate
+
+    @property
+    def network(self) -> Network:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The base method's: weak and strong queries share it."""
+        return self.base.network
+
+    def forward(self, batch: Batch) -> Output:
+        """Both terms; each strong view goes through the network on its own (own statistics)."""
+        num_weak = len(self.base.view_specs)
+        output = self.base(batch._replace(views=batch.views[:num_weak]))
+        strong = [self.base.query(view) for view in batch.views[num_weak:]]
+        one_hot = self.options.target == "one-hot"
+        compare = self._contrast if one_hot else self._diverge
+        terms = [compare(strong, comparison) for comparison in output.comparisons]
+        loss = self.options.beta / len(terms) * sum_of(term.divergence for term in terms)
+        metrics = {} if one_hot else {
+            "target_entropy": torch.stack([term.target_entropy for term in terms]).mean(),
+            "kl": torch.stack([term.kl for term in terms]).mean(),
+        }  # fmt: skip
+        name = "strong_contrast" if one_hot else "divergence"
+        return Output(
+            {**output.losses, name: loss}, output.state, [], {**output.metrics, **metrics}
+        )
+
+    def _diverge(self, strong: list[Tensor], comparison: Comparison) -> Divergence:
+        bank, candidates = comparison.bank, comparison.candidates
+        queries = comparison.queries
+        if self.options.target == "key":
+            queries = [bank[self._positive(comparison)]]
+        targets = [
+            query.at(self.options.target_temperature, bank, candidates)
+            if isinstance(query, Stream)
+            else streams([query.detach()], bank, self.options.target_temperature, candidates)[0]
+            for query in queries
+        ]
+        predicted = streams(strong, bank, self.options.temperature, candidates)
+        found = divergence(targets, predicted)
+        mean = self.options.reduce == "mean"
+        return found._replace(
+            divergence=found.divergence / (len(targets) * len(predicted) if mean else 1)
+        )
+
+    def _contrast(self, strong: list[Tensor], comparison: Comparison) -> Divergence:
+        bank, candidates = comparison.bank, comparison.candidates
+        predicted = streams(strong, bank, self.options.temperature, candidates)
+        loss = contrast(predicted, bank, self._positive(comparison))
+        none = loss.detach() * 0
+        return Divergence(loss, none, none)
+
+    def _positive(self, comparison: Comparison) -> Tensor:
+        if comparison.positive is None:
+            raise ClsaError(
+                f"strong.target {self.options.target}",
+                "this method compares with prototypes, none of which is the positive",
+                "use the target `query`",
+            )
+        return comparison.positive
+
+    def after_step(self, state: Any, step: int) -> None:
+        """As the base method."""
+        self.base.after_step(state, step)
+
+    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+        """As the base method."""
+        return self.base.query(images)
+
+    def before_epoch(self, epoch: int, embed: Embed) -> None:
+        """As the base method."""
+        self.base.before_epoch(epoch, embed)
