@@ -6,15 +6,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from clsa import __version__
-from clsa.config import Config, merge, nearest, read_yaml
+from clsa.config import Config, merge, nearest, read_yaml, to_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.options import DemoOptions, EmbedOptions, EvaluateOptions, PackOptions, RunOptions
-from clsa.recipes import NAMES, overrides_of, resolve
+from clsa.recipes import RECIPES, described, overrides_of, resolve
 
 Options = TypeVar("Options", bound=Config)
 
@@ -106,16 +106,20 @@ def demo(args: list[str]) -> None:
 
 
 def recipes(args: list[str]) -> None:
-    """List the named runs."""
-    _parse("recipes", Config, args)
-    from clsa.recipes import FULL
+    """List the named runs with source, cost and status; with a NAME, what that one sets."""
+    name = _parse("recipes", _Recipe, args).name
+    if name:
+        values = {key: value for key, value in overrides_of(name).items() if key != "recipe"}
+        print(described(name), end="\n\n")
+        print(to_yaml(values), end="")
+        return
+    for each in RECIPES:
+        print(described(each))
 
-    width = max(map(len, NAMES))
-    for name in NAMES:
-        base = name.removesuffix("-small")
-        text = (FULL[base].__doc__ or "").strip().partition("\n")[0]
-        small = f"{base} at 32 pixels, for a CPU"
-        print(f"{name:{width}}  {text if name == base else small}")
+
+class _Recipe(Config):
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """Recipe to show."""
 
 
 class _Run(Config):

@@ -1,6 +1,7 @@
 """Base class of every configuration: frozen, typed, YAML in and out, nearest name for a typo."""
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
@@ -66,7 +67,7 @@ class Config(pydantic.BaseModel):
 
     def to_yaml(self) -> str:
         """The configuration as YAML, readable by `read_yaml`."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def _numbers_in(annotation: Any) -> set[type]:
@@ -139,6 +140,12 @@ _Loader.add_constructor(
     "tag:yaml.org,2002:int",
     lambda loader, node: int(loader.construct_scalar(node)),  # pyright: ignore[reportArgumentType]
 )
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Nested settings as YAML, readable by `read_yaml`; tuples become lists."""
+    plain = json.loads(json.dumps(values))
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

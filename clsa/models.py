@@ -75,7 +75,7 @@ class OverRanks:
         if norm.bias is not None:
             scaled = scaled + norm.bias.view(shape)
         if isinstance(norm, BatchNormAct2d):
-            scaled = norm.act(norm.drop(scaled))
+            scaled = cast(nn.Module, norm.act)(cast(nn.Module, norm.drop)(scaled))
         return scaled.to(x.dtype)
 
 

@@ -159,6 +159,6 @@ def set_lr(
 def clip_gradients(params: Iterable[nn.Parameter], limit: float) -> None:
     """Shorten the gradient of each parameter to a norm of `limit` (DINO clips each on its own)."""
     grads = [param.grad for param in params if param.grad is not None]
-    norms = torch._foreach_norm(grads)
+    norms = torch._foreach_norm(grads)  # pyright: ignore
     factors = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-    torch._foreach_mul_(grads, factors)
+    torch._foreach_mul_(grads, factors)  # pyright: ignore

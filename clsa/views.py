@@ -74,13 +74,13 @@ class ViewSpec(NamedTuple):
     """Share of the picture's area that the crop takes."""
     view: int
     """Number of its stream of random numbers."""
-    weak: WeakViews
+    weak: WeakViews = WeakViews()
     """Jitter, grayscale and flip."""
-    blur: float
+    blur: float = 0.0
     """Probability of blur."""
-    solarize: float
+    solarize: float = 0.0
     """Probability of solarizing."""
-    ops: Operations
+    ops: Operations = Operations(rounds=0)
     """What follows the weak recipe."""
 
 

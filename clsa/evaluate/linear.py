@@ -16,7 +16,6 @@ from clsa.order import Order
 from clsa.sources import Source
 
 SCALE = (0.08, 1.0)
-FLIP = 0.5
 MOMENTUM = 0.9
 FINAL_LR = 0.01
 INIT_STD = 0.01
@@ -54,10 +53,10 @@ def linear(
     classifier = _classifier(features.shape[1], len(bank.classes), options.seed).to(device)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=options.linear_lr, momentum=MOMENTUM)
     order = Order(len(bank), min(options.batch_size, len(bank)), options.seed)
-    spec = views.ViewSpec("linear", size, SCALE, strong=False, view=VIEW)
+    spec = views.ViewSpec("linear", size, SCALE, VIEW)  # mirrored half of the time
     last_step = options.linear_epochs * order.steps_per_epoch
     measured: list[dict[str, float]] = []
-    stream = batches(bank, [spec], FLIP, order, 0, last_step, device, data)
+    stream = batches(bank, [spec], order, 0, last_step, device, data)
     for step, batch in enumerate(stream, start=1):
         for group in optimizer.param_groups:
             group["lr"] = lr_at((step - 1) // order.steps_per_epoch, options)

@@ -3,9 +3,13 @@
 from clsa.methods.method import Extent, Method
 from clsa.methods.moco import MoCo
 from clsa.methods.stronger import Stronger
+from clsa.methods.supervised import Supervised
 from clsa.options import RunOptions
 
-METHODS: dict[str, type[Method]] = {"moco": MoCo}
+METHODS: dict[str, type[Method]] = {
+    "moco": MoCo,
+    "supervised": Supervised,
+}
 
 
 def build_method(options: RunOptions, extent: Extent) -> Method:

@@ -1,0 +1,55 @@
+"""Named runs. A recipe is what departs from the defaults of `options.py`.
+
+Three sizes: as published on ImageNet (224 pixels), `-cifar` (32 pixels, ResNet-18) and `-small` (32
+pixels, minutes on a CPU).
+"""
+
+from clsa.config import merge, nearest
+from clsa.errors import ClsaError
+from clsa.options import RunOptions
+from clsa.recipes.cifar import CIFAR
+from clsa.recipes.imagenet import IMAGENET
+from clsa.recipes.recipe import Overrides, Recipe
+from clsa.recipes.small import SMALL
+
+RECIPES: dict[str, Recipe] = {
+    **IMAGENET,
+    **{f"{name}-cifar": recipe for name, recipe in CIFAR.items()},
+    **{f"{name}-small": recipe for name, recipe in SMALL.items()},
+}
+
+
+def overrides_of(name: str) -> Overrides:
+    """What recipe `name` sets.
+
+    Raises:
+        ClsaError: for an unknown name, with the nearest one.
+    """
+    if name not in RECIPES:
+        close = nearest(name, list(RECIPES))
+        hint = f"did you mean {close}?" if close else "`clsa recipes` lists them"
+        raise ClsaError(f"recipe {name}", "no such recipe", hint)
+    return {**RECIPES[name].values, "recipe": name}
+
+
+def resolve(values: Overrides, source: str = "options") -> RunOptions:
+    """Options from `values`, which win over the recipe that they name, which wins over defaults.
+
+    Raises:
+        ClsaError: for an unknown recipe, name or value; `source` says where they come from.
+    """
+    name = values.get("recipe", RunOptions.model_fields["recipe"].default)
+    return RunOptions.parse(merge(overrides_of(str(name)), values), source)
+
+
+def described(name: str) -> str:
+    """Three lines about a recipe: what, whose values and at what cost, what to expect."""
+    recipe, options = RECIPES[name], resolve({"recipe": name})
+    strong = options.strong.sizes if options.stronger else ()
+    sizes = [options.views.size, *options.views.weak.sizes, *options.views.local.sizes, *strong]
+    views = " + ".join(f"{sizes.count(size)} x {size}" for size in dict.fromkeys(sizes))
+    cost = f"{options.epochs} epochs of batch {options.batch_size}, views of {views} pixels"
+    published = f"published: {recipe.published}" if recipe.published else "nothing published"
+    measured = f"measured: {recipe.measured}" if recipe.measured else "not measured here"
+    lines = [recipe.text, f"values: {recipe.source}; {cost}", f"{published}; {measured}"]
+    return f"{name:27}" + ("\n" + " " * 27).join(lines)

@@ -1,0 +1,110 @@
+"""Recipes at 32 pixels for a CPU: resnet10-w32, 20 epochs, narrow heads, short queues.
+
+Our own starting points: each departs from the published recipe of the same name only in what the
+size asks for. A single strong view keeps the full 32 pixels, since 96/224 of 32 would leave 14;
+five views take 32 to 16.
+"""
+
+from clsa.config import merge
+from clsa.recipes.imagenet import IMAGENET, MOCO_V1
+from clsa.recipes.recipe import Overrides, Recipe
+
+_SIZES = {224: 32, 192: 28, 160: 24, 128: 20, 96: 16}
+_QUEUE: Overrides = {"method": {"queue_size": 4096, "key_momentum": 0.99}}
+_PLAIN_SGD: Overrides = {
+    "batch_size": 256,
+    "optim": {"name": "sgd", "lr": 0.06, "weight_decay": 5e-4, "warmup_epochs": 0.0,
+              "decay_vectors": True, "final_lr": 0.0},
+}  # fmt: skip
+
+# Beside what `_small` changes for all.
+_CHANGES: dict[str, Overrides] = {
+    "simclr": {"method": {"temperature": 0.2}},
+    "byol": {
+        "model": {"projector_dim": 128},
+        "method": {"predictor_hidden": 256, "queue_size": 4096, "key_momentum": 0.97},
+    },
+    "simsiam": {
+        "model": {"projector_layers": 2, "projector_dim": 256},
+        "method": {"predictor_hidden": 64},
+    },
+    "swav": {
+        "views": {"local": {"sizes": (16,) * 4}},
+        "method": {
+            "num_prototypes": 256,
+            "queue_size": 1024,
+            "queue_epoch": 1,
+            "freeze_steps": 22,
+        },
+    },
+    "adco": {"method": {"key_momentum": 0.99, "num_negatives": 4096}},
+    "adco-multi": {"method": {"key_momentum": 0.99, "num_negatives": 4096}},
+    "instdisc": {
+        "method": {"temperature": 0.1, "num_negatives": 1024},
+        "optim": {"schedule": "cosine"},
+    },
+    "pirl": {
+        "method": {
+            "temperature": 0.1,
+            "num_negatives": 1024,
+            "grid": 2,
+            "jigsaw_size": 40,
+            "patch_size": 16,
+        },
+    },
+    "pcl": merge(
+        _QUEUE,
+        {"method": {"num_clusters": (50, 100, 200), "warmup_epochs": 1, "num_negatives": 64}},
+    ),
+    "moco-v3": {
+        "model": {"projector_dim": 128},
+        "method": {
+            "temperature": 0.2,
+            "predictor_hidden": 256,
+            "queue_size": 4096,
+            "key_momentum": 0.97,
+        },
+    },
+    "moco-v3-vit": {
+        "model": {"encoder": "vit6-w192", "projector_dim": 128},
+        "method": {"predictor_hidden": 256, "queue_size": 4096, "key_momentum": 0.97},
+        "optim": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.1, "warmup_epochs": 1.0},
+    },
+    "dino": {
+        "views": {"local": {"sizes": (16,) * 4}},
+        "model": {"encoder": "vit6-w192", "projector_dim": 128},
+        "method": {
+            "key_momentum": 0.97,
+            "num_prototypes": 1024,
+            "teacher_warmup_epochs": 3.0,
+            "freeze_epochs": 0.5,
+        },
+        "optim": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.04, "warmup_epochs": 1.0},
+    },
+    "supervised": {},
+}
+_MOCO = [name for name in IMAGENET if IMAGENET[name].values["method"]["name"] == "moco"]
+
+
+def _small(name: str) -> Overrides:
+    values = IMAGENET[name].values
+    weak = values.get("views", {}).get("weak", {}).get("sizes", (224,))
+    strong = values.get("strong", {}).get("sizes", (96,))
+    form: Overrides = {
+        "epochs": 20,
+        "views": {
+            "size": 32,
+            "eval_crop": 1.0,
+            "weak": {"sizes": tuple(_SIZES[size] for size in weak), "blur": 0.0},
+        },
+        "strong": {"sizes": tuple(_SIZES[size] for size in strong) if len(strong) > 1 else (32,)},
+        "model": {"encoder": "resnet10-w32", "projector_hidden": 256},
+        "optim": {} if values is MOCO_V1 else {"schedule": "cosine"},
+    }
+    changes = _QUEUE if name in _MOCO else _CHANGES[name]
+    return merge(merge(merge(values, form), _PLAIN_SGD), changes)
+
+
+SMALL: dict[str, Recipe] = {
+    name: Recipe(f"{name} at 32 pixels, for a CPU.", "ours", "", _small(name)) for name in IMAGENET
+}
