@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FILES := clsa tests benchmarks
 BENCHMARKS := input augment loss step scale
-# Measured against, never depended on; without their own dependencies, which would bring Lightning.
-PEERS := lightly lightly-utils lightning-utilities kornia kornia-rs
+# Compared with, never depended on; without their own dependencies, which would bring Lightning.
+LIGHTLY := lightly lightly-utils lightning-utilities
+PEERS := $(LIGHTLY) kornia kornia-rs
 
 .PHONY: demo test check pytest format parity bench clean
 
@@ -45,6 +46,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/ready-to-test: $(VENV)/ready
 	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps $(LIGHTLY)
 	touch $@
 
 $(VENV)/ready-to-bench: $(VENV)/ready

@@ -1,4 +1,4 @@
-"""What queries are compared with: the queue of past keys, joined to the keys of the batch."""
+"""What queries are compared with: past keys, the keys of the batch, learned negatives."""
 
 import torch
 import torch.nn.functional as F
@@ -63,3 +63,71 @@ def keys_with_queue(
     if not batch_negatives:
         candidates = own[:, None] == torch.arange(len(keys), device=keys.device)
     return torch.cat([keys, queue.rows]), own, candidates
+
+
+NEGATIVES_CHUNK = 4096  # learned negatives per tile of their gradient
+
+
+class LearnedNegatives(nn.Module):
+    """Negatives that are trained against the network (AdCo, Hu et al. 2021), alike on every rank.
+
+    Rows have any length, and queries are compared with them at unit length. Rows and velocity are
+    buffers: gradient ascent moves them, not the optimiser.
+
+    Args:
+        length: number of rows K.
+        dim: projection dim D.
+        seed: of the first rows, which are random unit rows.
+    """
+
+    rows: Float[Tensor, "K D"]
+    velocity: Float[Tensor, "K D"]
+
+    def __init__(self, length: int, dim: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("rows", F.normalize(torch.randn(length, dim, generator=generator)))
+        self.register_buffer("velocity", torch.zeros(length, dim))
+
+    def unit(self) -> Float[Tensor, "K D"]:
+        """The rows at unit length."""
+        return F.normalize(self.rows)
+
+    @torch.no_grad()
+    def gradient(
+        self, query: Float[Tensor, "b D"], lse: Float[Tensor, "b"], temperature: float
+    ) -> Float[Tensor, "K D"]:
+        """Gradient of `losses.info_nce`, averaged over the ranks, with respect to the raw rows.
+
+        G_k = (I - u_k u_k^T) (1/B) sum_i p_ik q_i / (T |w_k|), u_k = w_k / |w_k| and
+        p_ik = exp(q_i . u_k / T - lse_i): tangent to the sphere, since length does not matter.
+        No matrix of queries x negatives larger than a chunk is made.
+
+        Args:
+            query: this rank's.
+            lse: theirs over the whole bank, positives included, at this temperature.
+            temperature: T > 0.
+        """
+        parts = []
+        with torch.autocast(query.device.type, enabled=False):
+            for rows in self.rows.split(NEGATIVES_CHUNK):
+                length = rows.norm(dim=1, keepdim=True)
+                unit = rows / length
+                shares = torch.exp(query @ unit.T / temperature - lse[:, None])
+                pull = shares.T @ query / (len(query) * dist.world_size())
+                radial = (pull * unit).sum(1, keepdim=True) * unit
+                parts.append((pull - radial) / (temperature * length))
+        return dist.all_sum(torch.cat(parts))
+
+    @torch.no_grad()
+    def fill(self, keys: Float[Tensor, "B D"], first: int) -> None:
+        """Put `keys` in place of the rows from `first` on, as many as there is room for."""
+        self.rows[first : first + len(keys)] = keys[: len(self.rows) - first].to(self.rows)
+
+    @torch.no_grad()
+    def ascend(
+        self, gradient: Float[Tensor, "K D"], lr: float, momentum: float, decay: float
+    ) -> None:
+        """One step up the loss: v <- momentum v - G + decay w; w <- w - lr v."""
+        self.velocity.mul_(momentum).sub_(gradient).add_(self.rows, alpha=decay)
+        self.rows.sub_(self.velocity, alpha=lr)

@@ -13,7 +13,14 @@ import tyro
 from clsa import __version__
 from clsa.config import Config, merge, nearest, read_yaml, to_yaml
 from clsa.errors import ClsaError, Exit
-from clsa.options import DemoOptions, EmbedOptions, EvaluateOptions, PackOptions, RunOptions
+from clsa.options import (
+    DemoOptions,
+    EmbedOptions,
+    EvaluateOptions,
+    PackOptions,
+    RunOptions,
+    SweepOptions,
+)
 from clsa.recipes import RECIPES, described, overrides_of, resolve
 
 Options = TypeVar("Options", bound=Config)
@@ -28,6 +35,8 @@ def pretrain(args: list[str]) -> None:
         why = f"{path} was resolved from {values['recipe']} and sets every option"
         raise ClsaError(f"--recipe {recipe}", why, "leave out one of the two")
     values = merge(values, {"recipe": recipe} if recipe else {})
+    method = _value_of("--method.name", args)
+    values = merge(values, {"method": {"name": method}} if method else {})
     options = _parse("pretrain", RunOptions, args, resolve(values, path or "options"))
     from clsa.train import pretrain as run
 
@@ -97,12 +106,20 @@ def demo(args: list[str]) -> None:
         "seed": options.seed,
     }
     settings = resolve(values)
-    told = f"{options.recipe} on the embedded drawings, {options.epochs} epochs, no labels used"
+    told = f"{options.recipe} on the embedded drawings, {options.epochs} epochs"
     print(f"Pretraining {told}.")
     run(settings)
     records = judge(EvaluateOptions(run=options.out, seed=options.seed))
     _print_table([record for record in records if record.metric in ("top1", "balanced")])
     say_next(options.out)
+
+
+def sweep(args: list[str]) -> None:
+    """Run a grid of options with seeds, resumable; writes one table of means and deviations."""
+    options = _parse("sweep", SweepOptions, args)
+    from clsa.sweep import sweep as run
+
+    run(options)
 
 
 def recipes(args: list[str]) -> None:
@@ -141,6 +158,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": evaluate,
     "embed": embed,
     "pack": pack,
+    "sweep": sweep,
     "recipes": recipes,
     "digest": digest,
 }

@@ -1,16 +1,20 @@
-"""Losses: pure functions of tensors and a temperature, all built on one pass over the bank.
+"""Losses: pure functions of tensors and a temperature, most built on one pass over a bank.
 
 Letters: B queries, N bank rows, M of them that `candidates` speaks about, D projection dim.
-Rows are L2-normalised unless a caller has reasons; nothing here normalises. The bank never
-receives a gradient, and no tensor larger than B x chunk is allocated, chunk <= `CHUNK`.
+Rows are L2-normalised unless a caller has reasons; nothing here normalises. A bank never
+receives a gradient, and no tensor larger than B x chunk is allocated for it, chunk <= `CHUNK`.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from clsa import dist
+from clsa.bank import own_rows
 
 CHUNK = 1024  # bank rows per tile; 1024 x 128 queries of float32 stay in a core's cache
 CUDA_CHUNK = 16384
@@ -283,3 +287,37 @@ def contrast_and_divergence(
 
 def _dot(left: Tensor, right: Tensor) -> PerQuery:
     return (left.to(right.dtype) * right).sum(1)
+
+
+def nt_xent(first: Queries, second: Queries, temperature: float = 0.1) -> Float[Tensor, ""]:
+    """SimCLR's loss over both views of the global batch (Chen et al. 2020, Eq. 1).
+
+    l(i, j) = -log[ exp(z_i . z_j / T) / sum_{k != i} exp(z_i . z_k / T) ] over the 2B rows of all
+    ranks, L = 1/2B sum over both directions of every pair. A row never sees itself; all the others
+    are candidates, and every one receives gradient, across ranks too. Deviation from the official
+    code: it returns twice this (the sum of two means). Logits of 2b x 2B are held, in float32.
+
+    Args:
+        first, second: unit rows of this rank's pictures, equally many on every rank.
+        temperature: T > 0.
+    """
+    kind = torch.promote_types(first.dtype, torch.float32)
+    first, second = first.to(kind), second.to(kind)
+    everyone = torch.cat([dist.all_gather_with_grad(rows) for rows in (first, second)])
+    own, count = own_rows(len(first), first.device), len(everyone) // 2
+    itself, positive = torch.cat([own, own + count]), torch.cat([own + count, own])
+    with torch.autocast(first.device.type, enabled=False):
+        logits = torch.cat([first, second]) @ everyone.T / temperature
+        return F.cross_entropy(logits.scatter_(1, itself[:, None], -torch.inf), positive)
+
+
+def cosine_regression(prediction: Queries, target: Queries) -> Float[Tensor, ""]:
+    """Squared distance of unit rows (BYOL, Grill et al. 2020, Eq. 2): mean_i 2 - 2 p_i . t_i.
+
+    In [0, 4]. The target receives no gradient. SimSiam's -cos is half of it, less one.
+
+    Args:
+        prediction, target: unit rows.
+    """
+    kind = torch.promote_types(prediction.dtype, torch.float32)
+    return (2 - 2 * _dot(prediction, target.detach().to(kind))).mean()

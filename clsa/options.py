@@ -248,13 +248,16 @@ class RunOptions(Config):
         return self
 
 
+Protocol = Literal["knn", "knn-strong", "linear-fast", "linear"]
+
+
 class EvaluateOptions(Config):
     """How features are judged."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder, or an encoder.safetensors."""
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
-    protocols: tuple[Literal["knn", "knn-strong", "linear-fast", "linear"], ...] = (
+    protocols: tuple[Protocol, ...] = (
         "knn",
         "knn-strong",
         "linear-fast",
@@ -315,6 +318,30 @@ class PackOptions(Config):
     """A new shard is begun after this many megabytes."""
     workers: Annotated[int, pydantic.Field(ge=0)] | None = None
     """Processes that decode and encode (default: one a core). They do not change a byte."""
+
+
+class SweepOptions(Config):
+    """A grid of runs with seeds, and one table of them."""
+
+    sweep: Annotated[str, tyro.conf.Positional]
+    """YAML file of a grid, or a preset: table5, table7, head-depth, augmentation-strength,
+    num-negatives, methods."""
+    out: Path | None = None
+    """Folder of the sweep (default: runs/NAME). The same command again goes on."""
+    data: str | None = None
+    """Pictures in place of the file's, in any form that `clsa pretrain --data` takes."""
+    seeds: tuple[Seed, ...] | None = None
+    """In place of the file's."""
+    epochs: Count | None = None
+    """Of every run, in place of the file's."""
+    protocols: tuple[Protocol, ...] | None = None
+    """How the encoders are judged, in place of the file's."""
+    max_minutes: Positive | None = None
+    """Stop each run after this long; it is judged as it stands."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N."""
+    dry_run: bool = False
+    """Check everything and list the runs; run nothing."""
 
 
 class DemoOptions(Config):

@@ -112,7 +112,7 @@ def _spec(options: ViewOptions, name: str, size: int, scale: Scale, view: int) -
 def _scale_at(options: ViewOptions, size: int) -> Scale:
     low, high = options.scale
     share = size / options.size
-    return low * share, min(high * share, 1)
+    return low * share, min(high * share, 1.0)
 
 
 def weak_specs(options: ViewOptions, keyed: bool = False) -> list[ViewSpec]:

@@ -9,7 +9,8 @@ from clsa import dist
 from clsa.data import batches
 from clsa.folder import RunFolder
 from clsa.intake import open_source
-from clsa.methods import METHODS
+from clsa.methods import build_method
+from clsa.methods.method import Extent
 from clsa.optim import build_optimizer
 from clsa.order import Order
 from clsa.recipes import resolve
@@ -35,8 +36,9 @@ def main(pictures: str, out: str, recipe: str, steps: int) -> None:
     with dist.process_group(device):
         source = open_source(pictures, "train", options.data)
         order = Order(len(source), 8, 0)
-        method = METHODS[options.method.name](options).eval()
-        optimizer = build_optimizer(method, options.optim)
+        extent = Extent(len(source), len(source.classes), order.steps_per_epoch, steps)
+        method = build_method(options, extent).eval()
+        optimizer = build_optimizer(method, options.optim, method.fixed_rate)
         state = State(method, optimizer, "", RunFolder(Path(out)))
         run = Run(options, device, order.steps_per_epoch, Stop())
         model = parallel(method, options)
@@ -46,7 +48,7 @@ def main(pictures: str, out: str, recipe: str, steps: int) -> None:
                 [p.grad.clone() for p in method.parameters() if p.grad is not None]
             )
         )
-        stream = batches(source, method.view_specs, 0.5, order, 0, steps, device, options.data)
+        stream = batches(source, method.view_specs, order, 0, steps, device, options.data)
         for crops in stream:
             train_step(model, state, crops, run)
         hook.remove()

@@ -86,3 +86,29 @@ def written_out(
             predicted = torch.softmax(distorted @ bank.clone().T / temperature, dim=1)
             loss = loss - (target * torch.log(predicted)).sum(1).mean()
     return loss
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> float:
+    """SimCLR Eq. 1 and Algorithm 1: mean of l(i, j) over both directions of every pair."""
+    rows = torch.cat([first, second]).double().tolist()
+    half = len(first)
+
+    def similarity(i: int, j: int) -> float:
+        return sum(a * b for a, b in zip(rows[i], rows[j], strict=True)) / temperature
+
+    def loss(i: int, j: int) -> float:
+        others = [similarity(i, k) for k in range(len(rows)) if k != i]
+        top = max(others)
+        total = sum(math.exp(value - top) for value in others)
+        return top + math.log(total) - similarity(i, j)
+
+    return sum(loss(i, i + half) + loss(i + half, i) for i in range(half)) / len(rows)
+
+
+def cosine_regression(prediction: Tensor, target: Tensor) -> float:
+    """BYOL Eq. 2, as written: squared distance of the normalised rows, averaged."""
+    total = 0.0
+    for p, t in zip(prediction.double().tolist(), target.double().tolist(), strict=True):
+        length, size = (math.sqrt(sum(x * x for x in row)) for row in (p, t))
+        total += sum((a / length - b / size) ** 2 for a, b in zip(p, t, strict=True))
+    return total / len(prediction)

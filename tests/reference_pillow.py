@@ -14,7 +14,7 @@ from torch import Tensor
 from clsa import views
 
 CLIPART = Path(views.__file__).parent / "assets" / "clipart.tar"
-LOOK_UPS = ("AutoContrast", "Equalize", "Invert", "Solarize", "Posterize")
+LOOK_UPS = ("AutoContrast", "Equalize", "Invert", "Solarize", "SolarizeAdd", "Posterize")
 
 
 def operate(image: Image.Image, op: str, amount: float) -> Image.Image:
@@ -34,6 +34,9 @@ def operate(image: Image.Image, op: str, amount: float) -> Image.Image:
         "Equalize": lambda: ImageOps.equalize(image),
         "Invert": lambda: ImageOps.invert(image),
         "Solarize": lambda: ImageOps.solarize(image, int(amount)),
+        "SolarizeAdd": lambda: image.point(
+            [min(v + 110, 255) if v < 128 else v for v in range(256)] * 3
+        ),
         "Posterize": lambda: ImageOps.posterize(image, int(amount)),
     }
     if op in plain:
@@ -75,7 +78,7 @@ def one_round(op: str, pool: str, magnitude: np.ndarray, sign: np.ndarray) -> vi
     off, on = np.zeros(count, bool), np.ones((count, 1), bool)
     return views.Params(
         jitter=off, factors=np.ones((count, 4)), order=np.tile(np.arange(4), (count, 1)),
-        gray=off, blur=off, sigma=np.ones(count),
+        gray=off, blur=off, sigma=np.ones(count), solarize=off,
         ops=np.full((count, 1), views.POOLS[pool].index(op)), applied=on,
         magnitude=magnitude[:, None], sign=sign[:, None],
     )  # fmt: skip
@@ -99,7 +102,7 @@ def parity(op: str, pool: str, num_draws: int, size: int) -> Parity:
     images = source[draw.integers(0, len(source), num_draws)]
     magnitude = draw.integers(0, 1 << 24, num_draws) * 2.0**-24
     sign = draw.choice([-1.0, 1.0], num_draws)
-    ours = views.apply_strong(images, one_round(op, pool, magnitude, sign), pool)
+    ours = views.apply_ops(images, one_round(op, pool, magnitude, sign), pool)
     amounts = views.amount(op, pool, magnitude, sign, size)
     theirs = torch.stack(
         [

@@ -19,7 +19,8 @@ from torch import Tensor
 import clsa
 from clsa import checkpoint, files
 from clsa.errors import ClsaError, Exit
-from clsa.methods import METHODS
+from clsa.methods import build_method
+from clsa.methods.method import Extent
 from clsa.models import build_encoder
 from clsa.optim import build_optimizer
 from clsa.options import DataOptions, ModelOptions, ViewOptions
@@ -232,7 +233,7 @@ def test_encoder_round_trip_to_the_bit(tmp_path: Path) -> None:
 def state() -> dict[str, Any]:
     """A real state after a step, so that the optimiser has its momentum."""
     options = resolve({"model": SMALL, "method": {"queue_size": 6}})
-    method = METHODS["clsa"](options)
+    method = build_method(options, Extent(12, 0, 2, 4))
     optimizer = build_optimizer(method, options.optim)
     for param in method.parameters():
         if param.requires_grad:

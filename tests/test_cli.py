@@ -31,7 +31,7 @@ from clsa.recipes import FULL, NAMES, resolve
 TINY = [
     "--recipe", "clsa-small", "--batch-size", "8", "--max-steps", "2",
     "--model.encoder", "resnet10-w32", "--views.size", "16", "--views.weak.sizes", "16",
-    "--views.strong.sizes", "16", "--method.queue-size", "32", "--probe-every", "0",
+    "--strong.sizes", "16", "--method.queue-size", "32", "--probe-every", "0",
     "--model.norm-groups", "2",
     "--workers", "0", "--device", "cpu",
 ]  # fmt: skip
@@ -39,7 +39,8 @@ TINY_PYTHON: dict[str, Any] = {
     "recipe": "clsa-small",
     "batch_size": 8,
     "max_steps": 2,
-    "views": {"size": 16, "weak": {"sizes": [16]}, "strong": {"sizes": [16]}},
+    "views": {"size": 16, "weak": {"sizes": [16]}},
+    "strong": {"sizes": [16]},
     "model": {"encoder": "resnet10-w32", "norm_groups": 2},
     "method": {"queue_size": 32},
     "probe_every": 0,
@@ -256,7 +257,7 @@ def test_batch_larger_than_the_set(drawings: Path, command: Command, tmp_path: P
     [
         (("--optim.lr", 0.5), "optim.lr: 0.06 -> 0.5"),
         (("--seed", 1), "seed: 0 -> 1"),
-        (("--views.strong.rounds", 3), "views.strong.rounds: 5 -> 3"),
+        (("--strong.rounds", 3), "strong.rounds: 5 -> 3"),
     ],
 )
 def test_folder_of_another_run(

@@ -104,6 +104,27 @@ def test_both_ways_to_blur_agree(size: int) -> None:
     torch.testing.assert_close(color._blur_by_convolutions(images, taps), products)
 
 
+def test_solarize_half_equals_torchvision() -> None:
+    images = floats()
+    images[0] = torch.linspace(0, 1, images[0].numel()).view_as(images[0])
+    images[2, 0] = 0.5  # on the border: inverted to itself
+    apply = np.arange(len(images)) % 2 == 0
+    before = images.clone()
+    solarized = color.solarize_half(images, apply)
+    assert torch.equal(images, before)
+    assert torch.equal(solarized[::2], torchvision.solarize(images, 0.5)[::2])
+    assert torch.equal(solarized[1::2], images[1::2])
+    assert solarized[0].max() <= 0.5 and not torch.equal(solarized[0], images[0])
+
+
+def test_solarize_add_by_hand() -> None:
+    """RandAugment adds 110 below 128 (Cubuk et al. 2020); nothing overflows."""
+    values = torch.tensor([0, 1, 17, 127, 128, 200, 255], dtype=torch.uint8)
+    images = values.repeat(1, 3, 7, 1)
+    wanted = torch.tensor([110, 111, 127, 237, 128, 200, 255], dtype=torch.uint8)
+    assert torch.equal(color.solarize_add(images), wanted.repeat(1, 3, 7, 1))
+
+
 def test_weak_operations_without_rows_change_nothing() -> None:
     images = floats()
     count = len(images)
@@ -112,6 +133,7 @@ def test_weak_operations_without_rows_change_nothing() -> None:
     assert torch.equal(color.jitter(images, np.full((count, 4), 0.5), order, none), images)
     assert torch.equal(color.grayscale(images, none), images)
     assert torch.equal(color.blur(images, ones, none), images)
+    assert torch.equal(color.solarize_half(images, none), images)
 
 
 def test_normalize_equals_torchvision() -> None:
@@ -132,15 +154,17 @@ def test_look_up_operations_equal_pillow_exactly(op: str, size: int) -> None:
             "Equalize": lambda: color.equalize(images),
             "Invert": lambda: color.invert(images),
             "Solarize": lambda values=amounts: color.solarize(images, values),
+            "SolarizeAdd": lambda: color.solarize_add(images),
             "Posterize": lambda values=amounts: color.posterize(images, values),
         }[op]()
         theirs = [to_tensor(operate(to_pillow(image), op, amount)) for image in images]
         assert torch.equal(ours, torch.stack(theirs))
 
 
+@pytest.mark.parametrize("pool", ["paper", "randaugment"])
 @pytest.mark.parametrize("op", ENHANCE)
-def test_enhance_operations_equal_pillow(op: str) -> None:
-    within, worst, equal = parity(op, "paper", 1_000, 32)
+def test_enhance_operations_equal_pillow(op: str, pool: str) -> None:
+    within, worst, equal = parity(op, pool, 1_000, 32)
     assert within >= 0.999 and worst >= 0.99
     assert equal == 1
 
@@ -148,7 +172,7 @@ def test_enhance_operations_equal_pillow(op: str) -> None:
 @pytest.mark.parametrize("op", ENHANCE)
 def test_enhance_operations_equal_pillow_at_the_ends(op: str) -> None:
     images = pictures(48)
-    for factor in (0.0, 0.05, 0.5, 0.95, 1.0):
+    for factor in (0.0, 0.05, 0.5, 0.95, 1.0, 1.001, 1.5, 1.9, 3.0):
         ours = ENHANCE[op](images, torch.full((len(images),), factor, dtype=torch.float64))
         theirs = [to_tensor(operate(to_pillow(image), op, factor)) for image in images]
         assert torch.equal(ours, torch.stack(theirs))

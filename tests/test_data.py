@@ -17,14 +17,14 @@ from clsa.data import batches, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
 from clsa.geometry import crop_one, reduction_for
 from clsa.intake import open_source
-from clsa.options import DataOptions, MethodOptions, StrongViews, ViewOptions, WeakViews
+from clsa.options import DataOptions, StrongOptions, ViewOptions, WeakViews
 from clsa.order import Order, Quarantine, candidates
 from clsa.sources import Folder, Pictures, Source
-from clsa.views import ViewSpec, crop_params, view_specs
+from clsa.views import ViewSpec, crop_params, strong_specs, weak_specs
 
 CPU = torch.device("cpu")
-VIEWS = ViewOptions(size=32, weak=WeakViews(sizes=(32,)), strong=StrongViews(sizes=(16,)))
-SPECS = view_specs(VIEWS, MethodOptions())
+VIEWS = ViewOptions(size=32, weak=WeakViews(sizes=(32,)))
+SPECS = weak_specs(VIEWS, keyed=True) + strong_specs(VIEWS, StrongOptions(sizes=(16,)), 2)
 STREAMED = DataOptions(resident_limit=1e-9, workers=0)
 RESIDENT = DataOptions()
 
@@ -38,7 +38,7 @@ def collect(
     quarantine: Quarantine | None = None,
 ) -> list[Crops]:
     order = Order(len(source), batch_size, seed=3)
-    return list(batches(source, SPECS, 0.5, order, first, last, CPU, options, quarantine))
+    return list(batches(source, SPECS, order, first, last, CPU, options, quarantine))
 
 
 def assert_equal(got: list[Crops], expected: list[Crops]) -> None:
@@ -112,7 +112,7 @@ def test_crops_are_the_drawn_boxes(photographs: Folder) -> None:
         picture = photographs.read(i)
         size = np.array([picture.shape[0]]), np.array([picture.shape[1]])
         for spec, view in zip(SPECS, batch.crops, strict=True):
-            boxes, flips = crop_params(spec, 3, 1, np.array([i]), *size, 0.5)
+            boxes, flips = crop_params(spec, 3, 1, np.array([i]), *size)
             top, left, height, width = boxes[0]
             cut = torch.from_numpy(picture[top : top + height, left : left + width].copy())
             small = torch.nn.functional.interpolate(
@@ -134,7 +134,7 @@ def test_reduced_pictures_give_the_same_crops(tmp_path: Path) -> None:
         picture = source.open(i)
         pixels, full = picture.pixels(), (picture.height, picture.width)
         sides = [np.array([side]) for side in full]
-        cuts = [crop_params(spec, 3, 0, np.array([i]), *sides, 0.5) for spec in SPECS]
+        cuts = [crop_params(spec, 3, 0, np.array([i]), *sides) for spec in SPECS]
         reductions.append(reduction_for([boxes[0] for boxes, _ in cuts], [s.size for s in SPECS]))
         for spec, view, (boxes, flips) in zip(SPECS, batch.crops, cuts, strict=True):
             whole = crop_one(pixels, boxes[0], spec.size, bool(flips[0]), full)
@@ -241,7 +241,7 @@ def test_workers_ignore_the_signals_of_the_group(photographs: Folder) -> None:
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 1})
     before = children()
-    running = batches(photographs, SPECS, 0.5, order, 0, 40, CPU, options)
+    running = batches(photographs, SPECS, order, 0, 40, CPU, options)
     got = [next(running)]
     started = children() - before
     assert started
@@ -270,7 +270,7 @@ def test_an_abandoned_pass_ends_its_workers(photographs: Folder) -> None:
     before = children()
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 2})
-    running: Iterator[Crops] | None = batches(photographs, SPECS, 0.5, order, 0, 999, CPU, options)
+    running: Iterator[Crops] | None = batches(photographs, SPECS, order, 0, 999, CPU, options)
     assert running is not None
     next(running)
     assert len(children() - before) == 2
@@ -282,7 +282,7 @@ def test_a_killed_worker_ends_in_words(photographs: Folder) -> None:
     before = children()
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 1})
-    running = batches(photographs, SPECS, 0.5, order, 0, 9999, CPU, options)
+    running = batches(photographs, SPECS, order, 0, 9999, CPU, options)
     next(running)
     (worker,) = children() - before
     with pytest.raises(ClsaError, match="reading pictures failed") as caught:
@@ -311,7 +311,7 @@ def test_an_idle_worker_has_no_deadline(
     monkeypatch.setattr(workers, "TIMEOUT_S", 1)
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 1})
-    running = batches(photographs, SPECS, 0.5, order, 0, 5, CPU, options)
+    running = batches(photographs, SPECS, order, 0, 5, CPU, options)
     next(running)
     time.sleep(1.5)
     assert len(list(running)) == 4
@@ -342,11 +342,11 @@ def test_workers_are_the_share_of_the_cores_less_one(
 
 
 def test_too_little_shared_memory_is_said_before_the_first_step(photographs: Folder) -> None:
-    huge = [ViewSpec("key", 2_000_000, (0.2, 1.0), False, 0)]
+    huge = [ViewSpec("key", 2_000_000, (0.2, 1.0), 0)]
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 1})
     with pytest.raises(ClsaError, match="workers to 0") as caught:
-        next(batches(photographs, huge, 0.5, order, 0, 1, CPU, options))
+        next(batches(photographs, huge, order, 0, 1, CPU, options))
     assert caught.value.code == Exit.USAGE
 
 

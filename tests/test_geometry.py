@@ -124,7 +124,7 @@ def test_boxes_are_mapped_to_the_pixels_there_are() -> None:
         assert torch.equal(small, geometry.crop_one(part, whole, 8, False, part.shape[:2])), box
 
 
-@pytest.mark.parametrize("pool", ["paper", "official"])
+@pytest.mark.parametrize("pool", ["paper", "official", "randaugment"])
 @pytest.mark.parametrize("op", geometry.AFFINE_OPS)
 def test_affine_operations_equal_pillow(op: str, pool: str) -> None:
     close, worst, equal = parity(op, pool, 1_000, 32)

@@ -7,11 +7,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clsa.errors import ClsaError, Exit
 from clsa.folder import RunFolder
 from clsa.journal import Journal
+from clsa.methods.method import Landmarks
 
 
 def journal(folder: RunFolder, speaks: bool = True) -> Journal:
     folder.path.mkdir(exist_ok=True)
-    return Journal(folder, 0, 4, 2, (8.38, 3.51), speaks)
+    return Journal(folder, 0, 4, 2, Landmarks("contrast", 8.38, 3.51), speaks)
 
 
 def test_metrics_and_tensorboard_hold_the_same_numbers(

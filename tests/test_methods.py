@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from contract import BASES, EXTENT, batch_of, build, rank_main, shared_run, tiny, total, train
+from contract import (
+    BASES, EXTENT, batch_of, build, distance, rank_main, shared_run, tiny, total, train,
+)  # fmt: skip
 from torch.multiprocessing.spawn import spawn
 
 from clsa import checkpoint
@@ -149,15 +151,13 @@ def test_two_processes_compute_what_one_does(recipe: str, stronger: bool, ranks:
     first, second = (
         torch.load(ranks / f"{recipe}-{stronger}-{rank}.pt", weights_only=True) for rank in (0, 1)
     )
-    for mine, theirs, ours in zip(
-        first["gradients"], second["gradients"], alone["gradients"], strict=True
-    ):
-        for a, b, c in zip(mine, theirs, ours, strict=True):
-            assert torch.equal(a, b)
-            torch.testing.assert_close(a, c, atol=2e-4, rtol=2e-3)
+    runs = zip(first["gradients"], second["gradients"], alone["gradients"], strict=True)
+    for step, (mine, theirs, ours) in enumerate(runs):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert distance(mine, ours) < (1e-2 if step else 1e-5), step
     for name, value in alone["state"].items():
         assert torch.equal(first["state"][name], second["state"][name]), name
-        torch.testing.assert_close(first["state"][name], value, atol=1e-4, rtol=1e-3, msg=name)
+        torch.testing.assert_close(first["state"][name], value, atol=1e-3, rtol=1e-2, msg=name)
 
 
 # ---- MoCo and the divergence around it

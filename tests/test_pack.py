@@ -25,15 +25,14 @@ from clsa.errors import Exit
 from clsa.intake import open_source
 from clsa.options import (
     DataOptions,
-    MethodOptions,
     PackOptions,
-    StrongViews,
+    StrongOptions,
     ViewOptions,
     WeakViews,
 )
 from clsa.order import Order
 from clsa.pack import Packed, pack
-from clsa.views import view_specs
+from clsa.views import strong_specs, weak_specs
 
 OPTIONS = DataOptions()
 SIZE = 40
@@ -281,13 +280,14 @@ def test_gaps_are_replaced_as_unreadable_pictures_are(many: Path, tmp_path: Path
     (many / "03.jpg").write_bytes(b"no picture")
     (many / "11.jpg").write_bytes(b"")
     packed(many, tmp_path / "out", size=64, shard_mb=TINY_SHARDS)
-    views = ViewOptions(size=16, weak=WeakViews(sizes=(16,)), strong=StrongViews(sizes=(16,)))
+    views = ViewOptions(size=16, weak=WeakViews(sizes=(16,)))
+    specs = weak_specs(views, keyed=True) + strong_specs(views, StrongOptions(sizes=(16,)), 2)
     streamed = DataOptions(resident_limit=1e-9, workers=0)
     shown = []
     for data in (many, tmp_path / "out"):
-        source, specs = open_source(str(data), "train", OPTIONS), view_specs(views, MethodOptions())
+        source = open_source(str(data), "train", OPTIONS)
         order = Order(len(source), 4, seed=0)
-        args = (source, specs, 0.5, order, 0, 6, torch.device("cpu"), streamed)
+        args = (source, specs, order, 0, 6, torch.device("cpu"), streamed)
         shown.append(list(batches(*args)))
     for ours, theirs in zip(*shown, strict=True):
         assert torch.equal(ours.index, theirs.index)

@@ -23,9 +23,8 @@ from clsa.errors import ClsaError, Exit
 from clsa.intake import open_source, open_val
 from clsa.options import (
     DataOptions,
-    MethodOptions,
     PackOptions,
-    StrongViews,
+    StrongOptions,
     ViewOptions,
     WeakViews,
 )
@@ -33,13 +32,13 @@ from clsa.order import Order, Quarantine
 from clsa.pack import pack
 from clsa.shards import INDEX, SHARD, Shards, shard_name
 from clsa.sources import Source
-from clsa.views import crop_params, view_specs
+from clsa.views import crop_params, strong_specs, weak_specs
 
 CPU = torch.device("cpu")
 OPTIONS = DataOptions()
 STREAMED = DataOptions(resident_limit=1e-9, workers=0)
-VIEWS = ViewOptions(size=32, weak=WeakViews(sizes=(32,)), strong=StrongViews(sizes=(16,)))
-SPECS = view_specs(VIEWS, MethodOptions())
+VIEWS = ViewOptions(size=32, weak=WeakViews(sizes=(32,)))
+SPECS = weak_specs(VIEWS, keyed=True) + strong_specs(VIEWS, StrongOptions(sizes=(16,)), 2)
 
 
 def packed(data: Path, out: Path, **options: Any) -> Shards:
@@ -55,7 +54,7 @@ def opening(root: Path) -> tuple[str, Exit]:
 
 def collect(source: Source, options: DataOptions, steps: int = 5) -> list[Crops]:
     order = Order(len(source), 4, seed=3)
-    return list(batches(source, SPECS, 0.5, order, 0, steps, CPU, options))
+    return list(batches(source, SPECS, order, 0, steps, CPU, options))
 
 
 def assert_same(got: list[Crops], expected: list[Crops], most: float, mean: float) -> None:

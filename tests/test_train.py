@@ -16,7 +16,8 @@ from clsa.checkpoint import digest, load_encoder, run_digest
 from clsa.config import merge
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import frozen
-from clsa.methods import METHODS
+from clsa.methods import build_method
+from clsa.methods.method import Extent
 from clsa.models import Network
 from clsa.options import RunOptions
 from clsa.recipes import resolve
@@ -40,7 +41,8 @@ def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
         "epochs": 2,
         "probe_every": 0,
         "device": "cpu",
-        "views": {"size": 16, "weak": {"sizes": (16,)}, "strong": {"sizes": (16,)}},
+        "views": {"size": 16, "weak": {"sizes": (16,)}},
+        "strong": {"sizes": (16,)},
         "model": {"projector_hidden": 32, "projector_dim": 16, "norm_groups": 2},
         "method": {"queue_size": 20},
     }
@@ -203,7 +205,7 @@ def command(*args: str) -> list[str]:
 def flags(pictures: Path, out: Path) -> list[str]:
     return (
         f"--data {pictures} --out {out} --batch-size 8 --views.size 16 --views.weak.sizes 16 "
-        "--views.strong.sizes 16 --model.norm-groups 2 --method.queue-size 20 --probe-every 0 "
+        "--strong.sizes 16 --model.norm-groups 2 --method.queue-size 20 --probe-every 0 "
         "--device cpu --workers 1 --resident-limit 1e-6"
     ).split()
 
@@ -269,7 +271,7 @@ def test_compiling_reaches_every_encoder_and_no_evaluation(pictures: Path, tmp_p
     from torch._dynamo import config
 
     asked = options(pictures, tmp_path, compile=True)
-    method = METHODS[asked.method.name](asked)
+    method = build_method(asked, Extent(44, 2, 5, 10))
     train.parallel(method, asked)
     networks = [module for module in method.modules() if isinstance(module, Network)]
     assert len(networks) == 2 and config.recompile_limit >= train.MAX_GRAPHS

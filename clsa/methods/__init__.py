@@ -1,13 +1,25 @@
 """Learning methods by name, and how options become one."""
 
+from clsa.methods.adco import AdCo
+from clsa.methods.byol import BYOL
 from clsa.methods.method import Extent, Method
 from clsa.methods.moco import MoCo
+from clsa.methods.moco_v3 import MoCoV3
+from clsa.methods.pcl import PCL
+from clsa.methods.simclr import SimCLR
+from clsa.methods.simsiam import SimSiam
 from clsa.methods.stronger import Stronger
 from clsa.methods.supervised import Supervised
 from clsa.options import RunOptions
 
 METHODS: dict[str, type[Method]] = {
     "moco": MoCo,
+    "simclr": SimCLR,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "adco": AdCo,
+    "pcl": PCL,
+    "moco-v3": MoCoV3,
     "supervised": Supervised,
 }
 

@@ -38,8 +38,16 @@ def resolve(values: Overrides, source: str = "options") -> RunOptions:
     Raises:
         ClsaError: for an unknown recipe, name or value; `source` says where they come from.
     """
-    name = values.get("recipe", RunOptions.model_fields["recipe"].default)
-    return RunOptions.parse(merge(overrides_of(str(name)), values), source)
+    name = str(values.get("recipe", RunOptions.model_fields["recipe"].default))
+    overrides, given = overrides_of(name), values.get("method")
+    method = given.get("name") if isinstance(given, dict) else None
+    if method not in (None, overrides["method"]["name"]):
+        suffix = "-small" if name.endswith("-small") else ""
+        close = nearest(f"{method}{suffix}", list(RECIPES))
+        why = f"{name} is a recipe of {overrides['method']['name']}"
+        hint = f"choose another --recipe, perhaps {close}" if close else "choose another --recipe"
+        raise ClsaError(f"{source}: method.name {method}", why, hint)
+    return RunOptions.parse(merge(overrides, values), source)
 
 
 def described(name: str) -> str:

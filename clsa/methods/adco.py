@@ -1,0 +1,79 @@
+"""AdCo (Hu et al. 2021): momentum contrast against negatives that are learned adversarially."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clsa.bank import LearnedNegatives, own_rows
+from clsa.losses import contrast, lowest_info_nce, streams
+from clsa.method_options import AdCoOptions
+from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
+from clsa.models import Network, encode_shuffled, momentum_copy, move_towards
+from clsa.options import RunOptions
+from clsa.views import weak_specs
+
+
+class AdCo(Method):
+    """The network descends L = sum_w info_nce(q_w, [keys; negatives]), the negatives ascend it.
+
+    Queries and keys as in MoCo; the negatives w_k take the queue's place. After the network's step
+    they move by the gradient of L at `negative_temperature`, from the similarities before it:
+    v <- .9 v - G + 1e-4 w; w <- w - 3 v. Their decay and learning rate are their own.
+
+    Start, as in the code: in the first ceil(K / B) steps the negatives are filled with the keys of
+    the batches instead of ascending; then the key network becomes the query network, once.
+    Deviations from the code: these steps are part of the schedule and not before it, the other keys
+    of the batch are negatives from the start, and the symmetric variant is left out. The divergence
+    of `Stronger` does not move the negatives: they would learn to make similarities unpredictable.
+    """
+
+    def __init__(self, options: RunOptions, extent: Extent):
+        super().__init__(options, extent)
+        assert isinstance(options.method, AdCoOptions)
+        self.options, self.seed = options.method, options.seed
+        self.view_specs = weak_specs(options.views, keyed=True)
+        num_queries = len(self.view_specs) - 1
+        sizes = [spec.size for spec in self.view_specs]
+        self.network = Network(options.model, options.seed, sizes)
+        self.key_network = momentum_copy(self.network)
+        length = self.options.num_negatives
+        self.negatives = LearnedNegatives(length, self.network.dim, options.seed)
+        self.batch_size = options.batch_size
+        self.fill_steps = math.ceil(length / options.batch_size)
+        self.weight = 1 / num_queries if self.options.reduce == "mean" else 1.0
+        count, terms = options.batch_size + length, self.weight * num_queries
+        floor = lowest_info_nce(count, self.network.dim, self.options.temperature)
+        self.landmarks = Landmarks("contrast", terms * math.log(count), terms * floor)
+
+    def forward(self, batch: Batch) -> Output:
+        """The contrastive loss of every weak query; what the negatives learn from it is kept."""
+        key, *weak = batch.views
+        queries = [self.network(view) for view in weak]
+        keys = encode_shuffled(self.key_network, key, self.seed, batch.step)
+        bank, own = torch.cat([keys, self.negatives.unit()]), own_rows(len(key), keys.device)
+        compared = streams(queries, bank, self.options.temperature)
+        state = keys
+        if batch.step >= self.fill_steps:
+            temperature = self.options.negative_temperature
+            cold = [stream.at(temperature, bank, None) for stream in compared]
+            every = torch.cat([stream.query for stream in cold])
+            lse = torch.cat([stream.lse for stream in cold])
+            state = self.weight * len(weak) * self.negatives.gradient(every, lse, temperature)
+        loss = self.weight * contrast(compared, bank, own)
+        return Output({"contrast": loss}, state, [Comparison(compared, bank, own)], {})
+
+    def after_step(self, state: Float[Tensor, "rows D"], step: int) -> None:
+        """Move the key network, then the negatives: up `state`, or to it while they are filled."""
+        last = step == self.fill_steps - 1
+        move_towards(self.key_network, self.network, 0.0 if last else self.options.key_momentum)
+        if step < self.fill_steps:
+            self.negatives.fill(state, step * self.batch_size)
+        else:
+            self.negatives.ascend(
+                state,
+                self.options.negative_lr,
+                self.options.negative_momentum,
+                self.options.negative_decay,
+            )

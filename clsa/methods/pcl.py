@@ -1,0 +1,99 @@
+"""PCL (Li et al. 2021): momentum contrast, and contrast with the centres of clusters."""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clsa import rng
+from clsa.bank import KeyQueue, keys_with_queue
+from clsa.clustering import Clusters
+from clsa.losses import contrast, info_nce, lowest_info_nce, streams
+from clsa.method_options import PCLOptions
+from clsa.methods.method import (
+    Batch,
+    Comparison,
+    Embed,
+    Extent,
+    Landmarks,
+    Method,
+    Output,
+    sum_of,
+)
+from clsa.models import Network, encode_shuffled, momentum_copy, move_towards
+from clsa.options import RunOptions
+from clsa.views import weak_specs
+
+
+class PCL(Method):
+    """MoCo's loss and a prototype term: L = sum_w [ info_nce(q_w, [own key; queue]) + L_P(q_w) ].
+
+    L_P = 1/M sum_m mean_i - log exp(q_i . c_i / phi_i) / sum_c exp(q_i . c / phi_c), where c_i is
+    the centre of the picture's cluster and phi its concentration (`clustering.concentrations`); the
+    sum takes the batch's clusters and `num_negatives` others. There are M clusterings of different
+    size, made anew before each epoch from `warmup_epochs` on, of the key network's projections of
+    centre crops; L_P is 0 before. The divergence of `Stronger` looks at keys and queue.
+
+    Deviations from PCL's code: see `Clusters.compare`; and k-means runs on the CPU of rank 0 while
+    the others wait, which is too slow for the paper's number of clusters on ImageNet.
+    """
+
+    def __init__(self, options: RunOptions, extent: Extent):
+        super().__init__(options, extent)
+        assert isinstance(options.method, PCLOptions)
+        self.options, self.seed = options.method, options.seed
+        self.steps_per_epoch = extent.steps_per_epoch
+        self.view_specs = weak_specs(options.views, keyed=True)
+        num_queries, temperature = len(self.view_specs) - 1, self.options.temperature
+        sizes = [spec.size for spec in self.view_specs]
+        self.network = Network(options.model, options.seed, sizes)
+        self.key_network = momentum_copy(self.network)
+        dim, length = self.network.dim, self.options.queue_size
+        self.queue = KeyQueue(length, dim, options.seed)
+        self.clusterings = nn.ModuleList(
+            Clusters(extent.num_pictures, count, dim, temperature, options.seed + number)
+            for number, count in enumerate(self.options.num_clusters)
+        )
+        floor = num_queries * lowest_info_nce(length + 1, dim, temperature)
+        self.landmarks = Landmarks("contrast", num_queries * math.log(length + 1), floor)
+
+    def before_epoch(self, epoch: int, embed: Embed) -> None:
+        """Cluster the whole set, after the warm-up."""
+        if epoch < self.options.warmup_epochs:
+            return
+        features, numbers = embed(self.key_network), np.arange(len(self.clusterings))
+        draws = rng.uniforms(self.seed, epoch, numbers, rng.CLUSTERS, np.arange(1))[:, 0]
+        for clusters, draw in zip(self.clusterings, draws, strict=True):
+            assert isinstance(clusters, Clusters)
+            clusters.fit(features, int(draw * 2**31))
+
+    def forward(self, batch: Batch) -> Output:
+        """The contrast of every weak query with keys, and with centres of clusters."""
+        key, *weak = batch.views
+        queries = [self.network(view) for view in weak]
+        keys = encode_shuffled(self.key_network, key, self.seed, batch.step)
+        bank, positive, candidates = keys_with_queue(keys, self.queue, batch_negatives=False)
+        compared = streams(queries, bank, self.options.temperature, candidates)
+        losses = {"contrast": contrast(compared, bank, positive)}
+        if batch.step // self.steps_per_epoch >= self.options.warmup_epochs:
+            losses["prototypes"] = self._prototypes(queries, batch)
+        comparison = Comparison(compared, bank, positive, candidates)
+        return Output(losses, keys, [comparison], {})
+
+    def _prototypes(self, queries: list[Float[Tensor, "b D"]], batch: Batch) -> Float[Tensor, ""]:
+        terms = []
+        for number, clusters in enumerate(self.clusterings):
+            assert isinstance(clusters, Clusters)
+            centres = torch.arange(len(clusters.centroids), device=batch.index.device)
+            slot = torch.full((1,), number, device=batch.index.device)
+            draws = rng.uniforms(self.seed, batch.step, centres, rng.NEGATIVES, slot)[:, 0]
+            bank, own, candidates = clusters.compare(batch.index, draws, self.options.num_negatives)
+            terms += [info_nce(query, bank, own, 1.0, candidates) for query in queries]
+        return sum_of(terms) / len(self.clusterings)
+
+    def after_step(self, state: Float[Tensor, "B D"], step: int) -> None:
+        """Move the key network towards the query network, then enqueue the keys just used."""
+        move_towards(self.key_network, self.network, self.options.key_momentum)
+        self.queue.enqueue(state)

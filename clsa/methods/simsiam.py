@@ -1,0 +1,67 @@
+"""SimSiam (Chen and He 2021): predict the same network's projection of the other view."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from clsa import dist
+from clsa.bank import KeyQueue, keys_with_queue, own_rows
+from clsa.losses import cosine_regression
+from clsa.method_options import SimSiamOptions
+from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output, sum_of
+from clsa.models import Network, build_predictor
+from clsa.options import RunOptions
+from clsa.views import weak_specs
+
+
+class SimSiam(Method):
+    """Neither negatives nor a momentum copy: L = -1/2 [cos(p_a, sg z_b) + cos(p_b, sg z_a)].
+
+    z = g(f(view)) and p = h(z) with the predictor h; L is in [-1, 1] (Eq. 1-4). The target held
+    constant keeps the constant solution away; `channel_std` tells: about 1/sqrt(D) when healthy, 0
+    when collapsed. With `stronger`, queries are compared with the other view's z of the batch and a
+    short queue of past ones, since they drift as fast as the weights.
+    """
+
+    def __init__(self, options: RunOptions, extent: Extent):
+        super().__init__(options, extent)
+        assert isinstance(options.method, SimSiamOptions)
+        self.options = options.method
+        self.view_specs = weak_specs(options.views)
+        self.network = Network(options.model, options.seed, [spec.size for spec in self.view_specs])
+        hidden = self.options.predictor_hidden
+        self.predictor = build_predictor(options.model, hidden, "hidden", options.seed + 2)
+        self.fixed_rate = (self.predictor,) if self.options.fixed_predictor_rate else ()
+        self.queue = KeyQueue(self.options.queue_size, self.network.dim, options.seed)
+        self.landmarks = Landmarks("regression", 0.0, -1.0)
+
+    def forward(self, batch: Batch) -> Output:
+        """The mean negative cosine of predictions and the other view's projections."""
+        first, second = (self.network.project(view) for view in batch.views)
+        queries = [self._predict(rows) for rows in (first, second)]
+        keys = [dist.all_gather(F.normalize(rows, dim=1)) for rows in (second, first)]
+        own, pairs = own_rows(len(first), first.device), list(zip(queries, keys, strict=True))
+        terms = sum_of(cosine_regression(query, others[own]) for query, others in pairs)
+        loss = terms / 4 - 1
+        comparisons = [
+            Comparison([query], *keys_with_queue(others, self.queue, True))
+            for query, others in pairs
+        ]
+        return Output({"regression": loss}, keys, comparisons, {"channel_std": spread(keys[0])})
+
+    def after_step(self, state: list[Float[Tensor, "B D"]], step: int) -> None:
+        """Enqueue both views' projections."""
+        for keys in state:
+            self.queue.enqueue(keys)
+
+    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+        """Predictions of unit length."""
+        return self._predict(self.network.project(images))
+
+    def _predict(self, projections: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        return F.normalize(self.predictor(projections).float(), dim=1)
+
+
+def spread(rows: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Standard deviation over unit rows, mean over channels: 1/sqrt(D) at best, 0 if all equal."""
+    return rows.std(0, correction=0).mean()
