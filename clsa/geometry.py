@@ -216,3 +216,35 @@ def affine_nearest(
     source = (row * size + column).masked_fill_(outside, 0).view(batch, 1, -1).long()
     moved = images.view(batch, channels, -1).gather(2, source.expand(-1, channels, -1))
     return moved.view_as(images).masked_fill_(outside[:, None], 0)
+
+
+def jigsaw(
+    images: Float[Tensor, "B 3 S S"], u: Float[Tensor, "B P 3"], grid: int, side: int
+) -> Float[Tensor, "BP 3 side side"]:
+    """Patches of the cells of a grid, in random order (PIRL, Misra and van der Maaten 2020).
+
+    The cells are squares of S // grid pixels from the top left corner on; pixels beyond the last
+    are not used. Place p of a picture shows the cell whose u[p, 2] is the p-th smallest, by a patch
+    at row floor(u[p, 0] (cell - side + 1)) and column floor(u[p, 1] (cell - side + 1)) of it.
+
+    Args:
+        images: any pixels.
+        u: uniforms in [0, 1), three for each of the P = grid^2 places: row, column, order.
+        grid: cells a side.
+        side: of the patches in pixels, at most S // grid.
+
+    Returns:
+        The P patches of the first picture, then those of the second, ...; channels last.
+    """
+    batch, places, _ = u.shape
+    cell = images.shape[-1] // grid
+    if places != grid**2 or not 0 < side <= cell:
+        raise ValueError(f"{grid}^2 places and patches of 1..{cell} needed, got {places}, {side}")
+    shown = u[:, :, 2].argsort(dim=1, stable=True)
+    corner = (u[:, :, :2] * (cell - side + 1)).floor().long()
+    pixel = torch.arange(side, device=images.device)
+    row = (shown // grid * cell + corner[:, :, 0])[:, :, None] + pixel
+    column = (shown % grid * cell + corner[:, :, 1])[:, :, None] + pixel
+    picture = torch.arange(batch, device=images.device)[:, None, None, None]
+    patches = images[picture, :, row[:, :, :, None], column[:, :, None, :]]
+    return patches.flatten(0, 1).permute(0, 3, 1, 2)

@@ -321,3 +321,35 @@ def cosine_regression(prediction: Queries, target: Queries) -> Float[Tensor, ""]
     """
     kind = torch.promote_types(prediction.dtype, torch.float32)
     return (2 - 2 * _dot(prediction, target.detach().to(kind))).mean()
+
+
+def noise_contrastive(
+    query: Queries,
+    own: Queries,
+    sampled: Float[Tensor, "M D"],
+    log_normalizer: Float[Tensor, ""],
+    num_rows: int,
+    temperature: float = 0.07,
+) -> Float[Tensor, ""]:
+    """Noise-contrastive estimation of a softmax over n rows by M of them (Wu et al. 2018, Eq. 5-7).
+
+    P(v | q) = exp(q . v / T) / Z is told from noise of probability 1/n by h = P / (P + M/n):
+    L = mean_i [ -ln h(own_i) - sum_j ln(1 - h(sampled_j)) ]. With a = q . v / T - ln(Z M / n), h is
+    the logistic function of a, so that nothing overflows. Where P = 1/n everywhere,
+    L = ln(1 + M) + M ln(1 + 1/M). Logits of B x M are held, in float32 at least.
+
+    Args:
+        query: (B, D) queries, which alone receive a gradient.
+        own: (B, D) each query's own row.
+        sampled: (M, D) rows drawn from all n with replacement; own ones may be among them.
+        log_normalizer: ln Z, which does not learn.
+        num_rows: n.
+        temperature: T > 0.
+    """
+    kind = torch.promote_types(query.dtype, torch.float32)
+    query, own, sampled = query.to(kind), own.detach().to(kind), sampled.detach().to(kind)
+    shift = log_normalizer.detach() + math.log(len(sampled) / num_rows)
+    with torch.autocast(query.device.type, enabled=False):
+        negatives = query @ sampled.T / temperature - shift
+    positives = _dot(query, own) / temperature - shift
+    return -(F.logsigmoid(positives) + F.logsigmoid(-negatives).sum(1)).mean()

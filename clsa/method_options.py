@@ -164,7 +164,9 @@ class PCLOptions(Config):
     """Number of past keys to compare with."""
     temperature: Positive = 0.2
     """Temperature of the contrast with keys, and mean concentration of the clusters."""
-    num_clusters: tuple[Annotated[int, pydantic.Field(ge=2)], ...] = (25000, 50000, 100000)
+    num_clusters: Annotated[
+        tuple[Annotated[int, pydantic.Field(ge=2)], ...], pydantic.Field(min_length=1)
+    ] = (25000, 50000, 100000)
     """Clusters of each k-means, one run each; the terms are averaged."""
     warmup_epochs: Annotated[int, pydantic.Field(ge=0)] = 20
     """Epochs before the first clustering."""

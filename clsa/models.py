@@ -258,10 +258,10 @@ def mlp(
 
 
 def build_predictor(
-    options: ModelOptions, hidden: int, norm: Literal["hidden", "all"], seed: int
+    options: ModelOptions, dim: int, hidden: int, norm: Literal["hidden", "all"], seed: int
 ) -> nn.Sequential:
     """Two layers (B, D) -> (B, D) with the batch norm of the network's kind (BYOL, SimSiam)."""
-    predictor = mlp((options.projector_dim, hidden, options.projector_dim), norm, seed=seed)
+    predictor = mlp((dim, hidden, dim), norm, seed=seed)
     group_norms(predictor, options.norm_groups)
     return predictor
 

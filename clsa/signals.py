@@ -40,7 +40,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(max_minutes: float | None = None) -> Iterator[Stop]:
-    """Catch TERM, INT, HUP and USR1 while inside; the old handlers come back afterwards."""
+    """Catch TERM, INT, HUP and USR1 while inside; the old handlers come back afterwards.
+
+    Inside another one, what came is passed on to it at the end.
+    """
     stop = Stop(max_minutes)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
@@ -54,3 +57,6 @@ def stop_on_signals(max_minutes: float | None = None) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, Stop):  # a sweep around a run has heard it too
+                outer.signal_name = outer.signal_name or stop.signal_name

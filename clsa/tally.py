@@ -20,6 +20,7 @@ from clsa.folder import RunFolder
 from clsa.grid import Cell, Grid, words
 
 INTERRUPTED = (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)  # later runs would end so too
+NOTE = "note"
 LEGEND = """\
 Mean ± sample standard deviation over the seeds; the best mean of each accuracy is bold.
 Accuracies are top-1 in percent; a gain is the trained minus the random encoder of the same seed.
@@ -193,7 +194,7 @@ def sheet_of(grid: Grid, outcomes: list[Outcome]) -> Sheet:
                 "; ".join(outcome.note for outcome in seeds if outcome.note),
             ]
         )
-    titles = [*axes, *found[0], "seeds", "ms per picture", "pictures seen", "note"]
+    titles = [*axes, *found[0], "seeds", "ms per picture", "pictures seen", NOTE]
     if not any(line[-1] for line in lines):
         titles, lines = titles[:-1], [line[:-1] for line in lines]
     return Sheet(titles, lines, best if len(rows) > 1 else set())
@@ -237,16 +238,17 @@ def markdown(grid: Grid, outcomes: list[Outcome]) -> str:
 
 
 def printed(grid: Grid, outcomes: list[Outcome]) -> Table:
-    """The table for a terminal."""
+    """The table for a terminal, with the notes below it."""
     sheet = sheet_of(grid, outcomes)
+    kept = [name for name in sheet.titles if name != NOTE]
     title = "\n".join(filter(None, [words(grid.name), heading(grid, outcomes)]))
+    notes = "\n".join(f"{outcome.run}: {outcome.note}" for outcome in outcomes if outcome.note)
     table = Table(
-        *(Column(Text(name), overflow="fold") for name in sheet.titles),
-        title=Text(title),
-        title_justify="left",
-    )
+        *(Column(Text(name), overflow="fold") for name in kept),
+        title=Text(title), title_justify="left", caption=Text(notes), caption_justify="left",
+    )  # fmt: skip
     for i, cells in enumerate(sheet.lines):
-        styles = ["bold" if (i, j) in sheet.best else "" for j in range(len(cells))]
+        styles = ["bold" if (i, j) in sheet.best else "" for j in range(len(kept))]
         table.add_row(*map(Text, cells, styles))
     return table
 

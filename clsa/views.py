@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from clsa import color, geometry, rng
+from clsa.errors import ClsaError
 from clsa.host import upload
 from clsa.options import Operations, StrongOptions, ViewOptions, WeakViews
 
@@ -115,13 +116,25 @@ def _scale_at(options: ViewOptions, size: int) -> Scale:
     return low * share, min(high * share, 1.0)
 
 
-def weak_specs(options: ViewOptions, keyed: bool = False) -> list[ViewSpec]:
+def weak_specs(
+    options: ViewOptions, keyed: bool = False, least: int = 1, most: int | None = None
+) -> list[ViewSpec]:
     """The weak views of a step: one of `options.size`, then `weak.sizes`, then `local.sizes`.
 
     Args:
         keyed: the first is named `key`, as in MoCo.
+        least, most: how many a method takes.
+
+    Raises:
+        ClsaError: for fewer before the local ones, or more in all.
     """
     sizes, local = (options.size, *options.weak.sizes), options.local
+    count = len(sizes) + len(local.sizes)
+    if len(sizes) < least or count > (most or count):
+        wanted = f"{least}" if least == most else f"at least {least}"
+        here = f"here are {len(sizes)} (views.size is one) and {len(local.sizes)} local ones"
+        why = f"this method takes {wanted} weak views of a picture, {here}"
+        raise ClsaError("views.weak.sizes", why, "set it, or views.local.sizes, to match")
     named = [
         (f"weak{i - keyed}" if i or not keyed else "key", size) for i, size in enumerate(sizes)
     ]

@@ -132,6 +132,8 @@ def test_a_temperature_of_two_hundredths_stays_finite_in_float32() -> None:
     negatives.rows[:8] = keys  # similarity 1: exp(1 / T) alone would be 5e21
     got = gradient_of(negatives, keys, keys, 0.02)
     assert got.isfinite().all() and got.any()
+    negatives.rows[20:] = 0  # decayed away: nothing has drawn them
+    assert gradient_of(negatives, keys, keys, 0.02).isfinite().all()
 
 
 def test_negatives_are_filled_in_order_before_they_ascend() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from PIL import Image
 
 import clsa
@@ -26,7 +27,8 @@ from clsa.archives import CLIPART
 from clsa.cli import COMMANDS, main
 from clsa.config import Config
 from clsa.errors import Exit
-from clsa.recipes import FULL, NAMES, resolve
+from clsa.method_options import KINDS as METHODS
+from clsa.recipes import RECIPES, resolve
 
 TINY = [
     "--recipe", "clsa-small", "--batch-size", "8", "--max-steps", "2",
@@ -115,7 +117,7 @@ import sys
 from clsa.cli import main
 for args in (["--help"], ["recipes"], ["--version"], ["pretrain", "--recipe", "nope"]):
     main(args)
-for command in ("pretrain", "evaluate", "embed", "pack", "demo", "digest", "recipes"):
+for command in ("pretrain", "evaluate", "embed", "pack", "demo", "sweep", "digest", "recipes"):
     try:
         main([command, "--help"])
     except SystemExit as stop:
@@ -141,19 +143,22 @@ KINDS: dict[str, type[Config]] = {
     "evaluate": options.EvaluateOptions,
     "embed": options.EmbedOptions,
     "pack": options.PackOptions,
+    "sweep": options.SweepOptions,
     "demo": options.DemoOptions,
 }
 
 
 def explained(kind: type[Config]) -> Iterator[tuple[str, str]]:
     """Every option of `kind`, groups opened, with the words below it in the source."""
-    (tree,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(tree, ast.ClassDef)
-    words = {
-        ast.unparse(field.target): ast.literal_eval(below.value)
-        for field, below in itertools.pairwise(tree.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    words: dict[str, str] = {}
+    for base in [*kind.__bases__, kind]:
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(tree, ast.ClassDef)
+        words |= {
+            ast.unparse(field.target): ast.literal_eval(below.value)
+            for field, below in itertools.pairwise(tree.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+        }
     for name, field in kind.model_fields.items():
         if isinstance(field.default, Config):
             yield from explained(type(field.default))
@@ -169,17 +174,46 @@ def test_every_option_is_explained(
     code, out, _ = command(name, "--help")
     shown = "".join(out.replace("│", "").split())
     for option, words in explained(KINDS[name]):
-        flag = "PATH" if option == "run" else option.replace("_", "-")
+        flag = {"run": "PATH", "sweep": "STR"}.get(option, option.replace("_", "-"))
         assert words and "".join(words.split()) in shown and flag in shown, option
     assert code == 0 and (COMMANDS[name].__doc__ or "?") in out
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_a_method_is_explained_with_its_recipes(
+    name: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    recipe = "moco-v2-small" if name == "moco" else f"{name}-small"
+    code, out, _ = command("pretrain", "--recipe", recipe, "--help")
+    shown = "".join(out.replace("│", "").split())
+    assert code == 0
+    for option, words in explained(METHODS[name]):
+        flag = f"--method.{option.replace('_', '-')}"
+        assert words and "".join(words.split()) in shown and flag in shown, option
+    flags = set(re.findall(r"--method\.([a-z-]+)", out))
+    plain = {flag for flag in flags if not flag.startswith("no-")}
+    assert plain == {option.replace("_", "-") for option in METHODS[name].model_fields}
+
+
 def test_recipes_lists_every_recipe_with_its_words(command: Command) -> None:
     code, out, err = command("recipes")
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert code == 0 and err == "" and list(lines) == NAMES
-    assert lines["clsa-paper"] == (FULL["clsa-paper"].__doc__ or "").partition("\n")[0]
-    assert lines["clsa-paper-small"].startswith("clsa-paper at 32 pixels")
+    first = [line.split()[0] for line in out.splitlines() if not line.startswith(" ")]
+    assert code == 0 and err == "" and first == list(RECIPES)
+    for name in ("clsa-paper", "clsa-paper-small"):
+        at = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert at.removeprefix(name).strip() == RECIPES[name].text
+
+
+def test_a_recipe_shows_what_it_sets(command: Command) -> None:
+    code, out, err = command("recipes", "clsa-paper-small")
+    assert code == 0 and err == "" and out.startswith("clsa-paper-small ")
+    shown = yaml.safe_load(out.partition("\n\n")[2])
+    again = resolve({**shown, "recipe": "moco-v2-small"})
+    wanted = resolve({"recipe": "clsa-paper-small"})
+    assert again.model_copy(update={"recipe": "clsa-paper-small"}) == wanted
+    code, text = refusal(command("recipes", "clsa-papr"))
+    assert code == Exit.USAGE and "did you mean clsa-paper?" in text
 
 
 # ---- bad input: one line, the right code, nothing written
@@ -310,6 +344,11 @@ def test_output_that_cannot_be_a_folder(
         (("--model.encoder", "resnet5o"), "did you mean resnet50?"),
         (("--model.encoder", "vit_tiny_patch16_224", "--model.small-stem"), "is not a ResNet"),
         (("--recipe", "clsa-smal"), "recipe clsa-smal - no such recipe - did you mean clsa-small?"),
+        (
+            ("--method.name", "swav"),
+            "method.name swav - clsa-small is a recipe of moco - choose "
+            "another --recipe, perhaps swav-small",
+        ),
     ],
 )
 def test_what_this_machine_or_package_has_not(
@@ -347,9 +386,14 @@ def test_unknown_commands_are_refused_with_the_nearest(command: Command) -> None
         (("pretrain", "--optim.lr", "fast"), "--optim.lr"),
         (("pretrain", "--optim.lr", "nan"), "finite number"),
         (("pretrain", "--optim.lr", "-1"), "greater than 0"),
-        (("pretrain", "--recipe", "moco-v2-small", "--views.strong.sizes", "32"), "moco takes no"),
+        (("pretrain", "--views.strong.sizes", "32"), "--strong.sizes"),
+        (("pretrain", "--strong.sizes"), "--stronger needs strong views"),
+        (("pretrain", "--recipe", "swav-small", "--method.epsilom", "1"), "--method.epsilon FLOAT"),
+        (("pretrain", "--recipe", "swav-small", "--method.epsilon", "-1"), "greater than 0"),
+        (("pretrain", "--method.epsilon", "1"), "Unrecognized options"),
         (("digest",), "Run folder"),
-        (("recipes", "x"), "Unrecognized"),
+        (("recipes", "x", "y"), "Unrecognized"),
+        (("sweep",), "YAML file of a grid"),
         (("evaluate", "run", "--protocols", "knm"), "knn"),
     ],
 )

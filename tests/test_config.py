@@ -8,8 +8,9 @@ import pytest
 
 from clsa.config import MAX_YAML_BYTES, flatten, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
+from clsa.method_options import KINDS
 from clsa.options import EmbedOptions, EvaluateOptions, OptimOptions, RunOptions
-from clsa.recipes import NAMES, resolve
+from clsa.recipes import RECIPES, resolve
 
 
 def written(path: Path, text: str | bytes) -> Path:
@@ -30,7 +31,7 @@ def refusal(path: Path, text: str | bytes) -> tuple[str, Exit]:
 # ---- there and back
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_config_yaml_gives_back_the_same_options(name: str, tmp_path: Path) -> None:
     options = resolve({"recipe": name, "out": str(tmp_path / "run"), "max_minutes": 0.5})
     file = written(tmp_path / "config.yaml", options.to_yaml())
@@ -89,6 +90,20 @@ def test_plain_words_stay_words(tmp_path: Path) -> None:
         ("optimm: {lr: 1}", ": optimm - no such setting - did you mean optim?"),
         ("epoch: 1", ": epoch - no such setting - did you mean epochs?"),
         ("zzzzzz: 1", ": zzzzzz - no such setting - see --help for the names"),
+        ("method: {queuesize: 1}",
+         ": method.queuesize - no such setting - did you mean method.queue_size?"),
+        ("recipe: swav-small\nmethod: {epsilom: 1}",
+         ": method.epsilom - no such setting - did you mean method.epsilon?"),
+        ("recipe: adco-small\nmethod: {name: adco, negative_rate: 1}",
+         ": method.negative_rate - no such setting - did you mean method.negative_lr?"),
+        ("recipe: simclr-small\nmethod: {queue_size: 9}",
+         ": method.queue_size - no such setting - did you mean method.temperature?"),
+        ("strong: {target_temperatur: 1}",
+         ": strong.target_temperatur - no such setting - did you mean strong.target_temperature?"),
+        ("views: {strong: {sizes: [8]}}",
+         ": views.strong - no such setting - did you mean strong?"),
+        ("views: {weak: {ops: {round: 2}}}",
+         ": views.weak.ops.round - no such setting - did you mean views.weak.ops.rounds?"),
     ],
 )  # fmt: skip
 def test_unknown_names_are_refused_with_the_nearest(text: str, said: str, tmp_path: Path) -> None:
@@ -121,10 +136,17 @@ def test_unknown_names_are_refused_with_the_nearest(text: str, said: str, tmp_pa
         ("views: {weak: {jitter: [0, 0, 0, 0.6]}}", "views.weak.jitter.3",
          "Input should be less than or equal to 0.5"),
         ("method: {bank: cue}", "method.bank", "Input should be 'queue' or 'batch+queue'"),
-        ("method: {name: moco}", "settings",
-         "moco takes no views.strong.sizes: leave them empty, or choose clsa"),
-        ("views: {strong: {sizes: []}}", "settings",
-         "clsa needs strong views: set views.strong.sizes"),
+        ("recipe: swav-small\nmethod: {epsilon: -1}", "method.epsilon",
+         "Input should be greater than 0"),
+        ("recipe: pcl-small\nmethod: {num_clusters: [1]}", "method.num_clusters.0",
+         "Input should be greater than or equal to 2"),
+        ("strong: {sizes: []}", "settings", "--stronger needs strong views: set strong.sizes"),
+        ("strong: {target: keys}", "strong.target", "Input should be 'query', 'key' or 'one-hot'"),
+        ("views: {weak: {blur: 1.5}}", "views.weak.blur.0",
+         "Input should be less than or equal to 1"),
+        ("views: {weak: {blur: '0.5'}}", "views.weak.blur", "expected float, got '0.5'"),
+        ("views: {weak: {blur: true}}", "views.weak.blur", "expected float, got True"),
+        ("views: {weak: {solarize: [0.1, no]}}", "views.weak.solarize", "expected float, got 'no'"),
         ("views: 3", "views", "Input should be a valid dictionary or instance of ViewOptions"),
         ("1: 2", "1", "Keys should be strings"),
     ],
@@ -161,6 +183,40 @@ def test_files_that_are_no_plain_mapping(text: str | bytes, why: str, tmp_path: 
     assert message.startswith(f" - {why} - ") and code == Exit.USAGE
 
 
+def test_an_unknown_method_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    message, code = refusal(tmp_path, "method: {name: mocco}")
+    assert message.startswith(": method.name mocco - ") and code == Exit.USAGE
+    file = written(tmp_path / "c.yaml", "method: {name: mocco}")
+    with pytest.raises(ClsaError) as caught:
+        RunOptions.parse(read_yaml(file), "file")
+    text = str(caught.value)
+    assert text.startswith("file: method - ") and "mocco" in text
+    assert all(name in text for name in KINDS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_method_has_its_own_options_by_name(name: str) -> None:
+    options = RunOptions.parse({"method": {"name": name}}, "test")
+    assert type(options.method) is KINDS[name] and options.method.name == name
+    names = set(flatten(RunOptions.example({"method": {"name": name}})))
+    assert {n.removeprefix("method.") for n in names if n.startswith("method.")} == set(
+        KINDS[name].model_fields
+    )
+    with pytest.raises(ClsaError, match=r"^test: method\.zz - no such setting - "):
+        RunOptions.parse({"method": {"name": name, "zz": 1}}, "test")
+
+
+def test_without_a_name_the_method_is_moco() -> None:
+    options = RunOptions.parse({"method": {"queue_size": 9}}, "test")
+    assert type(options.method) is KINDS["moco"] and options.method == KINDS["moco"](queue_size=9)
+
+
+def test_one_number_holds_for_all_views() -> None:
+    for given, wanted in ((0.25, (0.25,)), (1, (1.0,)), ([0.5, 0], (0.5, 0.0))):
+        weak = resolve({"views": {"weak": {"blur": given, "solarize": given}}}).views.weak
+        assert weak.blur == weak.solarize == wanted
+
+
 def test_a_missing_file_and_a_folder_are_missing_input(tmp_path: Path) -> None:
     for path, why in ((tmp_path / "no.yaml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(ClsaError, match=why) as caught:
@@ -193,7 +249,8 @@ def test_kinds_hold_in_python_too() -> None:
 
 def test_flatten_gives_dotted_names_of_every_field() -> None:
     values = flatten(resolve({}))
-    assert values["views.strong.pool"] == "official" and values["optim.lr"] == 0.06
+    assert values["strong.pool"] == "official" and values["optim.lr"] == 0.06
+    assert values["views.weak.ops.rounds"] == 0 and values["method.queue_size"] == 4096
     assert not any(isinstance(value, pydantic.BaseModel) for value in values.values())
     assert "views.weak.jitter" in flatten(RunOptions.model_construct())
     for kind in (EvaluateOptions, EmbedOptions):

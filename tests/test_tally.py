@@ -118,8 +118,10 @@ def test_odd_signs_stay_what_they_are() -> None:
         line for line in text.splitlines() if line.startswith("| \\[bold\\]a") and "1.00" in line
     ]
     assert line.startswith("| \\[bold\\]a\\|b\\*c\\_d\\`\\<e\\> | 1.00 |")
+    outcomes.append(blank("y", 1).model_copy(update={"row": {odd: "y"}}))
     told = io.StringIO()
     Console(width=200, file=told).print(printed(grid, outcomes))
+    assert "a-y_seed-1: seed 1 not run yet" in told.getvalue() and "note" not in told.getvalue()
     assert told.getvalue().count(odd) == 2 and "[red]|" in told.getvalue()
 
 

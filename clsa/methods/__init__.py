@@ -2,14 +2,18 @@
 
 from clsa.methods.adco import AdCo
 from clsa.methods.byol import BYOL
+from clsa.methods.dino import DINO
+from clsa.methods.instdisc import InstDisc
 from clsa.methods.method import Extent, Method
 from clsa.methods.moco import MoCo
 from clsa.methods.moco_v3 import MoCoV3
 from clsa.methods.pcl import PCL
+from clsa.methods.pirl import PIRL
 from clsa.methods.simclr import SimCLR
 from clsa.methods.simsiam import SimSiam
 from clsa.methods.stronger import Stronger
 from clsa.methods.supervised import Supervised
+from clsa.methods.swav import SwAV
 from clsa.options import RunOptions
 
 METHODS: dict[str, type[Method]] = {
@@ -17,9 +21,13 @@ METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
     "byol": BYOL,
     "simsiam": SimSiam,
+    "swav": SwAV,
     "adco": AdCo,
+    "instdisc": InstDisc,
+    "pirl": PIRL,
     "pcl": PCL,
     "moco-v3": MoCoV3,
+    "dino": DINO,
     "supervised": Supervised,
 }
 

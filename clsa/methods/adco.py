@@ -33,7 +33,7 @@ class AdCo(Method):
         super().__init__(options, extent)
         assert isinstance(options.method, AdCoOptions)
         self.options, self.seed = options.method, options.seed
-        self.view_specs = weak_specs(options.views, keyed=True)
+        self.view_specs = weak_specs(options.views, keyed=True, least=2)
         num_queries = len(self.view_specs) - 1
         sizes = [spec.size for spec in self.view_specs]
         self.network = Network(options.model, options.seed, sizes)

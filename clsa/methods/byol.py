@@ -30,10 +30,12 @@ class BYOL(Method):
         super().__init__(options, extent)
         assert isinstance(options.method, BYOLOptions)
         self.options, self.num_steps = options.method, extent.num_steps
-        self.view_specs = weak_specs(options.views)
+        self.view_specs = weak_specs(options.views, least=2, most=2)
         self.network = Network(options.model, options.seed, [spec.size for spec in self.view_specs])
         hidden = self.options.predictor_hidden
-        self.predictor = build_predictor(options.model, hidden, "hidden", options.seed + 2)
+        self.predictor = build_predictor(
+            options.model, self.network.dim, hidden, "hidden", options.seed + 2
+        )
         self.key_network = momentum_copy(self.network)
         self.queue = KeyQueue(self.options.queue_size, self.network.dim, options.seed)
         self.landmarks = Landmarks("regression", 4.0, 0.0)

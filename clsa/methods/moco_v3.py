@@ -33,13 +33,15 @@ class MoCoV3(Method):
         super().__init__(options, extent)
         assert isinstance(options.method, MoCoV3Options)
         self.options, self.num_steps = options.method, extent.num_steps
-        self.view_specs = weak_specs(options.views)
+        self.view_specs = weak_specs(options.views, least=2, most=2)
         self.network = Network(options.model, options.seed, [spec.size for spec in self.view_specs])
         patches = getattr(self.network.encoder, "patch_embed", None)
         if self.options.freeze_patches and isinstance(patches, nn.Module):
             patches.requires_grad_(False)
         hidden, norm = self.options.predictor_hidden, self.options.predictor_norm
-        self.predictor = build_predictor(options.model, hidden, norm, options.seed + 2)
+        self.predictor = build_predictor(
+            options.model, self.network.dim, hidden, norm, options.seed + 2
+        )
         self.key_network = momentum_copy(self.network)
         self.queue = KeyQueue(self.options.queue_size, self.network.dim, options.seed)
         count, temperature = options.batch_size, self.options.temperature

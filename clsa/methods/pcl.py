@@ -45,7 +45,7 @@ class PCL(Method):
         assert isinstance(options.method, PCLOptions)
         self.options, self.seed = options.method, options.seed
         self.steps_per_epoch = extent.steps_per_epoch
-        self.view_specs = weak_specs(options.views, keyed=True)
+        self.view_specs = weak_specs(options.views, keyed=True, least=2)
         num_queries, temperature = len(self.view_specs) - 1, self.options.temperature
         sizes = [spec.size for spec in self.view_specs]
         self.network = Network(options.model, options.seed, sizes)

@@ -27,7 +27,7 @@ class SimCLR(Method):
         super().__init__(options, extent)
         assert isinstance(options.method, SimCLROptions)
         self.options = options.method
-        self.view_specs = weak_specs(options.views)
+        self.view_specs = weak_specs(options.views, least=2, most=2)
         self.network = Network(options.model, options.seed, [spec.size for spec in self.view_specs])
         count = 2 * options.batch_size - 1
         floor = lowest_info_nce(count, self.network.dim, self.options.temperature)

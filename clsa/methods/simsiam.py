@@ -27,10 +27,12 @@ class SimSiam(Method):
         super().__init__(options, extent)
         assert isinstance(options.method, SimSiamOptions)
         self.options = options.method
-        self.view_specs = weak_specs(options.views)
+        self.view_specs = weak_specs(options.views, least=2, most=2)
         self.network = Network(options.model, options.seed, [spec.size for spec in self.view_specs])
         hidden = self.options.predictor_hidden
-        self.predictor = build_predictor(options.model, hidden, "hidden", options.seed + 2)
+        self.predictor = build_predictor(
+            options.model, self.network.dim, hidden, "hidden", options.seed + 2
+        )
         self.fixed_rate = (self.predictor,) if self.options.fixed_predictor_rate else ()
         self.queue = KeyQueue(self.options.queue_size, self.network.dim, options.seed)
         self.landmarks = Landmarks("regression", 0.0, -1.0)

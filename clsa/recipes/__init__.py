@@ -60,4 +60,4 @@ def described(name: str) -> str:
     published = f"published: {recipe.published}" if recipe.published else "nothing published"
     measured = f"measured: {recipe.measured}" if recipe.measured else "not measured here"
     lines = [recipe.text, f"values: {recipe.source}; {cost}", f"{published}; {measured}"]
-    return f"{name:27}" + ("\n" + " " * 27).join(lines)
+    return f"{name:28}" + ("\n" + " " * 28).join(lines)

@@ -54,7 +54,7 @@ _CHANGES: dict[str, Overrides] = {
     },
     "pcl": merge(
         _QUEUE,
-        {"method": {"num_clusters": (50, 100, 200), "warmup_epochs": 1, "num_negatives": 64}},
+        {"method": {"num_clusters": (50, 100, 200), "warmup_epochs": 2, "num_negatives": 64}},
     ),
     "moco-v3": {
         "model": {"projector_dim": 128},
