@@ -237,7 +237,7 @@ def test_a_recipe_can_be_asked_for_twice_and_gives_the_same() -> None:
 def test_every_recipe_says_what_it_is_whose_it_is_what_it_costs_and_whether_measured(
     name: str,
 ) -> None:
-    first, values, status = (line[27:] for line in described(name).splitlines())
+    first, values, status = (line[28:] for line in described(name).splitlines())
     assert len(first) > 20 and first.endswith(".")
     assert values.startswith("values: ") and " epochs of batch " in values and "pixels" in values
     assert "not measured here" in status or "measured: " in status

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clsa.errors import ClsaError
-from clsa.losses import Divergence, Stream, contrast, divergence, streams
+from clsa.losses import Stream, contrast, divergence, streams
 from clsa.methods.method import Batch, Comparison, Embed, Extent, Method, Output, sum_of
 from clsa.models import Network
 from clsa.options import RunOptions
@@ -45,43 +45,38 @@ class Stronger(Method):
         num_weak = len(self.base.view_specs)
         output = self.base(batch._replace(views=batch.views[:num_weak]))
         strong = [self.base.query(view) for view in batch.views[num_weak:]]
-        one_hot = self.options.target == "one-hot"
-        compare = self._contrast if one_hot else self._diverge
-        terms = [compare(strong, comparison) for comparison in output.comparisons]
-        loss = self.options.beta / len(terms) * sum_of(term.divergence for term in terms)
-        metrics = {} if one_hot else {
-            "target_entropy": torch.stack([term.target_entropy for term in terms]).mean(),
-            "kl": torch.stack([term.kl for term in terms]).mean(),
-        }  # fmt: skip
-        name = "strong_contrast" if one_hot else "divergence"
-        return Output(
-            {**output.losses, name: loss}, output.state, [], {**output.metrics, **metrics}
+        losses, metrics = zip(
+            *(self._compare(strong, comparison) for comparison in output.comparisons), strict=True
         )
+        name = "strong_contrast" if self.options.target == "one-hot" else "divergence"
+        added = {name: self.options.beta / len(losses) * sum_of(losses)}
+        means = {key: torch.stack([each[key] for each in metrics]).mean() for key in metrics[0]}
+        return Output({**output.losses, **added}, output.state, [], {**output.metrics, **means})
 
-    def _diverge(self, strong: list[Tensor], comparison: Comparison) -> Divergence:
-        bank, candidates = comparison.bank, comparison.candidates
-        queries = comparison.queries
-        if self.options.target == "key":
-            queries = [bank[self._positive(comparison)]]
-        targets = [
-            query.at(self.options.target_temperature, bank, candidates)
-            if isinstance(query, Stream)
-            else streams([query.detach()], bank, self.options.target_temperature, candidates)[0]
-            for query in queries
-        ]
-        predicted = streams(strong, bank, self.options.temperature, candidates)
-        found = divergence(targets, predicted)
-        mean = self.options.reduce == "mean"
-        return found._replace(
-            divergence=found.divergence / (len(targets) * len(predicted) if mean else 1)
-        )
-
-    def _contrast(self, strong: list[Tensor], comparison: Comparison) -> Divergence:
-        bank, candidates = comparison.bank, comparison.candidates
-        predicted = streams(strong, bank, self.options.temperature, candidates)
-        loss = contrast(predicted, bank, self._positive(comparison))
-        none = loss.detach() * 0
-        return Divergence(loss, none, none)
+    def _compare(
+        self, strong: list[Tensor], comparison: Comparison
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """L_D over one bank, and its metrics."""
+        options, (queries, bank, _, candidates) = self.options, comparison
+        predicted = streams(strong, bank, options.temperature, candidates)
+        if options.target == "one-hot":
+            loss, num_pairs = contrast(predicted, bank, self._positive(comparison)), len(predicted)
+            metrics: dict[str, Tensor] = {}
+        else:
+            if options.target == "key":
+                queries = [bank[self._positive(comparison)]]
+            targets = [
+                query.at(options.target_temperature, bank, candidates)
+                if isinstance(query, Stream)
+                else streams([query.detach()], bank, options.target_temperature, candidates)[0]
+                for query in queries
+            ]
+            loss, entropy, kl = divergence(targets, predicted)
+            num_pairs, metrics = (
+                len(targets) * len(predicted),
+                {"target_entropy": entropy, "kl": kl},
+            )
+        return loss / (num_pairs if options.reduce == "mean" else 1), metrics
 
     def _positive(self, comparison: Comparison) -> Tensor:
         if comparison.positive is None:
