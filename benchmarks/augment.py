@@ -38,7 +38,7 @@ def scaled(recipe: str, size: int) -> dict[str, Any]:
     factor = size // 32
     many = recipe == "clsa-multi-small"
     sides = tuple(factor * side for side in ((32, 28, 24, 20, 16) if many else (32,)))
-    return {"views": {"size": size, "weak": {"sizes": sides}, "strong": {"sizes": sides}}}
+    return {"views": {"size": size, "weak": {"sizes": sides}}, "strong": {"sizes": sides}}
 
 
 def shares(source: Source, batch: int, repeats: int) -> Iterable[Row]:
@@ -66,7 +66,7 @@ def kornia_weak(views: ViewOptions, size: int, cropping: str) -> nn.Module:
         augmentation.RandomResizedCrop((size, size), scale=views.scale, cropping_mode=cropping),
         augmentation.ColorJitter(*weak.jitter, p=weak.jitter_probability),
         augmentation.RandomGrayscale(p=weak.grayscale),
-        augmentation.RandomGaussianBlur((BLUR_TAPS, BLUR_TAPS), sigmas, p=weak.blur),
+        augmentation.RandomGaussianBlur((BLUR_TAPS, BLUR_TAPS), sigmas, p=weak.blur[0]),
         augmentation.RandomHorizontalFlip(p=weak.flip),
         augmentation.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
     )
@@ -80,7 +80,7 @@ def torchvision_weak(views: ViewOptions, size: int) -> v2.Compose:
             v2.RandomResizedCrop(size, scale=views.scale, antialias=True),
             v2.RandomApply([v2.ColorJitter(*weak.jitter)], p=weak.jitter_probability),
             v2.RandomGrayscale(weak.grayscale),
-            v2.RandomApply([v2.GaussianBlur(BLUR_TAPS, sigmas)], p=weak.blur),
+            v2.RandomApply([v2.GaussianBlur(BLUR_TAPS, sigmas)], p=weak.blur[0]),
             v2.RandomHorizontalFlip(weak.flip),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(MEAN, STD),
@@ -106,7 +106,6 @@ def weak_recipe(source: Pictures, batch: int, repeats: int) -> Iterable[Row]:
     for size in SIZES:
         values: dict[str, Any] = {**scaled("moco-v2-small", size), "batch_size": batch}
         values["views"]["weak"]["blur"] = 0.5
-        values["views"]["strong"] = {"sizes": ()}
         drive = Drive("moco-v2-small", few, slice(1, 2), **values)
         options = drive.options.views
         theirs = torchvision_weak(options, size)

@@ -16,8 +16,8 @@ from clsa.folder import RunFolder
 from clsa.host import keep_freed_memory
 from clsa.intake import open_source
 from clsa.journal import Journal
-from clsa.methods import METHODS
-from clsa.methods.method import Batch
+from clsa.methods import build_method
+from clsa.methods.method import Batch, Extent
 from clsa.models import autocast
 from clsa.optim import build_optimizer
 from clsa.options import RunOptions
@@ -58,23 +58,23 @@ class Drive:
         self.device, self.batch_size = device, options.batch_size
         self.source = source or open_source(options.data.data, "train", options.data)
         self.order = Order(len(self.source), options.batch_size, options.seed)
-        self.method = METHODS[options.method.name](options).to(device)
-        optimizer = build_optimizer(self.method, options.optim)
+        steps = self.order.steps_per_epoch
+        extent = Extent(len(self.source), len(self.source.classes), steps, steps * options.epochs)
+        self.method = build_method(options, extent).to(device)
+        optimizer = build_optimizer(self.method, options.optim, self.method.fixed_rate)
         self.state = State(self.method, optimizer, "", RunFolder(options.out))
-        self.run = Run(options, device, self.order.steps_per_epoch, Stop())
+        self.run = Run(options, device, steps, Stop())
         self.model = parallel(self.method, options)
-        flip = options.views.weak.flip
         self.specs = self.method.view_specs[chosen]
         self.batches = data.batches(
-            self.source, self.specs, flip, self.order, 0, LAST_STEP, device, options.data
+            self.source, self.specs, self.order, 0, LAST_STEP, device, options.data
         )
         self.journal: Journal | None = None
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
         self.state.folder = RunFolder(Path(self.stack.enter_context(TemporaryDirectory())))
-        marks = (self.method.chance, self.method.floor)
-        steps = self.run.steps_per_epoch
+        marks, steps = self.method.landmarks, self.run.steps_per_epoch
         journal = Journal(self.state.folder, 0, LAST_STEP, steps, marks, speaks=True)
         journal.console.quiet = True
         self.journal = self.stack.enter_context(journal)

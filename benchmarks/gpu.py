@@ -32,11 +32,11 @@ from clsa.errors import ClsaError
 from clsa.host import num_cores
 from clsa.intake import open_source
 from clsa.losses import contrast_and_divergence
-from clsa.options import DataOptions, MethodOptions, StrongViews, ViewOptions, WeakViews
+from clsa.options import DataOptions, StrongOptions, ViewOptions, WeakViews
 from clsa.sources import Pictures, Source
 from clsa.streamed import PREFETCH
 from clsa.train import make_views
-from clsa.views import pixels, sample, view_specs
+from clsa.views import ViewSpec, pixels, sample, strong_specs, weak_specs
 from tests.reference import written_out
 
 WISH = 2_000.0
@@ -234,12 +234,13 @@ def kinds(bench: Bench, size: int) -> Rows:
     crops = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator)
     crops = crops.to(bench.device).contiguous(memory_format=torch.channels_last)
     for told, weak in chosen.items():
-        options = ViewOptions(size=size, weak=WeakViews(sizes=(size,), **weak),
-                              strong=StrongViews(sizes=(size,)))  # fmt: skip
-        spec = view_specs(options, MethodOptions())[-1 if "strong" in told else 1]
+        options = ViewOptions(size=size, weak=WeakViews(sizes=(size,), **weak))
+        spec = weak_specs(options)[1]
+        if "strong" in told:
+            (spec,) = strong_specs(options, StrongOptions(sizes=(size,)), 2)
 
-        def once(options: ViewOptions = options, spec=spec) -> object:
-            return pixels(crops, sample(options, spec, 0, 0, np.arange(batch)), options, spec)
+        def once(spec: ViewSpec = spec) -> object:
+            return pixels(crops, sample(spec, 0, 0, np.arange(batch)), spec)
 
         (ms,) = bench.times(once)
         yield Row(f"one view of {size}, batch 256: {told}", ms, unit="ms")

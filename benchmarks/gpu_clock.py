@@ -16,7 +16,7 @@ from benchmarks.drive import Drive
 from benchmarks.report import Row
 from clsa import train
 from clsa.bank import KeyQueue
-from clsa.methods import clsa, moco
+from clsa.methods import moco, stronger
 
 WARM_UP, LEAST, MOST = 3, 5, 50
 
@@ -100,8 +100,10 @@ class Spans:
             (drive, "next_crops", "crops"),
             (train, "make_views", "views"),
             (moco, "encode_shuffled", "keys: shuffle and encoder"),
-            (moco, "info_nce", "contrastive loss, forward"),
-            (clsa, "contrast_and_divergence", "both losses, forward"),
+            (moco, "streams", "contrastive loss, forward"),
+            (moco, "contrast", "contrastive loss, forward"),
+            (stronger, "streams", "divergence, forward"),
+            (stronger, "divergence", "divergence, forward"),
             (torch.nn.utils, "get_total_norm", "gradient norm"),
             (train, "require_finite", "the host's look at the loss"),
             (optimizer, "step", "optimiser"),

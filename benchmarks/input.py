@@ -60,7 +60,7 @@ class Pillows:
 
     def __init__(self, folder: Path, ours: Drive):
         self.paths = sorted(folder.glob("*.jpg"))
-        self.views = plain_views.Views(ours.options.views, ours.specs)
+        self.views = plain_views.Views(ours.specs)
         self.batch, self.done = ours.batch_size, 0
 
     def _next(self) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.plain_clsa import endless
+from clsa.method_options import MoCoOptions
 from clsa.models import build_encoder, feature_dim
 from clsa.options import RunOptions
 
@@ -37,7 +38,7 @@ class LightlyMoCo:
     """
 
     def __init__(self, options: RunOptions, folder: Path, workers: int, fast: bool):
-        self.options, self.fast, model = options, fast, options.model
+        self.fast, model = fast, options.model
         layout = torch.channels_last if fast else torch.contiguous_format
         self.backbone = build_encoder(model, 0).to(memory_format=layout)
         width = feature_dim(self.backbone)
@@ -45,6 +46,8 @@ class LightlyMoCo:
         self.key_backbone, self.key_head = copy.deepcopy(self.backbone), copy.deepcopy(self.head)
         deactivate_requires_grad(self.key_backbone)
         deactivate_requires_grad(self.key_head)
+        assert isinstance(options.method, MoCoOptions)
+        self.key_momentum = options.method.key_momentum
         bank = (options.method.queue_size, model.projector_dim)
         self.criterion = NTXentLoss(options.method.temperature, memory_bank_size=bank)
         optim, both = options.optim, nn.ModuleList([self.backbone, self.head])
@@ -57,7 +60,7 @@ class LightlyMoCo:
             cj_prob=weak.jitter_probability,
             min_scale=options.views.scale[0],
             random_gray_scale=weak.grayscale,
-            gaussian_blur=weak.blur,
+            gaussian_blur=weak.blur[0],
             hf_prob=weak.flip,
         )
         data = LightlyDataset(str(folder), transform=transform)
@@ -67,9 +70,8 @@ class LightlyMoCo:
     def step(self) -> None:
         """One whole step, waiting for its data included."""
         (query_view, key_view), _, _ = next(self.batches)
-        momentum = self.options.method.key_momentum
-        update_momentum(self.backbone, self.key_backbone, momentum)
-        update_momentum(self.head, self.key_head, momentum)
+        update_momentum(self.backbone, self.key_backbone, self.key_momentum)
+        update_momentum(self.head, self.key_head, self.key_momentum)
         self.loss(query_view, key_view).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

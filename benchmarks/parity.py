@@ -10,7 +10,7 @@ operations a view gets over 10,000 views.
 import numpy as np
 
 from clsa import views
-from clsa.options import MethodOptions, StrongViews, ViewOptions
+from clsa.options import StrongOptions, ViewOptions
 from tests.reference_pillow import parity
 
 NUM_DRAWS, NUM_VIEWS = 1_000, 10_000
@@ -29,9 +29,8 @@ def main() -> None:
     print("\n| pool | operations a view | none applied | none but Identity |")
     print("|---|---|---|---|")
     for pool in ("paper", "official"):
-        options = ViewOptions(strong=StrongViews(sizes=(96,), pool=pool))
-        spec = views.view_specs(options, MethodOptions())[-1]
-        params = views.sample(options, spec, seed=0, epoch=0, index=np.arange(NUM_VIEWS))
+        (spec,) = views.strong_specs(ViewOptions(), StrongOptions(pool=pool), first_view=2)
+        params = views.sample(spec, seed=0, epoch=0, index=np.arange(NUM_VIEWS))
         changing = params.applied & (np.array(views.POOLS[pool])[params.ops] != "Identity")
         none_applied, none_changing = (~params.applied).all(1).mean(), (~changing).all(1).mean()
         mean = params.applied.sum(1).mean()

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from benchmarks import plain_views
-from clsa.models import Projector, build_encoder, feature_dim
+from clsa.method_options import MoCoOptions
+from clsa.models import build_encoder, feature_dim, mlp
 from clsa.options import RunOptions
-from clsa.views import view_specs
+from clsa.views import strong_specs, weak_specs
 from tests.reference import written_out
 
 
@@ -35,20 +36,23 @@ class PlainCLSA(nn.Module):
 
     def __init__(self, options: RunOptions, folder: Path, workers: int):
         super().__init__()
-        self.options, model = options, options.model
+        assert isinstance(options.method, MoCoOptions)
+        self.method, model = options.method, options.model
         encoder = build_encoder(model, 0).to(memory_format=torch.contiguous_format)
         width, dim = feature_dim(encoder), model.projector_dim
-        sizes = (model.projector_hidden, dim, model.projector_layers)
-        self.network = nn.Sequential(encoder, Projector(width, *sizes))
+        hidden = [model.projector_hidden] * (model.projector_layers - 1)
+        self.network = nn.Sequential(encoder, mlp([width, *hidden, dim]))
         self.key_network = copy.deepcopy(self.network).requires_grad_(False)
-        rows = torch.randn(options.method.queue_size, dim)
+        rows = torch.randn(self.method.queue_size, dim)
         self.register_buffer("queue", F.normalize(rows, dim=1))
         self.pointer = 0
         optim = options.optim
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay
         )
-        views = plain_views.Views(options.views, view_specs(options.views, options.method))
+        specs = weak_specs(options.views, keyed=True)
+        specs += strong_specs(options.views, options.strong, len(specs))
+        views = plain_views.Views(specs)
         data = ImageFolder(str(folder), views, loader=plain_views.load)
         self.batches = endless(
             DataLoader(data, options.batch_size, True, num_workers=workers, drop_last=True)
@@ -57,7 +61,7 @@ class PlainCLSA(nn.Module):
     def step(self) -> None:
         """One whole step, waiting for its data included."""
         (key_view, weak_view, strong_view), _ = next(self.batches)
-        momentum = self.options.method.key_momentum
+        momentum = self.method.key_momentum
         with torch.no_grad():
             pairs = zip(self.key_network.parameters(), self.network.parameters(), strict=True)
             for key_weight, weight in pairs:
@@ -80,7 +84,7 @@ class PlainCLSA(nn.Module):
             order = torch.randperm(len(key_view))
             shuffled = F.normalize(self.key_network(key_view[order]), dim=1)
             keys = shuffled[torch.argsort(order)]
-        bank, temperature = torch.cat([keys, self.queue]), self.options.method.temperature
+        bank, temperature = torch.cat([keys, self.queue]), self.method.temperature
         return written_out([weak], [strong], bank, torch.arange(len(keys)), temperature), keys
 
 

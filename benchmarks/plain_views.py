@@ -11,7 +11,6 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 
-from clsa.options import ViewOptions
 from clsa.views import MAX_SIGMA, MEAN, MIN_SIGMA, STD, ViewSpec
 from tests.reference_pillow import operate
 
@@ -61,16 +60,16 @@ class Rounds:
         return image
 
 
-def view(options: ViewOptions, spec: ViewSpec) -> View:
+def view(spec: ViewSpec) -> View:
     """The recipe of one view as transforms of a Pillow picture (the official pool)."""
-    weak, strong = options.weak, options.strong
+    weak, ops = spec.weak, spec.ops
     steps = [
         transforms.RandomResizedCrop(spec.size, scale=spec.scale),
         transforms.RandomApply([transforms.ColorJitter(*weak.jitter)], p=weak.jitter_probability),
         transforms.RandomGrayscale(weak.grayscale),
-        *([transforms.RandomApply([Blur()], p=weak.blur)] if weak.blur else []),
+        *([transforms.RandomApply([Blur()], p=spec.blur)] if spec.blur else []),
         transforms.RandomHorizontalFlip(weak.flip),
-        *([Rounds(strong.rounds, strong.probability)] if spec.strong else []),
+        *([Rounds(ops.rounds, ops.probability)] if ops.rounds else []),
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ]
@@ -86,8 +85,8 @@ def load(path: Path | str) -> Image.Image:
 class Views:
     """All views of one picture, as a transform for a data set."""
 
-    def __init__(self, options: ViewOptions, specs: list[ViewSpec]):
-        self.views = [view(options, spec) for spec in specs]
+    def __init__(self, specs: list[ViewSpec]):
+        self.views = [view(spec) for spec in specs]
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
         return [made(image) for made in self.views]

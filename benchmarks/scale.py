@@ -44,7 +44,8 @@ TINY = """
 batch_size: 8
 epochs: 1000
 data: {num_images: 800, workers: 1}
-views: {size: 16, weak: {sizes: [16]}, strong: {sizes: [16]}}
+views: {size: 16, weak: {sizes: [16]}}
+strong: {sizes: [16]}
 model: {norm_groups: 2, projector_hidden: 32, projector_dim: 16}
 method: {queue_size: 64}
 """
@@ -200,8 +201,12 @@ def work_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
 
 def ms_a_picture(repeats: int, batch_size: int, size: int, queue: int, strong: int) -> float:
     """Median time of whole steps, by pictures."""
-    views = {"size": size, "weak": {"sizes": [size]}, "strong": {"sizes": [size] * strong}}
-    options = {"batch_size": batch_size, "views": views, "method": {"queue_size": queue}}
+    options = {
+        "batch_size": batch_size,
+        "views": {"size": size, "weak": {"sizes": [size]}},
+        "strong": {"sizes": [size] * strong},
+        "method": {"queue_size": queue},
+    }
     with Drive("clsa-small", **options) as drive:
         times = report.alternate({"step": drive.step}, repeats)
     return 1e3 * report.medians(times)["step"] / batch_size

@@ -8,7 +8,7 @@ import pytest
 
 from clsa.config import MAX_YAML_BYTES, flatten, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
-from clsa.method_options import KINDS
+from clsa.method_options import KINDS, MoCoOptions
 from clsa.options import EmbedOptions, EvaluateOptions, OptimOptions, RunOptions
 from clsa.recipes import RECIPES, resolve
 
@@ -208,7 +208,7 @@ def test_a_method_has_its_own_options_by_name(name: str) -> None:
 
 def test_without_a_name_the_method_is_moco() -> None:
     options = RunOptions.parse({"method": {"queue_size": 9}}, "test")
-    assert type(options.method) is KINDS["moco"] and options.method == KINDS["moco"](queue_size=9)
+    assert options.method == MoCoOptions(queue_size=9)
 
 
 def test_one_number_holds_for_all_views() -> None:

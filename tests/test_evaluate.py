@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from clsa import checkpoint, intake, models
+from clsa import checkpoint, dist, intake, models
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate import run as run_module
-from clsa.evaluate.features import extract, frozen
+from clsa.evaluate.features import centre_views, extract, frozen, projections
 from clsa.evaluate.results import Record, append_records, read_records, table
 from clsa.evaluate.run import _spread, evaluate, probe
 from clsa.evaluate.split import split
@@ -197,6 +197,36 @@ def test_unreadable_pictures_are_left_out(run: Path, drawings: Path, tmp_path: P
     protocols = ("knn", "knn-strong")
     records = evaluate(EvaluateOptions(run=run, data=data, protocols=protocols, device="cpu"))
     assert {record.n for record in records} == {60}
+
+
+def test_projections_are_unit_rows_in_the_sets_order_and_zeros_where_unreadable(
+    drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in drawings.glob("flag/*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "0broken.png").write_bytes(b"not a picture")  # the first of 21
+    source = intake.open_source(str(tmp_path), "train", DataOptions())
+    options = MODEL.model_copy(update={"projector_hidden": 16, "projector_dim": 8})
+    network = models.Network(options, seed=0).train()
+    before = checkpoint.digest(network.state_dict())
+    whole = projections(source, VIEWS, CPU, network)
+    assert whole.shape == (21, 8) and whole.dtype == torch.float32 and not whole.requires_grad
+    assert network.training and checkpoint.digest(network.state_dict()) == before
+    assert not whole[0].any()
+    torch.testing.assert_close(whole[1:].norm(dim=1), torch.ones(20))
+    ((_, images),) = centre_views(source, np.array([13]), VIEWS, CPU)
+    with torch.no_grad():
+        alone = network.eval()(images)[0]
+    torch.testing.assert_close(whole[13], alone, rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather", lambda rows: rows)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        shares.append(projections(source, VIEWS, CPU, network))
+    assert [len(share) for share in shares] == [11, 11] and not shares[1][-1].any()
+    torch.testing.assert_close(torch.cat(shares)[:21], whole, rtol=1e-4, atol=1e-5)
 
 
 def test_probe_gives_percent_and_keeps_the_train_mode(drawings: Path) -> None:

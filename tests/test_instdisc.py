@@ -64,7 +64,8 @@ def test_normaliser_is_kept_after_the_first_step_and_never_again() -> None:
 
 
 def test_chance_is_the_loss_of_probabilities_as_of_noise() -> None:
-    options = tiny("instdisc", method={"num_negatives": 4096}, model={"projector_dim": 128})
+    method = {"num_negatives": 4096, "temperature": TEMPERATURE}
+    options = tiny("instdisc", method=method, model={"projector_dim": 128})
     landmarks = InstDisc(options, EXTENT).landmarks
     assert landmarks.chance == pytest.approx(9.317888, abs=1e-6)
     assert 1.0 < landmarks.floor < 1.01, "the noise alone costs m ln(1 + 1/m)"

@@ -93,7 +93,7 @@ def test_which_norm_stands_in_for_which() -> None:
 # ---- statistics over all processes
 
 
-def _norms() -> dict[str, tuple[nn.Module, Tensor]]:
+def _norms() -> dict[str, tuple[nn.Sequential, Tensor]]:
     """Modules of each kind of norm, and what the whole batch of 8 gives them."""
 
     def rows(*shape: int) -> Tensor:
@@ -101,7 +101,7 @@ def _norms() -> dict[str, tuple[nn.Module, Tensor]]:
         return 2 * drawn * torch.linspace(0.5, 2, 8).view(8, *[1] * len(shape)) + 1
 
     images = rows(6, 3, 5).contiguous(memory_format=torch.channels_last)
-    made = {
+    made: dict[str, tuple[nn.Sequential, Tensor]] = {
         "1d": (nn.Sequential(nn.BatchNorm1d(6)), rows(6)),
         "2d": (nn.Sequential(nn.BatchNorm2d(6)), images),
         "act": (nn.Sequential(BatchNormAct2d(6)), images),
@@ -220,8 +220,8 @@ def test_the_last_norm_has_scale_and_shift_as_the_papers_say() -> None:
     """SimSiam and MoCo v3 neither, SimCLR a scale; the hidden ones have both."""
     torch.manual_seed(0)
     rows = torch.randn(16, 5)
-    for norm, weighted in (("all", False), ("all-scaled", True)):
-        head = mlp((5, 8, 3), norm)
+    heads = (mlp((5, 8, 3), "all"), False), (mlp((5, 8, 3), "all-scaled"), True)
+    for head, weighted in heads:
         hidden, last = (module for module in head if isinstance(module, nn.BatchNorm1d))
         assert hidden.weight is not None and hidden.bias is not None
         assert (last.weight is not None) == weighted and last.bias is None
@@ -235,7 +235,8 @@ def test_the_last_norm_has_scale_and_shift_as_the_papers_say() -> None:
 def test_heads_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    first, again, other = (mlp((5, 4, 3), "hidden", seed=seed)[0].weight for seed in (3, 3, 4))
+    drawn = (next(mlp((5, 4, 3), "hidden", seed=seed).parameters()) for seed in (3, 3, 4))
+    first, again, other = drawn
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -258,8 +259,8 @@ def test_a_networks_rows_are_its_projections_of_unit_length(layers: int, dim: in
 
 def test_a_predictor_has_the_norms_of_its_network() -> None:
     for groups, kinds in ((1, SHARED), (4, GROUPED)):
-        options = ModelOptions(projector_dim=6, norm_groups=groups)
-        predictor = build_predictor(options, 5, "hidden", seed=0)
+        options = ModelOptions(norm_groups=groups)
+        predictor = build_predictor(options, 6, 5, "hidden", seed=0)
         assert [type(m) for m in predictor] == [
             nn.Linear, kinds[nn.BatchNorm1d], nn.ReLU, nn.Linear,
         ]  # fmt: skip

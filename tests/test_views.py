@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 from reference_pillow import LOOK_UPS, operate, parity, pictures, to_pillow, to_tensor
+from refusals import refusal
 from torch import Tensor
 from torchvision.transforms import functional as torchvision
 
 from clsa import geometry, views
+from clsa.errors import Exit
 from clsa.options import LocalViews, Operations, StrongOptions, ViewOptions, WeakViews
 
 Pool = Literal["paper", "official", "randaugment"]
 NUM_VIEWS = 10_000
-UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+UNIT: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def clsa_specs(
@@ -39,7 +41,7 @@ def test_specs_of_the_official_multi_recipe() -> None:
     assert [spec.size for spec in specs] == [224, *sizes, *sizes]
     assert [spec.view for spec in specs] == list(range(11))
     assert [spec.ops.rounds for spec in specs] == [0] * 6 + [5] * 5
-    assert {spec.ops for spec in specs[6:]} == {strong}
+    assert all(spec.ops == strong for spec in specs[6:])
     assert {(spec.blur, spec.solarize) for spec in specs} == {(0.5, 0.0)}
     official = [(0.2, 1), (0.172, 0.86), (0.143, 0.715), (0.114, 0.571), (0.086, 0.429)]
     for spec, scale in zip(specs[1:], official * 2, strict=True):
@@ -73,6 +75,29 @@ def test_local_views_follow_the_weak_ones_with_a_scale_of_their_own() -> None:
 def test_one_view_alone_has_no_other_weak_ones() -> None:
     (spec,) = views.weak_specs(ViewOptions(weak=WeakViews(sizes=())))
     assert (spec.name, spec.size, spec.view, spec.scale) == ("weak0", 224, 0, (0.2, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "local", "least", "most", "taken"),
+    [
+        (0, 0, 1, 1, True), (1, 0, 1, 1, False), (0, 1, 1, 1, False),
+        (1, 0, 2, 2, True), (0, 0, 2, 2, False), (2, 0, 2, 2, False), (1, 1, 2, 2, False),
+        (1, 4, 2, None, True), (4, 0, 2, None, True), (0, 4, 2, None, False),
+    ],
+)  # fmt: skip
+def test_methods_say_how_many_views_they_take(
+    sizes: int, local: int, least: int, most: int | None, taken: bool
+) -> None:
+    """Local views do not make up for missing large ones, and count where there are too many."""
+    weak, small = WeakViews(sizes=(32,) * sizes), LocalViews(sizes=(16,) * local)
+    options = ViewOptions(size=32, weak=weak, local=small)
+    if taken:
+        assert len(views.weak_specs(options, least=least, most=most)) == 1 + sizes + local
+        return
+    text, code = refusal(lambda: views.weak_specs(options, least=least, most=most))
+    wanted = f"takes {least}" if most else f"takes at least {least}"
+    assert code == Exit.USAGE and text.startswith("views.weak.sizes - ") and wanted in text
+    assert f"here are {1 + sizes} (views.size is one) and {local} local ones" in text
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ MOCO_V3_VIT = merge(
     },
 )  # fmt: skip
 DINO = {
-    "epochs": 100,
+    "epochs": 300,
     "batch_size": 1024,
     "views": {
         "scale": (0.4, 1.0),
@@ -170,6 +170,22 @@ DINO = {
         "warmup_epochs": 10.0,
     },
 }
+DINO_RESNET = merge(
+    DINO,
+    {
+        "epochs": 100,
+        "batch_size": 512,
+        "views": {"scale": (0.14, 1.0), "local": {"scale": (0.05, 0.14)}},
+        "model": {"encoder": "resnet50"},
+        "method": {"teacher_temperature": 0.04},
+        "optim": {
+            "name": "sgd",
+            "lr": 0.03,
+            "weight_decay": 1e-4,
+            "final_weight_decay": 1e-4,
+        },
+    },
+)
 SUPERVISED = {
     "views": {
         "scale": (0.08, 1.0),
@@ -323,8 +339,14 @@ IMAGENET: dict[str, Recipe] = {
     "dino": Recipe(
         "DINO on a ViT-S/16: follow the momentum network's sharpened assignments.",
         "DINO, code",
-        "nothing published at 100 epochs with 8 local crops",
+        "76.1 at 300 epochs, 2.6 days on 16 V100, without the last layer's fixed length",
         DINO,
+    ),
+    "dino-resnet": Recipe(
+        "DINO on a ResNet-50: larger crops, plain SGD, a colder teacher.",
+        "DINO, code",
+        "75.3 at 800 epochs",
+        DINO_RESNET,
     ),
     "supervised": Recipe(
         "Cross-entropy with labels: the reference row of every table.",

@@ -40,7 +40,7 @@ _CHANGES: dict[str, Overrides] = {
     "adco": {"method": {"key_momentum": 0.99, "num_negatives": 4096}},
     "adco-multi": {"method": {"key_momentum": 0.99, "num_negatives": 4096}},
     "instdisc": {
-        "method": {"temperature": 0.1, "num_negatives": 1024},
+        "method": {"temperature": 0.1, "num_negatives": 0},
         "optim": {"schedule": "cosine"},
     },
     "pirl": {
@@ -80,6 +80,17 @@ _CHANGES: dict[str, Overrides] = {
             "freeze_epochs": 0.5,
         },
         "optim": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.04, "warmup_epochs": 1.0},
+    },
+    "dino-resnet": {
+        "views": {"local": {"sizes": (16,) * 4}},
+        "model": {"projector_dim": 128},
+        "method": {
+            "key_momentum": 0.97,
+            "num_prototypes": 1024,
+            "teacher_warmup_epochs": 3.0,
+            "freeze_epochs": 0.5,
+        },
+        "optim": {"final_weight_decay": None},
     },
     "supervised": {},
 }
