@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clsa import dist
 from clsa.errors import ClsaError
+from clsa.host import num_cores
 
 LEAST, MOST = 10, 1000  # pictures a cluster that k-means is trained on
 ITERATIONS, REPEATS = 20, 5
@@ -53,6 +54,7 @@ def k_means(features: Float32[np.ndarray, "n D"], num_clusters: int, seed: int) 
         seed: of the first centres, below 2^31.
     """
     faiss = require_faiss()
+    faiss.omp_set_num_threads(num_cores())  # torchrun asks for one
     features = np.ascontiguousarray(features, np.float32)
     clustering = faiss.Clustering(features.shape[1], num_clusters)
     clustering.niter, clustering.nredo, clustering.seed = ITERATIONS, REPEATS, seed
@@ -145,12 +147,14 @@ class Clusters(nn.Module):
     def fit(self, features: Float[Tensor, "n D"], seed: int) -> None:
         """Cluster `features` anew on rank 0 and send what it found to all; the others wait."""
         if dist.rank() == 0:
-            found = k_means(features.numpy(), len(self.centroids), seed)
+            read = features.any(1).nonzero()[:, 0]  # rows of unreadable pictures are zeros
+            found = k_means(features[read].numpy(), len(self.centroids), seed)
             raw = raw_concentrations(found.distances, found.assignment, len(self.centroids))
             phi = concentrations(raw, self.temperature)
             self.centroids.copy_(F.normalize(torch.from_numpy(found.centroids)))
             self.concentrations.copy_(torch.from_numpy(phi))
-            self.assignment.copy_(torch.from_numpy(found.assignment))
+            nearest = torch.from_numpy(found.assignment).to(self.assignment)
+            self.assignment.zero_().index_copy_(0, read.to(nearest.device), nearest)
         for buffer in (self.centroids, self.concentrations, self.assignment):
             dist.from_first(buffer)
 

@@ -129,11 +129,13 @@ def group_norms(module: nn.Module, num_groups: int) -> None:
             momentum = 1 - (1 - float(vars(child)["momentum"])) ** (1 / groups)
             child.__class__ = kinds[type(child)]
             vars(child).update(groups=groups, momentum=momentum)
-        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and num_groups > 1:
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm) and (
+            num_groups > 1 or dist.world_size() > 1
+        ):
             raise ClsaError(
                 f"model.norm_groups {num_groups}",
                 f"the encoder's {type(child).__name__} cannot be split",
-                "choose another encoder, or 1 group: keys and queries then share statistics",
+                "choose another encoder, or 1 group on one process, whose rows share statistics",
             )
 
 
@@ -251,7 +253,7 @@ def mlp(
             if normed:
                 modules.append(nn.BatchNorm1d(wide_out, affine=not (last and norm == "all")))
                 if last and norm == "all-scaled":
-                    vars(modules[-1])["_parameters"]["bias"] = None
+                    modules[-1].register_parameter("bias", None)
             if not last:
                 modules.append(nn.ReLU(inplace=True) if activation == "relu" else nn.GELU())
     return nn.Sequential(*modules)

@@ -1,5 +1,6 @@
 """What became of the runs of a sweep, and its table: mean and deviation over the seeds."""
 
+import itertools
 import json
 import math
 import re
@@ -24,8 +25,8 @@ NOTE = "note"
 LEGEND = """\
 Mean ± sample standard deviation over the seeds; the best mean of each accuracy is bold.
 Accuracies are top-1 in percent; a gain is the trained minus the random encoder of the same seed.
-ms per picture: wall-clock time of training, loading included, judging not (1000 / median images per
-second of metrics.jsonl). Pictures seen: steps times batch size, however many views each gives."""
+ms per picture: wall-clock time of training, loading and clustering included, judging and saving not
+(from the rates of metrics.jsonl). Pictures seen: steps times batch size, whatever views each gives."""
 
 
 class Outcome(Config):
@@ -91,13 +92,18 @@ def outcome_of(
     if records is not None or error is not None:
         status = next(iter(read_lines(folder.status_file)), {})
         logged = [line for line in read_lines(folder.metrics) if "images_per_s" in line]
+        steps = [0, *(int(line["step"]) for line in logged)]
         rates = [float(line["images_per_s"]) for line in logged]
+        seconds = sum(
+            (after - before) * options.batch_size / max(rate, 1e-9)
+            for (before, after), rate in zip(itertools.pairwise(steps), rates, strict=True)
+        )
         facts |= {
             "reason": status.get("reason", "") if error is None else first_line(error),
             "step": status.get("step", 0),
             "epoch": logged[-1]["epoch"] if logged else 0.0,
             "pictures_seen": status.get("step", 0) * options.batch_size,
-            "ms_per_picture": 1000 / max(statistics.median(rates), 1e-9) if rates else None,
+            "ms_per_picture": 1000 * seconds / (steps[-1] * options.batch_size) if rates else None,
             "records": tuple(records or ()),
         }
     if error is not None:

@@ -20,6 +20,7 @@ from clsa.options import Operations, StrongOptions, ViewOptions, WeakViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MIN_SIGMA, MAX_SIGMA = 0.1, 2.0
+EVAL_SCALE = (0.2, 1.0)
 STRONG_EVAL_VIEW = 1000
 
 _ENHANCE = ("Contrast", "Color", "Brightness", "Sharpness")
@@ -165,10 +166,9 @@ def strong_specs(options: ViewOptions, strong: StrongOptions, first_view: int) -
 def strong_eval_spec(options: ViewOptions) -> ViewSpec:
     """The strong view of evaluation, one for all recipes so that they can be compared.
 
-    The defaults of both kinds of view, without blur.
+    The defaults of both kinds of view, without blur; only its size is the recipe's.
     """
-    fixed = options.model_copy(update={"weak": WeakViews(blur=(0.0,))})
-    spec = _spec(fixed, "strong-eval", options.size, options.scale, STRONG_EVAL_VIEW)
+    spec = ViewSpec("strong-eval", options.size, EVAL_SCALE, STRONG_EVAL_VIEW)
     return spec._replace(ops=Operations())
 
 

@@ -28,12 +28,15 @@ def frozen(encoder: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in encoder.modules()]
     before = checkpoint.digest(encoder.state_dict())
     encoder.eval()
-    compiled, encoder._compiled_call_impl = encoder._compiled_call_impl, None  # for training only
+    compiled = [(module, module._compiled_call_impl) for module in encoder.modules()]
+    for module, _ in compiled:
+        module._compiled_call_impl = None  # for training only
     try:
         with torch.no_grad():
             yield
     finally:
-        encoder._compiled_call_impl = compiled
+        for module, call in compiled:
+            module._compiled_call_impl = call
         for module, training in modes:
             module.training = training
     if checkpoint.digest(encoder.state_dict()) != before:
@@ -113,7 +116,8 @@ def projections(
     found = torch.zeros(share, network.dim, device=device)
     with frozen(network):
         for numbers, images in centre_views(source, rows, options, device):
-            found.index_copy_(0, upload([numbers - first], device)[0], network(images))
+            places = upload([numbers - first], device)[0]
+            found.index_copy_(0, places, encode(network, images, EVAL_CHUNK))
     return dist.all_gather(found)[: len(source)].cpu()
 
 

@@ -6,10 +6,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clsa import dist
-from clsa.bank import KeyQueue, keys_with_queue, own_rows
+from clsa.bank import KeyQueue, own_rows
 from clsa.losses import cosine_regression
 from clsa.method_options import BYOLOptions
-from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output, sum_of
+from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
 from clsa.models import Network, build_predictor, momentum_copy, move_towards
 from clsa.optim import momentum_at
 from clsa.options import RunOptions
@@ -48,11 +48,7 @@ class BYOL(Method):
             keys = [dist.all_gather(self.key_network(view)) for view in (second, first)]
         own, pairs = own_rows(len(first), first.device), list(zip(queries, keys, strict=True))
         loss = sum_of(cosine_regression(query, others[own]) for query, others in pairs)
-        comparisons = [
-            Comparison([query], *keys_with_queue(others, self.queue, True))
-            for query, others in pairs
-        ]
-        return Output({"regression": loss}, keys, comparisons, {})
+        return Output({"regression": loss}, keys, crossed(queries, keys, self.queue), {})
 
     def after_step(self, state: list[Float[Tensor, "B D"]], step: int) -> None:
         """Move the key network towards the network, then enqueue both views' keys."""

@@ -32,6 +32,7 @@ class DINO(Method):
     layers start as torch's do; no stochastic depth; each view is encoded on its own.
     """
 
+    has_positives = False
     center: Float[Tensor, " K"]
 
     def __init__(self, options: RunOptions, extent: Extent):

@@ -72,8 +72,8 @@ class InstDisc(Method):
         else:
             total = contrast(compared, bank, own)
         state = batch.index, torch.stack(queries).detach().mean(0), log_normalizer
-        comparison = Comparison(compared, bank, own, candidates)
-        return Output({"contrast": total / len(queries)}, state, [comparison], {})
+        comparisons = [Comparison([each], bank, own, candidates) for each in compared]
+        return Output({"contrast": total / len(queries)}, state, comparisons, {})
 
     def _estimate(self, compared: list[Stream]) -> Float[Tensor, ""]:
         """ln Z = ln n + ln mean exp(f . v / T), over the global batch; only of use with a draw."""

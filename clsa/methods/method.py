@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from clsa.bank import KeyQueue, keys_with_queue
 from clsa.losses import Stream
 from clsa.models import Network
 from clsa.options import RunOptions
@@ -86,12 +87,14 @@ class Method(nn.Module, ABC):
         view_specs: the views that a batch must hold.
         landmarks: of the loss that tells how far a run is.
         fixed_rate: modules whose learning rate stays at its peak.
+        has_positives: whether its comparisons name the bank row of each query's positive.
     """
 
     network: Network
     view_specs: list[ViewSpec]
     landmarks: Landmarks
     fixed_rate: tuple[nn.Module, ...] = ()
+    has_positives: bool = True
 
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__()
@@ -110,6 +113,16 @@ class Method(nn.Module, ABC):
 
     def before_epoch(self, epoch: int, embed: Embed) -> None:
         """Prepare what stays the same over an epoch, on every rank; nothing by default."""
+
+
+def crossed(
+    queries: list[Float[Tensor, "b D"]], keys: list[Float[Tensor, "B D"]], queue: KeyQueue
+) -> list[Comparison]:
+    """Each view's queries with the keys of the other view of the global batch and a queue."""
+    return [
+        Comparison([query], *keys_with_queue(others, queue, batch_negatives=True))
+        for query, others in zip(queries, keys, strict=True)
+    ]
 
 
 def sum_of(terms: Iterable[Float[Tensor, ""]]) -> Float[Tensor, ""]:

@@ -29,7 +29,9 @@ class MoCo(Method):
         super().__init__(options, extent)
         assert isinstance(options.method, MoCoOptions)
         self.options, self.seed, self.num_steps = options.method, options.seed, extent.num_steps
-        key, *weak = weak_specs(options.views, keyed=True, least=2)
+        key, *weak = weak_specs(
+            options.views, keyed=True, least=2, most=2 if options.method.symmetric else None
+        )
         strong_key, strong_query = self.options.strong_key, self.options.strong_query
         self.view_specs = [key._replace(ops=options.strong) if strong_key else key]
         self.view_specs += [s._replace(ops=options.strong) if strong_query else s for s in weak]

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clsa import dist
-from clsa.bank import KeyQueue, keys_with_queue, own_rows
+from clsa.bank import KeyQueue, own_rows
 from clsa.losses import info_nce, lowest_info_nce
 from clsa.method_options import MoCoV3Options
-from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output, sum_of
+from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
 from clsa.models import Network, build_predictor, momentum_copy, move_towards
 from clsa.optim import momentum_at
 from clsa.options import RunOptions
@@ -58,11 +58,9 @@ class MoCoV3(Method):
         own, pairs = own_rows(len(first), first.device), list(zip(queries, keys, strict=True))
         temperature = self.options.temperature
         loss = sum_of(info_nce(query, others, own, temperature) for query, others in pairs)
-        comparisons = [
-            Comparison([query], *keys_with_queue(others, self.queue, True))
-            for query, others in pairs
-        ]
-        return Output({"contrast": 2 * temperature * loss}, keys, comparisons, {})
+        return Output(
+            {"contrast": 2 * temperature * loss}, keys, crossed(queries, keys, self.queue), {}
+        )
 
     def after_step(self, state: list[Float[Tensor, "B D"]], step: int) -> None:
         """Move the key network towards the network, then enqueue both views' keys."""

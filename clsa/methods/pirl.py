@@ -73,7 +73,8 @@ class PIRL(Method):
             "jigsaw": weight * contrast([shuffled], bank, own),
         }
         state = batch.index, torch.stack(queries).detach().mean(0)
-        return Output(losses, state, [Comparison(compared, bank, own, candidates)], {})
+        comparisons = [Comparison([each], bank, own, candidates) for each in compared]
+        return Output(losses, state, comparisons, {})
 
     def _project_patches(
         self, crop: Float[Tensor, "b 3 S S"], batch: Batch

@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clsa import dist
-from clsa.bank import KeyQueue, keys_with_queue, own_rows
+from clsa.bank import KeyQueue, own_rows
 from clsa.losses import cosine_regression
 from clsa.method_options import SimSiamOptions
-from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output, sum_of
+from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
 from clsa.models import Network, build_predictor
 from clsa.options import RunOptions
 from clsa.views import weak_specs
@@ -45,11 +45,12 @@ class SimSiam(Method):
         own, pairs = own_rows(len(first), first.device), list(zip(queries, keys, strict=True))
         terms = sum_of(cosine_regression(query, others[own]) for query, others in pairs)
         loss = terms / 4 - 1
-        comparisons = [
-            Comparison([query], *keys_with_queue(others, self.queue, True))
-            for query, others in pairs
-        ]
-        return Output({"regression": loss}, keys, comparisons, {"channel_std": spread(keys[0])})
+        return Output(
+            {"regression": loss},
+            keys,
+            crossed(queries, keys, self.queue),
+            {"channel_std": spread(keys[0])},
+        )
 
     def after_step(self, state: list[Float[Tensor, "B D"]], step: int) -> None:
         """Enqueue both views' projections."""

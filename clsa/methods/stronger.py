@@ -19,10 +19,10 @@ class Stronger(Method):
 
     L_D = mean_i - sum_j t_ij log r_ij (Eq. 6-7): t compares a weak query of the method with its
     bank, r a strong query with the same rows. L_D is summed over the pairs of weak and strong
-    queries that share a bank (25 for CLSA*), or averaged with `reduce="mean"`; where each view of a
-    symmetric method has its own bank, these are averaged. Around MoCo this is CLSA, as its code
-    computes it (`bank="batch+queue"`) or as its equations read (`"queue"`). Deviation from the
-    code: positives are found by the global rank, so several machines work.
+    queries (25 for CLSA*), or averaged with `reduce="mean"`; methods that average their loss over
+    weak views tell a comparison for each, and L_D is averaged over these too. Around MoCo this is
+    CLSA, as its code computes it (`bank="batch+queue"`) or as its equations read (`"queue"`).
+    Deviation from the code: positives are found by the global rank, so several machines work.
 
     `target="key"` takes the target from the positive, `"one-hot"` replaces L_D by L_C of the strong
     query (Table 5, 68.0); both need a method with positives.
@@ -31,6 +31,12 @@ class Stronger(Method):
     def __init__(self, base: Method, options: RunOptions, extent: Extent):
         super().__init__(options, extent)
         self.base, self.options = base, options.strong
+        if self.options.target != "query" and not base.has_positives:
+            raise ClsaError(
+                f"strong.target {self.options.target}",
+                "this method compares with prototypes, none of which is the positive",
+                "use the target `query`",
+            )
         strong = strong_specs(options.views, options.strong, len(base.view_specs))
         self.view_specs = base.view_specs + strong
         self.landmarks, self.fixed_rate = base.landmarks, base.fixed_rate
@@ -57,14 +63,16 @@ class Stronger(Method):
         self, strong: list[Tensor], comparison: Comparison
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """L_D over one bank, and its metrics."""
-        options, (queries, bank, _, candidates) = self.options, comparison
+        options, (queries, bank, positive, candidates) = self.options, comparison
         predicted = streams(strong, bank, options.temperature, candidates)
+        num_pairs, metrics = len(predicted), {}
         if options.target == "one-hot":
-            loss, num_pairs = contrast(predicted, bank, self._positive(comparison)), len(predicted)
-            metrics: dict[str, Tensor] = {}
+            assert positive is not None
+            loss = contrast(predicted, bank, positive)
         else:
             if options.target == "key":
-                queries = [bank[self._positive(comparison)]]
+                assert positive is not None
+                queries = [bank[positive]]
             targets = [
                 query.at(options.target_temperature, bank, candidates)
                 if isinstance(query, Stream)
@@ -72,20 +80,9 @@ class Stronger(Method):
                 for query in queries
             ]
             loss, entropy, kl = divergence(targets, predicted)
-            num_pairs, metrics = (
-                len(targets) * len(predicted),
-                {"target_entropy": entropy, "kl": kl},
-            )
+            num_pairs *= len(targets)
+            metrics = {"target_entropy": entropy, "kl": kl}
         return loss / (num_pairs if options.reduce == "mean" else 1), metrics
-
-    def _positive(self, comparison: Comparison) -> Tensor:
-        if comparison.positive is None:
-            raise ClsaError(
-                f"strong.target {self.options.target}",
-                "this method compares with prototypes, none of which is the positive",
-                "use the target `query`",
-            )
-        return comparison.positive
 
     def after_step(self, state: Any, step: int) -> None:
         """As the base method."""

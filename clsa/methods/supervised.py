@@ -23,6 +23,8 @@ class Supervised(Method):
     that features are compared with, as prototypes are in SwAV: there every row counts.
     """
 
+    has_positives = False
+
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__(options, extent)
         assert isinstance(options.method, SupervisedOptions)
@@ -53,8 +55,8 @@ class Supervised(Method):
         ]  # fmt: skip
         loss = share * torch.stack(losses).mean()
         classes = F.normalize(self.classifier[0].get_parameter("weight").detach().float(), dim=1)
-        queries = [F.normalize(rows, dim=1) for rows in features]
-        return Output({"cross_entropy": loss}, None, [Comparison(queries, classes)], {})
+        comparisons = [Comparison([F.normalize(rows, dim=1)], classes) for rows in features]
+        return Output({"cross_entropy": loss}, None, comparisons, {})
 
     def after_step(self, state: None, step: int) -> None:
         """Nothing moves but the weights."""

@@ -29,6 +29,8 @@ class SwAV(Method):
     same for every score; each view is encoded on its own, so that its batch norm is.
     """
 
+    has_positives = False
+
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__(options, extent)
         assert isinstance(options.method, SwAVOptions)

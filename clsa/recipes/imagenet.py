@@ -30,7 +30,7 @@ BYOL_VIEWS = {
     "scale": (0.08, 1.0),
     "weak": {"jitter": (0.4, 0.4, 0.2, 0.1), "blur": (1.0, 0.1), "solarize": (0.0, 0.2)},
 }
-PROTOTYPES = {"temperature": 0.1, "target_temperature": 0.1}
+SHARP = {"temperature": 0.1, "target_temperature": 0.1}
 SIMCLR = merge(
     LARGE_BATCH,
     {
@@ -76,7 +76,7 @@ SWAV = merge(
         },
         "model": {"projector_norm": "hidden"},
         "method": {"name": "swav"},
-        "strong": PROTOTYPES,
+        "strong": SHARP,
         "optim": {
             "lr": 0.6, "final_lr": 0.0006, "weight_decay": 1e-6, "warmup_epochs": 0.0,
             "decay_vectors": True,
@@ -89,18 +89,18 @@ ADCO = {
 }
 INSTDISC = {
     "views": {"weak": {**MOCO_V1["views"]["weak"], "sizes": ()}},
-    "model": {"projector_layers": 1, "norm_groups": 1},
+    "model": {"projector_layers": 1},
     "method": {"name": "instdisc"},
-    "strong": PROTOTYPES,
+    "strong": SHARP,
     "optim": {"schedule": "step"},
 }
 PIRL = {
     "epochs": 800,
     "batch_size": 1024,
     "views": {"scale": (0.08, 1.0), "weak": {**MOCO_V1["views"]["weak"], "sizes": ()}},
-    "model": {"projector_layers": 1, "norm_groups": 1},
+    "model": {"projector_layers": 1},
     "method": {"name": "pirl"},
-    "strong": PROTOTYPES,
+    "strong": SHARP,
     "optim": {"schedule": "cosine", "final_lr": 0.00003},
 }
 PCL = {"method": {"name": "pcl"}}
@@ -158,10 +158,11 @@ DINO = {
         "norm_groups": 1,
     },
     "method": {"name": "dino"},
-    "strong": PROTOTYPES,
+    "strong": SHARP,
     "optim": {
         "name": "adamw",
         "lr": 5e-4,
+        "final_lr": 2.5e-7,
         "weight_decay": 0.04,
         "final_weight_decay": 0.4,
         "decay_vectors": False,
@@ -181,6 +182,7 @@ DINO_RESNET = merge(
         "optim": {
             "name": "sgd",
             "lr": 0.03,
+            "final_lr": 5e-7,
             "weight_decay": 1e-4,
             "final_weight_decay": 1e-4,
         },
@@ -191,7 +193,6 @@ SUPERVISED = {
         "scale": (0.08, 1.0),
         "weak": {"sizes": (), "jitter_probability": 0.0, "grayscale": 0.0, "blur": 0.0},
     },
-    "model": {"norm_groups": 1},
     "method": {"name": "supervised"},
     "optim": {"lr": 0.1, "schedule": "cosine"},
 }
@@ -212,13 +213,13 @@ IMAGENET: dict[str, Recipe] = {
     "moco-multi": Recipe(
         "MoCo v2 with 5 weak queries (224 to 96) and batch keys: CLSA* without its divergence.",
         "CLSA's code",
-        "nothing published (AdCo with the same crops: 73.2)",
+        "nothing (AdCo with the same crops: 73.2)",
         {"views": {"weak": {"sizes": FIVE}}, "method": {"name": "moco", "bank": "batch+queue"}},
     ),
     "clsa-paper": Recipe(
         "CLSA as its equations read: one strong view of 96, Invert in the pool, queue only.",
         "CLSA, paper",
-        "nothing published (its figures came from the code's variant)",
+        "nothing (its figures came from the code's variant)",
         CLSA_PAPER,
     ),
     "clsa-official": Recipe(
@@ -236,7 +237,7 @@ IMAGENET: dict[str, Recipe] = {
     "clsa-multi-paper": Recipe(
         "CLSA* as the paper reads: one weak query, five strong ones (224 to 96), queue only.",
         "CLSA, paper",
-        "nothing published",
+        "",
         merge(CLSA_PAPER, {"strong": {"sizes": FIVE}}),
     ),
     "clsa-multi": Recipe(
@@ -266,7 +267,7 @@ IMAGENET: dict[str, Recipe] = {
     "simclr": Recipe(
         "SimCLR: the other pictures of a large batch are the negatives.",
         "SimCLR, paper (v1 head; weight decay of the paper, not of the code)",
-        "61.9 at 200 epochs; 70.0 at 1000",
+        "61.9 at 200 epochs and 70.0 at 800, by CLSA's tables",
         SIMCLR,
     ),
     "byol": Recipe(
@@ -320,7 +321,7 @@ IMAGENET: dict[str, Recipe] = {
     ),
     "infomin": Recipe(
         "MoCo with InfoMin's views: strong jitter and two rounds of RandAugment, no jigsaw.",
-        "InfoMin, code",
+        "InfoMin, code, but for its order: there grayscale comes last",
         "70.1 at 200 epochs, 73.0 at 800, both with the jigsaw branch",
         INFOMIN,
     ),
@@ -345,7 +346,7 @@ IMAGENET: dict[str, Recipe] = {
     "dino-resnet": Recipe(
         "DINO on a ResNet-50: larger crops, plain SGD, a colder teacher.",
         "DINO, code",
-        "75.3 at 800 epochs",
+        "nothing at 100 epochs (75.3 at 800, with other values)",
         DINO_RESNET,
     ),
     "supervised": Recipe(

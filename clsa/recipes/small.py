@@ -6,7 +6,7 @@ five views take 32 to 16.
 """
 
 from clsa.config import merge
-from clsa.recipes.imagenet import IMAGENET, MOCO_V1
+from clsa.recipes.imagenet import IMAGENET
 from clsa.recipes.recipe import Overrides, Recipe
 
 _SIZES = {224: 32, 192: 28, 160: 24, 128: 20, 96: 16}
@@ -17,8 +17,9 @@ _PLAIN_SGD: Overrides = {
               "decay_vectors": True, "final_lr": 0.0},
 }  # fmt: skip
 
-# Beside what `_small` changes for all.
+# Beside what `_small` changes for all; the rest are MoCo's and take `_QUEUE`.
 _CHANGES: dict[str, Overrides] = {
+    "moco-v1": merge(_QUEUE, {"optim": {"schedule": "step"}}),
     "simclr": {"method": {"temperature": 0.2}},
     "byol": {
         "model": {"projector_dim": 128},
@@ -29,19 +30,18 @@ _CHANGES: dict[str, Overrides] = {
         "method": {"predictor_hidden": 64},
     },
     "swav": {
-        "views": {"local": {"sizes": (16,) * 4}},
+        "views": {"local": {"sizes": (16,) * 2}},
         "method": {
             "num_prototypes": 256,
             "queue_size": 1024,
             "queue_epoch": 1,
-            "freeze_steps": 22,
+            "freeze_steps": 5,
         },
     },
     "adco": {"method": {"key_momentum": 0.99, "num_negatives": 4096}},
     "adco-multi": {"method": {"key_momentum": 0.99, "num_negatives": 4096}},
     "instdisc": {
         "method": {"temperature": 0.1, "num_negatives": 0},
-        "optim": {"schedule": "cosine"},
     },
     "pirl": {
         "method": {
@@ -71,7 +71,7 @@ _CHANGES: dict[str, Overrides] = {
         "optim": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.1, "warmup_epochs": 1.0},
     },
     "dino": {
-        "views": {"local": {"sizes": (16,) * 4}},
+        "views": {"local": {"sizes": (16,) * 2}},
         "model": {"encoder": "vit6-w192", "projector_dim": 128},
         "method": {
             "key_momentum": 0.97,
@@ -79,10 +79,16 @@ _CHANGES: dict[str, Overrides] = {
             "teacher_warmup_epochs": 3.0,
             "freeze_epochs": 0.5,
         },
-        "optim": {"name": "adamw", "lr": 5e-4, "weight_decay": 0.04, "warmup_epochs": 1.0},
+        "optim": {
+            "name": "adamw",
+            "lr": 5e-4,
+            "weight_decay": 0.04,
+            "warmup_epochs": 1.0,
+            "decay_vectors": False,
+        },
     },
     "dino-resnet": {
-        "views": {"local": {"sizes": (16,) * 4}},
+        "views": {"local": {"sizes": (16,) * 2}},
         "model": {"projector_dim": 128},
         "method": {
             "key_momentum": 0.97,
@@ -90,11 +96,10 @@ _CHANGES: dict[str, Overrides] = {
             "teacher_warmup_epochs": 3.0,
             "freeze_epochs": 0.5,
         },
-        "optim": {"final_weight_decay": None},
+        "optim": {"final_weight_decay": None, "decay_vectors": False},
     },
     "supervised": {},
 }
-_MOCO = [name for name in IMAGENET if IMAGENET[name].values["method"]["name"] == "moco"]
 
 
 def _small(name: str) -> Overrides:
@@ -110,10 +115,9 @@ def _small(name: str) -> Overrides:
         },
         "strong": {"sizes": tuple(_SIZES[size] for size in strong) if len(strong) > 1 else (32,)},
         "model": {"encoder": "resnet10-w32", "projector_hidden": 256},
-        "optim": {} if values is MOCO_V1 else {"schedule": "cosine"},
+        "optim": {"schedule": "cosine"},
     }
-    changes = _QUEUE if name in _MOCO else _CHANGES[name]
-    return merge(merge(merge(values, form), _PLAIN_SGD), changes)
+    return merge(merge(merge(values, form), _PLAIN_SGD), _CHANGES.get(name, _QUEUE))
 
 
 SMALL: dict[str, Recipe] = {
