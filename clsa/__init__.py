@@ -40,7 +40,7 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
         data: a folder, a list file, an .npz or a named set (see `clsa pretrain --help`).
         out: folder of the run.
         **options: as on the command line, groups as dicts: `recipe="clsa-small", epochs=10,
-            optim={"lr": 0.1}, views={"strong": {"rounds": 3}}`.
+            optim={"lr": 0.1}, strong={"rounds": 3}`.
 
     Returns:
         The run folder.

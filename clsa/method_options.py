@@ -27,7 +27,7 @@ class MoCoOptions(Config):
     temperature: Positive = 0.2
     """Temperature of the contrastive loss."""
     reduce: Literal["sum", "mean"] = "sum"
-    """Over several weak queries."""
+    """Whether the terms of several weak queries are summed (the official code) or averaged."""
     symmetric: bool = False
     """Each of two views is query and key in turn; the loss is the mean of both."""
     strong_query: bool = False
@@ -51,9 +51,9 @@ class BYOLOptions(Config):
     name: Literal["byol"] = "byol"
     """Chosen by the recipe."""
     key_momentum: Fraction = 0.996
-    """Momentum of the target network at the first step."""
+    """Momentum of the target network at the first step; lower it for short runs."""
     final_key_momentum: Fraction | None = 1.0
-    """The same at the end of the run, reached along a cosine."""
+    """Momentum of the target network at the end of the run, reached along a cosine."""
     predictor_hidden: Count = 4096
     """Width of the predictor's hidden layer."""
     queue_size: Count = 65536
@@ -85,7 +85,7 @@ class SwAVOptions(Config):
     epsilon: Positive = 0.05
     """Entropy of the assignments by Sinkhorn's algorithm."""
     sinkhorn_iterations: Count = 3
-    """Rounds of it."""
+    """Rounds of Sinkhorn's algorithm; more balance the prototypes better."""
     queue_size: Annotated[int, pydantic.Field(ge=0)] = 3840
     """Past projections that are assigned together with the batch (0: none)."""
     queue_epoch: Annotated[int, pydantic.Field(ge=0)] = 15
@@ -110,11 +110,11 @@ class AdCoOptions(Config):
     negative_lr: Positive = 3.0
     """Learning rate of the negatives, constant."""
     negative_momentum: Fraction = 0.9
-    """Share of their last update in the next."""
+    """Share of the negatives' last update in the next."""
     negative_decay: NotNegative = 1e-4
-    """Their weight decay."""
+    """Weight decay of the negatives."""
     reduce: Literal["sum", "mean"] = "sum"
-    """Over several weak queries."""
+    """Whether the terms of several weak queries are summed (the official code) or averaged."""
 
 
 class InstDiscOptions(Config):
@@ -180,9 +180,9 @@ class MoCoV3Options(Config):
     name: Literal["moco-v3"] = "moco-v3"
     """Chosen by the recipe."""
     key_momentum: Fraction = 0.996
-    """Momentum of the key network at the first step."""
+    """Momentum of the key network at the first step; lower it for short runs."""
     final_key_momentum: Fraction | None = 1.0
-    """The same at the end of the run, reached along a cosine."""
+    """Momentum of the key network at the end of the run, reached along a cosine."""
     temperature: Positive = 1.0
     """Temperature of the contrastive loss."""
     predictor_hidden: Count = 4096
@@ -207,15 +207,15 @@ class DINOOptions(Config):
     teacher_temperature: Positive = 0.07
     """Temperature of the teacher after its warm-up."""
     first_teacher_temperature: Positive = 0.04
-    """The same at the first step."""
+    """Temperature of the teacher at the first step."""
     teacher_warmup_epochs: NotNegative = 30.0
     """Epochs from the one to the other, along a line."""
     center_momentum: Fraction = 0.9
     """Share of the centre that stays at each step."""
     key_momentum: Fraction = 0.996
-    """Momentum of the teacher at the first step."""
+    """Momentum of the teacher at the first step; lower it for short runs."""
     final_key_momentum: Fraction | None = 1.0
-    """The same at the end of the run, reached along a cosine."""
+    """Momentum of the teacher at the end of the run, reached along a cosine."""
     freeze_epochs: NotNegative = 1.0
     """The last layer stays as it is for the first epochs."""
 

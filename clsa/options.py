@@ -1,7 +1,7 @@
 """Every option of a run and its default, in one place that needs no torch.
 
 `clsa pretrain --help`, `config.yaml` and `clsa.pretrain(...)` all read these classes. Defaults are
-those of the official CLSA code on ImageNet; a recipe (`recipes.py`) is a set of departures.
+those of the official CLSA code on ImageNet; a recipe (`recipes/`) is a set of departures.
 """
 
 from pathlib import Path
@@ -51,8 +51,8 @@ class Operations(Config):
 
 
 class StrongOptions(Operations):
-    """What --stronger adds: strong views (the weak recipe, then `rounds` random operations) and
-    the divergence that makes them follow the weak ones (CLSA)."""
+    """What --stronger adds: strong views (the weak recipe, then `rounds` random operations, in
+    place of views.weak.ops) and the divergence that makes them follow the weak ones (CLSA)."""
 
     sizes: Sizes = (96,)
     """Sides of the strong query crops in pixels, one query each."""
@@ -65,7 +65,8 @@ class StrongOptions(Operations):
     target: Literal["query", "key", "one-hot"] = "query"
     """The target comes from the weak query, from the key, or is the positive alone."""
     reduce: Literal["sum", "mean"] = "sum"
-    """Over the pairs of weak and strong queries."""
+    """Whether the terms of all pairs of weak and strong queries are summed (the official code) or
+    averaged."""
 
 
 PerView = tuple[Fraction, ...]
@@ -75,7 +76,7 @@ class WeakViews(Config):
     """Weak views, by default MoCo v2's recipe (crop, jitter, grayscale, blur, flip).
 
     `blur` and `solarize` take one number a view, in the order of views.png; the last holds for all
-    views after it.
+    views after it, the strong ones among them.
     """
 
     sizes: Sizes = (224,)

@@ -19,7 +19,7 @@ from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import projections
 from clsa.evaluate.results import Record, append_records
 from clsa.evaluate.run import PROBE_QUERIES, probe
-from clsa.evaluate.split import split
+from clsa.evaluate.split import for_training, split
 from clsa.folder import RunFolder
 from clsa.host import keep_freed_memory, upload
 from clsa.intake import open_source, open_val
@@ -145,8 +145,9 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
     options, method, folder = run.options, state.method, state.folder
     last = min(run.num_steps, options.max_steps or run.num_steps)
     model = parallel(method, options)
+    shown = for_training(source, open_val(options.data, source.classes))
     batches = data.batches(
-        source, method.view_specs, order, state.step, last, run.device, options.data, quarantine
+        shown, method.view_specs, order, state.step, last, run.device, options.data, quarantine
     )
     speaks, embed = (
         dist.rank() == 0,
@@ -220,7 +221,7 @@ def pretrain(options: RunOptions) -> Path:
                 print(f"passed over {skipped}", file=sys.stderr)
             folder.claim(options)
             folder.cut_metrics(state.step)
-            queue_size = getattr(options.method, "queue_size", 0)
+            queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
             if queue_size > len(source):
                 print(
                     f"note: the queue ({queue_size}) is longer than the set ({len(source)}); "

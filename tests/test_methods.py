@@ -266,13 +266,15 @@ def test_the_divergence_moves_nothing_by_the_weak_views(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", NAMES)
 def test_targets_from_the_positive_where_there_is_one(recipe: str) -> None:
+    base = build(recipe)
+    has_positives = base(batch_of(base)).comparisons[0].positive is not None
+    assert has_positives == base.has_positives
     for target in ("key", "one-hot"):
-        method = build(recipe, stronger=True, strong={"target": target})
-        base = method.get_submodule("base")
-        if base(batch_of(build(recipe))).comparisons[0].positive is None:
+        if not has_positives:
             with pytest.raises(ClsaError, match="compares with prototypes"):
-                method(batch_of(method))
+                build(recipe, stronger=True, strong={"target": target})
             continue
+        method = build(recipe, stronger=True, strong={"target": target})
         found = set(method(batch_of(method)).losses)
         assert ("strong_contrast" in found) == (target == "one-hot")
 
@@ -299,6 +301,20 @@ def test_supervised_is_cross_entropy_of_the_labelled_rows() -> None:
     torch.testing.assert_close(method(batch).losses["cross_entropy"].double(), expected)
     none = method(batch._replace(labels=torch.full_like(batch.labels, -1)))
     assert none.losses["cross_entropy"] == 0
+
+
+def test_views_that_a_method_does_not_take_are_refused() -> None:
+    for recipe, sizes, told in (
+        ("moco-v2", (), "takes at least 2 weak views"),
+        ("simclr", (16, 16), "takes 2 weak views"),
+        ("swav", (), "takes at least 2 weak views"),
+    ):
+        options = tiny(recipe, views={"weak": {"sizes": sizes}})
+        with pytest.raises(ClsaError, match=told):
+            build_method(options, EXTENT)
+    several = {"weak": {"sizes": (16, 16)}}
+    with pytest.raises(ClsaError, match="takes 2 weak views"):
+        build("moco-v2", method={"symmetric": True}, views=several)
 
 
 def test_supervised_needs_labels() -> None:

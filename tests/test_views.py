@@ -377,7 +377,7 @@ def test_the_strong_view_of_evaluation_is_the_same_for_all_recipes() -> None:
         ViewOptions(size=32, scale=(0.3, 1)),
         ViewOptions(
             size=32,
-            scale=(0.3, 1),
+            scale=(0.08, 0.9),
             weak=WeakViews(
                 sizes=(32, 24), jitter_probability=0, grayscale=1, blur=(1,), solarize=(1,), flip=1,
                 ops=Operations(pool="randaugment", rounds=2, probability=1),
@@ -388,7 +388,7 @@ def test_the_strong_view_of_evaluation_is_the_same_for_all_recipes() -> None:
     index, sides, drawn = np.arange(500), np.full(500, 60), []
     for options in recipes:
         spec = views.strong_eval_spec(options)
-        assert (spec.size, spec.scale, spec.view) == (32, (0.3, 1), views.STRONG_EVAL_VIEW)
+        assert (spec.size, spec.scale, spec.view) == (32, (0.2, 1), views.STRONG_EVAL_VIEW)
         assert spec.ops == Operations(pool="official", rounds=5, probability=0.5)
         params = views.sample(spec, 0, 0, index)
         drawn.append([*views.crop_params(spec, 0, 0, index, sides, sides), *params])

@@ -1,5 +1,6 @@
 """Which labelled pictures classifiers learn from, and which they are judged on."""
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,20 @@ def hold_out(
     order = np.argsort(drawn, kind="stable")
     held = max(1, round(count / 5))
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def for_training(train: Source, val: Source | None) -> Source:
+    """`train` with the labels hidden (-1) that `split` would hold out with seed 0.
+
+    A method that learns from labels must not have seen those it is judged on.
+    """
+    labelled = np.flatnonzero(train.labels >= 0)
+    if val is not None or len(labelled) < MIN_LABELLED:
+        return train
+    shown = copy.copy(train)
+    shown.labels = train.labels.copy()
+    shown.labels[labelled[hold_out(len(labelled), seed=0, slot=0)[1]]] = -1
+    return shown
 
 
 def split(train: Source, val: Source | None, seed: int) -> Split:

@@ -19,7 +19,8 @@ from clsa.views import weak_specs
 class Supervised(Method):
     """One linear layer on the features: L = mean over labelled rows of -log softmax(W f + b)_y.
 
-    Rows without a label count for nothing. With `stronger`, the rows of W, normalised, are the bank
+    Rows without a label count for nothing; labels that judging holds out (`split.for_training`) are
+    hidden. With `stronger`, the rows of W, normalised, are the bank
     that features are compared with, as prototypes are in SwAV: there every row counts.
     """
 

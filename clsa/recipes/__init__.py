@@ -42,7 +42,7 @@ def resolve(values: Overrides, source: str = "options") -> RunOptions:
     overrides, given = overrides_of(name), values.get("method")
     method = given.get("name") if isinstance(given, dict) else None
     if method not in (None, overrides["method"]["name"]):
-        suffix = "-small" if name.endswith("-small") else ""
+        suffix = next((form for form in ("-small", "-cifar") if name.endswith(form)), "")
         close = nearest(f"{method}{suffix}", list(RECIPES))
         why = f"{name} is a recipe of {overrides['method']['name']}"
         hint = f"choose another --recipe, perhaps {close}" if close else "choose another --recipe"
