@@ -50,8 +50,9 @@ class Config(pydantic.BaseModel):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"] if str(part)[:1] != "<")  # a tag
             if first["type"] == "union_tag_invalid":
-                what = f"{source}: {key}.name {first['ctx']['tag'].strip('<>')}"
-                known = first["ctx"]["expected_tags"].replace("<", "").replace(">", "")
+                told = first.get("ctx", {})
+                what = f"{source}: {key}.name {told.get('tag', '').strip('<>')}"
+                known = told.get("expected_tags", "").replace("<", "").replace(">", "")
                 raise ClsaError(what, "there is none", f"use one of {known}") from None
             if first["type"] != "extra_forbidden":
                 why = str(first["msg"]).removeprefix("Value error, ")

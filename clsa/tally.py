@@ -25,8 +25,8 @@ NOTE = "note"
 LEGEND = """\
 Mean ± sample standard deviation over the seeds; the best mean of each accuracy is bold.
 Accuracies are top-1 in percent; a gain is the trained minus the random encoder of the same seed.
-ms per picture: wall-clock time of training with loading and clustering, without judging and saving,
-from the rates of metrics.jsonl. Pictures seen: steps times batch size, whatever views each gives."""
+ms per picture: wall-clock time of training, loading and clustering included, judging and saving
+not. Pictures seen: steps times batch size, whatever views each gives."""
 
 
 class Outcome(Config):

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from contract import (
-    BASES, EXTENT, batch_of, build, distance, rank_main, shared_run, tiny, total, train,
+    BASES,
+    EXTENT,
+    batch_of,
+    build,
+    distance,
+    rank_main,
+    shared_run,
+    tiny,
+    total,
+    train,
 )  # fmt: skip
 from torch.multiprocessing.spawn import spawn
 

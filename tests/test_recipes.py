@@ -151,7 +151,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "moco-v3": {
         "method.temperature": 1.0, "method.key_momentum": 0.99, "optim.lr": 0.3,
-        "optim.weight_decay": 1e-6, "epochs": 300, "batch_size": 4096, "model.projector_hidden": 4096,
+        "optim.weight_decay": 1e-6, "epochs": 300, "batch_size": 4096,
+        "model.projector_hidden": 4096,
     },
     "moco-v3-vit": {
         "method.temperature": 0.2, "method.key_momentum": 0.99, "optim.name": "adamw",
