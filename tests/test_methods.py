@@ -117,23 +117,21 @@ def test_ten_optimiser_steps_on_one_batch_lower_the_loss(recipe: str, stronger: 
     assert total(method, batch).item() < first
 
 
-@every_method
 @pytest.mark.parametrize("recipe", NAMES)
-def test_same_seed_same_weights_and_another_seed_others(recipe: str, stronger: bool) -> None:
+def test_same_seed_same_weights_and_another_seed_others(recipe: str) -> None:
     digests = []
     for seed, noise in ((0, 1), (0, 2), (5, 3)):
         torch.manual_seed(noise)
-        method = build(recipe, seed=seed, stronger=stronger)
+        method = build(recipe, seed=seed, stronger=True)  # the plain method is inside
         train(method, 4)
         digests.append(checkpoint.digest(method.state_dict()))
     assert digests[0] == digests[1] != digests[2]
 
 
-@every_method
 @pytest.mark.parametrize("recipe", NAMES)
-def test_save_load_step_equals_step(recipe: str, stronger: bool) -> None:
+def test_save_load_step_equals_step(recipe: str) -> None:
     """Saved in the middle of the second epoch, loaded into another of another past."""
-    straight, resumed = (build(recipe, stronger=stronger) for _ in range(2))
+    straight, resumed = (build(recipe, stronger=True) for _ in range(2))
     optimizer = train(straight, 4)
     other = train(resumed, 1, 7)
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
