@@ -44,12 +44,17 @@ def open_val(options: DataOptions, classes: list[str]) -> Source | None:
     Labels are numbered as in `classes`, those of the training pictures; -1 for a class they lack.
     With no `classes` (unlabelled training pictures) its own stay.
     """
-    own = _name(options.data) in NAMED or _has_splits(options.data)
-    spec = options.val or (options.data if own else None)
-    if not spec:
+    spec = val_of(options)
+    if spec is None:
         return None
     source = open_source(spec, "val", options)
     return source.with_classes(classes) if classes else source
+
+
+def val_of(options: DataOptions) -> str | None:
+    """What names the pictures to evaluate on; None when there are none of their own."""
+    own = _name(options.data) in NAMED or _has_splits(options.data)
+    return options.val or (options.data if own else None)
 
 
 def _name(spec: str) -> str:

@@ -19,10 +19,10 @@ from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import projections
 from clsa.evaluate.results import Record, append_records
 from clsa.evaluate.run import PROBE_QUERIES, probe
-from clsa.evaluate.split import for_training, split
+from clsa.evaluate.split import split, without_held_out_labels
 from clsa.folder import RunFolder
 from clsa.host import keep_freed_memory, upload
-from clsa.intake import open_source, open_val
+from clsa.intake import open_source, open_val, val_of
 from clsa.journal import Journal
 from clsa.methods import build_method
 from clsa.methods.method import Batch, Extent, Method, sum_of
@@ -145,7 +145,7 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
     options, method, folder = run.options, state.method, state.folder
     last = min(run.num_steps, options.max_steps or run.num_steps)
     model = parallel(method, options)
-    shown = for_training(source, open_val(options.data, source.classes))
+    shown = source if val_of(options.data) else without_held_out_labels(source)
     batches = data.batches(
         shown, method.view_specs, order, state.step, last, run.device, options.data, quarantine
     )

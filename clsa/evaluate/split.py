@@ -44,13 +44,13 @@ def hold_out(
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def for_training(train: Source, val: Source | None) -> Source:
-    """`train` with the labels hidden (-1) that `split` would hold out with seed 0.
+def without_held_out_labels(train: Source) -> Source:
+    """`train` with the labels hidden (-1) that `split` holds out of it with seed 0.
 
     A method that learns from labels must not have seen those it is judged on.
     """
     labelled = np.flatnonzero(train.labels >= 0)
-    if val is not None or len(labelled) < MIN_LABELLED:
+    if len(labelled) < MIN_LABELLED:
         return train
     shown = copy.copy(train)
     shown.labels = train.labels.copy()

@@ -19,9 +19,9 @@ from clsa.views import weak_specs
 class Supervised(Method):
     """One linear layer on the features: L = mean over labelled rows of -log softmax(W f + b)_y.
 
-    Rows without a label count for nothing; labels that judging holds out (`split.for_training`) are
-    hidden. With `stronger`, the rows of W, normalised, are the bank
-    that features are compared with, as prototypes are in SwAV: there every row counts.
+    Rows without a label count for nothing, and those that judging will hold out have none here
+    (`evaluate.split`). With `stronger`, the rows of W, normalised, are the bank that features are
+    compared with, as prototypes are in SwAV: there every row counts.
     """
 
     has_positives = False
