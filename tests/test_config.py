@@ -190,7 +190,7 @@ def test_an_unknown_method_is_refused_with_those_there_are(tmp_path: Path) -> No
     with pytest.raises(ClsaError) as caught:
         RunOptions.parse(read_yaml(file), "file")
     text = str(caught.value)
-    assert text.startswith("file: method - ") and "mocco" in text
+    assert text.startswith("file: method.name mocco - there is none - use one of 'moco', ")
     assert all(name in text for name in KINDS)
 
 
