@@ -281,7 +281,6 @@ def test_what_the_papers_questions_vary() -> None:
         "recipe": {f"{x}-small" for x in ("moco-v2", "moco-strong-query", "moco-strong-query-key",
                                           "clsa-contrastive", "clsa")},
         "stronger": {False, True},
-        "method.bank": {"queue", "batch+queue"},
         "method.strong_query": {False, True},
         "method.strong_key": {False, True},
         "strong.target": {"query", "one-hot"},
