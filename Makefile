@@ -22,7 +22,7 @@ check: $(VENV)/ready-to-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/ready-to-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --durations 5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadgroup --durations 5
 
 format: $(VENV)/ready-to-test
 	$(BIN)/ruff check --fix $(FILES)

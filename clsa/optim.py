@@ -41,21 +41,26 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore
         """One update of every parameter that has a gradient; nothing is read by the host."""
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                update = param.grad.add(param, alpha=group["weight_decay"])
-                if group["adapt"]:
-                    size, length = param.norm(), update.norm()
-                    ratio = group["trust"] * size / length
-                    if group["clip"]:
-                        ratio = (ratio / max(group["lr"], 1e-12)).clamp(max=1.0)
-                    update = update * torch.where((size > 0) & (length > 0), ratio, 1.0)
-                state: dict[str, Any] = self.state[param]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                param.add_(velocity, alpha=-group["lr"])
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            grads = [param.grad for param in params]
+            updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])  # pyright: ignore
+            if group["adapt"]:
+                sizes = torch.stack(torch._foreach_norm(params))  # pyright: ignore
+                lengths = torch.stack(torch._foreach_norm(updates))  # pyright: ignore
+                ratios = group["trust"] * sizes / lengths
+                if group["clip"]:
+                    ratios = (ratios / max(group["lr"], 1e-12)).clamp(max=1.0)
+                ratios = torch.where((sizes > 0) & (lengths > 0), ratios, 1.0)
+                torch._foreach_mul_(updates, list(ratios.unbind()))  # pyright: ignore
+            for param in params:
+                if "momentum_buffer" not in self.state[param]:
+                    self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+            velocities = [self.state[param]["momentum_buffer"] for param in params]
+            torch._foreach_mul_(velocities, group["momentum"])  # pyright: ignore
+            torch._foreach_add_(velocities, updates)  # pyright: ignore
+            torch._foreach_add_(params, velocities, alpha=-group["lr"])  # pyright: ignore
 
 
 def build_optimizer(
@@ -87,6 +92,11 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, foreach=True)
 
 
+def peak_lr(options: OptimOptions, batch: int) -> float:
+    """The highest learning rate of a run with global batches of `batch` pictures."""
+    return options.lr * batch / 256
+
+
 def lr_at(options: OptimOptions, step: int, steps_per_epoch: int, epochs: int, batch: int) -> float:
     """Learning rate at `step` (from 0).
 
@@ -100,7 +110,7 @@ def lr_at(options: OptimOptions, step: int, steps_per_epoch: int, epochs: int, b
         steps_per_epoch, epochs: length of the run.
         batch: global batch size.
     """
-    peak, final = options.lr * batch / 256, options.final_lr * batch / 256
+    peak, final = peak_lr(options, batch), options.final_lr * batch / 256
     total = steps_per_epoch * epochs
     warmup = options.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -159,6 +169,6 @@ def set_lr(
 def clip_gradients(params: Iterable[nn.Parameter], limit: float) -> None:
     """Shorten the gradient of each parameter to a norm of `limit` (DINO clips each on its own)."""
     grads = [param.grad for param in params if param.grad is not None]
-    norms = torch._foreach_norm(grads)  # pyright: ignore
-    factors = [(limit / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-    torch._foreach_mul_(grads, factors)  # pyright: ignore
+    norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, list(factors.unbind()))  # pyright: ignore

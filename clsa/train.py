@@ -27,7 +27,7 @@ from clsa.journal import Journal
 from clsa.methods import build_method
 from clsa.methods.method import Batch, Extent, Method, sum_of
 from clsa.models import Network, autocast
-from clsa.optim import build_optimizer, clip_gradients, lr_at, set_lr, weight_decay_at
+from clsa.optim import build_optimizer, clip_gradients, lr_at, peak_lr, set_lr, weight_decay_at
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.signals import Stop, stop_on_signals
@@ -115,8 +115,8 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
     """Learning rate (returned) and weight decay of this step."""
     options, batch_size = run.options.optim, run.options.batch_size
     lr = lr_at(options, step, run.steps_per_epoch, run.options.epochs, batch_size)
-    peak, decay = options.lr * batch_size / 256, weight_decay_at(options, step, run.num_steps)
-    set_lr(optimizer, lr, peak, decay)
+    decay = weight_decay_at(options, step, run.num_steps)
+    set_lr(optimizer, lr, peak_lr(options, batch_size), decay)
     return lr
 
 
@@ -149,13 +149,9 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
     batches = data.batches(
         shown, method.view_specs, order, state.step, last, run.device, options.data, quarantine
     )
-    speaks, embed = (
-        dist.rank() == 0,
-        functools.partial(projections, source, options.views, run.device),
-    )
-    with Journal(
-        folder, state.step, last, run.steps_per_epoch, method.landmarks, speaks
-    ) as journal:
+    embed = functools.partial(projections, source, options.views, run.device)
+    speaks, marks = dist.rank() == 0, method.landmarks
+    with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
         judge = Judge(state, source, run, journal)
         saved = waiting = time.monotonic()
         reason = end_reason(state.step, last, run)

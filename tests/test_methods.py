@@ -154,6 +154,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.xdist_group("ranks")  # one start of the processes for all
 @pytest.mark.parametrize(("recipe", "stronger"), CASES)
 def test_two_processes_compute_what_one_does(recipe: str, stronger: bool, ranks: Path) -> None:
     alone: dict[str, Any] = shared_run(recipe, stronger)
