@@ -133,6 +133,18 @@ def test_all_centres_and_equal_concentrations_give_plain_cross_entropy() -> None
     torch.testing.assert_close(got, F.cross_entropy(logits, clusters.assignment[index]))
 
 
+def test_rows_of_unreadable_pictures_do_not_move_the_centres() -> None:
+    rows, _ = blobs(5, 30)
+    with_gaps = np.insert(rows, [0, 40, 150], np.zeros(8, np.float32), axis=0)
+    whole, gaps = (Clusters(len(x), 5, 8, 0.2, seed=0) for x in (rows, with_gaps))
+    whole.fit(torch.from_numpy(rows), seed=3)
+    gaps.fit(torch.from_numpy(with_gaps), seed=3)
+    assert torch.equal(whole.centroids, gaps.centroids)
+    assert torch.equal(whole.concentrations, gaps.concentrations)
+    read = torch.from_numpy(with_gaps).any(1)
+    assert torch.equal(gaps.assignment[read], whole.assignment) and read.sum() == len(rows)
+
+
 def test_too_few_pictures_are_refused_before_training() -> None:
     Clusters(50, 5, 8, 0.2, seed=0)
     with pytest.raises(ClsaError, match=r"num_clusters 5 - .*10 pictures.*49.*at most 4"):

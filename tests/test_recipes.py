@@ -228,6 +228,14 @@ def test_unknown_recipes_are_refused_with_the_nearest(name: str, hint: str) -> N
     assert caught.value.code == Exit.USAGE
 
 
+def test_another_method_than_the_recipes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    told = "method.name swav - moco-v2-small is a recipe of moco - choose another --recipe"
+    with pytest.raises(ClsaError, match=f"{told}, perhaps swav-small"):
+        resolve({"recipe": "moco-v2-small", "method": {"name": "swav"}})
+    args = ["pretrain", "--recipe", "moco-v2-small", "--method.name", "swav", "--data", "clipart"]
+    assert main(args) == Exit.USAGE and told in capsys.readouterr().err
+
+
 def test_a_recipe_can_be_asked_for_twice_and_gives_the_same() -> None:
     first = overrides_of("clsa-multi")
     merge(first, {"views": {"strong": {"pool": "paper"}}})
