@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clsa.decode import Picture
 from clsa.geometry import centre_boxes, crop_one, reduction_for
-from clsa.order import Order
+from clsa.order import Companions, Order, Rows
 from clsa.sources import Source
 from clsa.views import ViewSpec, crop_params
 
@@ -27,9 +27,11 @@ class Crops(NamedTuple):
     """One (b, 3, s, s) a view, on the device, in [0, 255]: float32 resident; streamed uint8,
     channels last."""
     index: Int64[Tensor, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Numbers of the pictures in the source, on the CPU; what the views draw from."""
+    """Numbers of the pictures in the source, on the CPU."""
     labels: Int64[Tensor, " b"]
     """Classes (-1 unknown), on the CPU."""
+    drawn: Int64[Tensor, " b"]
+    """What the views draw from, on the CPU (see `order.Rows`)."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,43 @@ class Plan:
     source: Source
     specs: Sequence[ViewSpec]
     order: Order
-    start: int
-    share: int
+    companions: Companions | None
+    rank: int
+    world: int
 
-    def index(self, step: int) -> Int64[np.ndarray, " b"]:
-        """Numbers of the pictures of this process's share."""
-        return self.order.indices(step)[self.start : self.start + self.share]
+    @property
+    def count(self) -> int:
+        """Rows of this process's share."""
+        total = self.order.batch_size + (self.companions.count if self.companions else 0)
+        return total // self.world
+
+    def rows(self, step: int) -> Rows:
+        """This process's contiguous share of the order's pictures, then of their companions."""
+        index = self.order.indices(step)
+        parts = [Rows(index, index)]
+        if self.companions:
+            parts.append(self.companions.rows(self.order, step))
+        shares = [
+            [numbers[self.rank * (len(numbers) // self.world) :][: len(numbers) // self.world]
+             for numbers in part]
+            for part in parts
+        ]  # fmt: skip
+        return Rows(*(np.concatenate(numbers) for numbers in zip(*shares, strict=True)))
 
     def cuts(
         self,
         epoch: int,
-        index: Int64[np.ndarray, " b"],
+        drawn: Int64[np.ndarray, " b"],
         heights: Int64[np.ndarray, " b"],
         widths: Int64[np.ndarray, " b"],
     ) -> list[Cuts]:
         """Boxes and flips of each view."""
-        drawn = (self.order.seed, epoch, index, heights, widths)
-        return [crop_params(spec, *drawn) for spec in self.specs]
+        seed = self.order.seed
+        return [crop_params(spec, seed, epoch, drawn, heights, widths) for spec in self.specs]
 
-    def labels(self, shown: Int64[np.ndarray, " b"]) -> Int64[Tensor, " b"]:
+    def labels(self, shown: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         """Classes of pictures (-1 unknown)."""
-        return torch.from_numpy(self.source.labels[shown])
+        return self.source.labels[shown]
 
 
 def empty_view(count: int, size: int) -> UInt8[Tensor, "count 3 size size"]:

@@ -23,7 +23,7 @@ from clsa.errors import ClsaError
 from clsa.geometry import crop
 from clsa.host import num_cores, upload
 from clsa.options import DataOptions
-from clsa.order import Order, Quarantine, candidates
+from clsa.order import Companions, Order, Quarantine, candidates
 from clsa.sources import Pictures, Source
 from clsa.streamed import streamed
 from clsa.views import ViewSpec
@@ -42,22 +42,24 @@ def batches(
     device: torch.device,
     options: DataOptions,
     quarantine: Quarantine | None = None,
+    companions: Companions | None = None,
 ) -> Iterator[Crops]:
     """The batches of steps first_step, ..., last_step - 1: this process's contiguous share of each.
 
-    A picture that cannot be read is replaced (`candidates`) and noted in `quarantine`; `index`, and
-    with it the draws of the views, stay those of the original, `labels` are those of the shown one.
+    A picture that cannot be read is replaced (`candidates`) and noted in `quarantine`; `index` and
+    `drawn` stay those of the original, `labels` are those of the shown one.
 
     Raises:
         ClsaError: 65 when too many pictures cannot be read; 2 when the batch does not divide among
             the processes, or memory does not hold what was asked for; 74 when a worker fails.
     """
     world = dist.world_size()
-    if order.batch_size % world:
-        what, why = f"batch_size {order.batch_size}", f"not divisible among {world} processes"
-        raise ClsaError(what, why, f"use a multiple of {world}")
-    share = order.batch_size // world
-    plan = Plan(source, specs, order, share * dist.rank(), share)
+    beside = companions.count if companions else 0
+    for what, count in (("batch_size", order.batch_size), ("pictures beside each batch", beside)):
+        if count % world:
+            why = f"not divisible among {world} processes"
+            raise ClsaError(f"{what} {count}", why, f"use a multiple of {world}")
+    plan = Plan(source, specs, order, companions, dist.rank(), world)
     quarantine = quarantine or Quarantine(source)
     images = _resident_images(source, options, device, quarantine)
     if images is not None:
@@ -111,9 +113,9 @@ def _resident(
     plan: Plan, images: UInt8[Tensor, "N 3 H W"], steps: range, quarantine: Quarantine
 ) -> Iterator[Crops]:
     height, width = images.shape[2:]
-    heights, widths = np.full(plan.share, height), np.full(plan.share, width)
+    heights, widths = np.full(plan.count, height), np.full(plan.count, width)
     for step in steps:
-        epoch, index = plan.order.epoch(step), plan.index(step)
+        epoch, (index, drawn) = plan.order.epoch(step), plan.rows(step)
         shown = index.copy()
         for row in np.flatnonzero(np.isin(index, list(quarantine.reasons))):
             tried = candidates(plan.order, epoch, int(index[row]))
@@ -122,9 +124,9 @@ def _resident(
                 raise quarantine.error()
             shown[row] = good
         chosen = images.index_select(0, upload([shown], images.device)[0]).float()
-        cuts = zip(plan.specs, plan.cuts(epoch, index, heights, widths), strict=True)
+        cuts = zip(plan.specs, plan.cuts(epoch, drawn, heights, widths), strict=True)
         crops = [crop(chosen, boxes, spec.size, flip) for spec, (boxes, flip) in cuts]
-        yield Crops(crops, torch.from_numpy(index.copy()), plan.labels(shown))
+        yield Crops(crops, *map(torch.from_numpy, (index, plan.labels(shown), drawn)))
 
 
 def eval_images(

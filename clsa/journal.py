@@ -101,6 +101,13 @@ class Journal:
         if not self.console.is_terminal and step % self.steps_per_epoch == 0:
             self.say(f"epoch {math.ceil(epoch)} step {step}/{self.last_step} {told}")
 
+    def refreshed(self, step: int, values: dict[str, float]) -> None:
+        """Write and tell what was prepared before an epoch, and how long it took."""
+        # The step it precedes, so that a resumed run, which prepares again, drops the line.
+        self.write({"step": step + 1, "epoch": step / self.steps_per_epoch, **values})
+        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"before epoch {step // self.steps_per_epoch + 1}: {told}")
+
     def write(self, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and its numbers to TensorBoard."""
         if not self.speaks:

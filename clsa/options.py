@@ -10,11 +10,18 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tyro
 
+from clsa.around_options import (
+    ContinualOptions,
+    MixtureOptions,
+    Operations,
+    Sizes,
+    StrongOptions,
+    SuNCEtOptions,
+)
 from clsa.config import Config, Count, Fraction, NotNegative, Positive, Share
 from clsa.method_options import KINDS, MethodOptions, MoCoOptions
 
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 62)]
-Sizes = tuple[Annotated[int, pydantic.Field(ge=8)], ...]
 
 
 class DataOptions(Config):
@@ -36,37 +43,6 @@ class DataOptions(Config):
     workers: Annotated[int, pydantic.Field(ge=0)] | None = None
     """Processes that decode pictures when the set is streamed (default: one fewer than the
     process's share of the cores, at most 8)."""
-
-
-class Operations(Config):
-    """Random operations on top of the weak recipe: `rounds` times one of a pool."""
-
-    pool: Literal["paper", "official", "randaugment"] = "official"
-    """paper: CLSA's 14, Invert among them, continuous ranges; official: Identity in its place, nine
-    levels; randaugment: InfoMin's, at full strength."""
-    rounds: Annotated[int, pydantic.Field(ge=0, le=20)] = 5
-    """How many times an operation is drawn."""
-    probability: Fraction = 0.5
-    """Probability of applying each drawn operation."""
-
-
-class StrongOptions(Operations):
-    """What --stronger adds: strong views (the weak recipe, then `rounds` random operations, in
-    place of views.weak.ops) and the divergence that makes them follow the weak ones (CLSA)."""
-
-    sizes: Sizes = (96,)
-    """Sides of the strong query crops in pixels, one query each."""
-    beta: NotNegative = 1.0
-    """Weight of the divergence."""
-    temperature: Positive = 0.2
-    """Temperature of the strong views' distribution."""
-    target_temperature: Positive = 0.2
-    """Temperature of the weak views' distribution, the target."""
-    target: Literal["query", "key", "one-hot"] = "query"
-    """The target comes from the weak query, from the key, or is the positive alone."""
-    reduce: Literal["sum", "mean"] = "sum"
-    """Whether the terms of all pairs of weak and strong queries are summed (the official code) or
-    averaged."""
 
 
 PerView = tuple[Fraction, ...]
@@ -226,6 +202,17 @@ class RunOptions(Config):
     stronger: bool = False
     """Learn from stronger augmentations too: any method becomes its CLSA form."""
     strong: StrongOptions = StrongOptions()
+    clim: bool = False
+    """Mix each picture with a neighbour (CLIM); for methods with keys: moco, adco, pcl."""
+    mixture: MixtureOptions = MixtureOptions()
+    labels: str | None = None
+    """Learn from few labels too (SuNCEt, any method): a share of them such as 10%, or a text file
+    with a labelled picture a line."""
+    suncet: SuNCEtOptions = SuNCEtOptions()
+    stages: tuple[str, ...] = ()
+    """Learn from several sets, one after the other, and forget little: sets as --data takes them,
+    or classes:N to part the classes of --data into N."""
+    continual: ContinualOptions = ContinualOptions()
 
     @classmethod
     def example(cls, values: dict[str, Any]) -> "RunOptions":
@@ -238,6 +225,8 @@ class RunOptions(Config):
     def _consistent(self) -> "RunOptions":
         if self.stronger and not self.strong.sizes:
             raise ValueError("--stronger needs strong views: set strong.sizes")
+        if self.clim + (self.labels is not None) + bool(self.stages) > 1:
+            raise ValueError("--clim, --labels and --stages do not go together: choose one")
         if self.batch_size < 2 * self.model.norm_groups:
             groups = f"{self.batch_size} pictures in {self.model.norm_groups} groups"
             raise ValueError(

@@ -4,8 +4,10 @@ Both are pure functions of (seed, epoch, index): there is no position to save.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +62,31 @@ class Order:
         start = step % self.steps_per_epoch * self.batch_size
         order = _permutation(self.seed, self.epoch(step), self.count)
         return order[start : start + self.batch_size]
+
+
+class Rows(NamedTuple):
+    """Pictures that stand in a batch."""
+
+    index: Int64[np.ndarray, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Numbers of the pictures."""
+    drawn: Int64[np.ndarray, " b"]
+    """What the draws of their views are hashed from; another number, another view."""
+
+
+class Companions(ABC):
+    """Pictures that stand in each batch after those of the order: labelled ones, neighbours.
+
+    Their draws must not be those of the order's pictures: numbers from `order.count` on.
+
+    Attributes:
+        count: how many a step, over all processes.
+    """
+
+    count: int
+
+    @abstractmethod
+    def rows(self, order: Order, step: int) -> Rows:
+        """The companions of a step, the same on every process."""
 
 
 @functools.lru_cache(maxsize=2)

@@ -30,7 +30,7 @@ def streamed(
     """
     count = workers.num_workers(options.workers)
     if count:
-        pixels = sum(spec.size**2 for spec in plan.specs) * plan.share
+        pixels = sum(spec.size**2 for spec in plan.specs) * plan.count
         workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
     on_gpu = device.type == "cuda"
     found = workers.results(_Steps(plan), steps, count, PREFETCH, pinned=on_gpu)
@@ -100,8 +100,8 @@ class _Steps(Dataset):
         Pictures that open but do not decode are replaced in another round.
         """
         plan = self.plan
-        epoch, index = plan.order.epoch(step), plan.index(step)
-        crops = [empty_view(plan.share, spec.size) for spec in plan.specs]
+        epoch, (index, drawn) = plan.order.epoch(step), plan.rows(step)
+        crops = [empty_view(plan.count, spec.size) for spec in plan.specs]
         reasons: dict[int, str] = {}
         shown = index.copy()
         pending = [(row, candidates(plan.order, epoch, i)) for row, i in enumerate(index.tolist())]
@@ -110,9 +110,9 @@ class _Steps(Dataset):
             for group in self._open(pending, reasons):
                 if not group:
                     return None, reasons
-                failed += self._cut(group, epoch, index, crops, shown, reasons)
+                failed += self._cut(group, epoch, drawn, crops, shown, reasons)
             pending = failed
-        return Crops(crops, torch.from_numpy(index.copy()), plan.labels(shown)), reasons
+        return Crops(crops, *map(torch.from_numpy, (index, plan.labels(shown), drawn))), reasons
 
     def _open(self, pending: list[_Pending], reasons: dict[int, str]) -> Iterator[list[_Opened]]:
         """Groups of opened pictures; an empty one when nothing replaces a picture.
@@ -148,7 +148,7 @@ class _Steps(Dataset):
         self,
         group: list[_Opened],
         epoch: int,
-        index: Int64[np.ndarray, " b"],
+        drawn: Int64[np.ndarray, " b"],
         crops: list[UInt8[Tensor, "b 3 s s"]],
         shown: Int64[np.ndarray, " b"],
         reasons: dict[int, str],
@@ -156,7 +156,7 @@ class _Steps(Dataset):
         """Decode each picture once, as small as its crops allow; returns what failed."""
         failed = []
         sizes = [(one.picture.height, one.picture.width) for one in group]
-        cuts = self.plan.cuts(epoch, index[[one.row for one in group]], *np.array(sizes).T)
+        cuts = self.plan.cuts(epoch, drawn[[one.row for one in group]], *np.array(sizes).T)
         for k, (row, tried, i, picture) in enumerate(group):
             try:
                 cut_one(picture, [(boxes[k], flips[k]) for boxes, flips in cuts],

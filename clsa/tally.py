@@ -91,13 +91,14 @@ def outcome_of(
     }
     if records is not None or error is not None:
         status = next(iter(read_lines(folder.status_file)), {})
-        logged = [line for line in read_lines(folder.metrics) if "images_per_s" in line]
+        lines = read_lines(folder.metrics)
+        logged = [line for line in lines if "images_per_s" in line]
         steps = [0, *(int(line["step"]) for line in logged)]
         rates = [float(line["images_per_s"]) for line in logged]
         seconds = sum(
             (after - before) * options.batch_size / max(rate, 1e-9)
             for (before, after), rate in zip(itertools.pairwise(steps), rates, strict=True)
-        )
+        ) + sum(float(line.get("refresh_s", 0)) for line in lines)
         facts |= {
             "reason": status.get("reason", "") if error is None else first_line(error),
             "step": status.get("step", 0),

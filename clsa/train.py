@@ -17,15 +17,15 @@ from clsa import checkpoint, data, dist, files, views
 from clsa.cutting import Crops
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import projections
-from clsa.evaluate.results import Record, append_records
-from clsa.evaluate.run import PROBE_QUERIES, probe
-from clsa.evaluate.split import split, without_held_out_labels
+from clsa.evaluate.results import append_records
+from clsa.evaluate.split import without_held_out_labels
 from clsa.folder import RunFolder
 from clsa.host import keep_freed_memory, upload
-from clsa.intake import open_source, open_val, val_of
+from clsa.intake import open_source, val_of
 from clsa.journal import Journal
+from clsa.judge import Judge, divides
 from clsa.methods import build_method
-from clsa.methods.method import Batch, Extent, Method, sum_of
+from clsa.methods.method import Batch, Embed, Extent, Method, sum_of
 from clsa.models import Network, autocast
 from clsa.optim import build_optimizer, clip_gradients, lr_at, peak_lr, set_lr, weight_decay_at
 from clsa.options import RunOptions
@@ -68,12 +68,12 @@ class Stats(NamedTuple):
 def make_views(crops: Crops, specs: list[views.ViewSpec], step: int, run: Run) -> Batch:
     """Pixel operations of every view, on the device; draws from (seed, epoch, index, view)."""
     options, epoch = run.options, step // run.steps_per_epoch
-    index, fused = crops.index.numpy(), options.compile and run.device.type == "cuda"
+    drawn, fused = crops.drawn.numpy(), options.compile and run.device.type == "cuda"
     pixels = [
-        views.pixels(crop, views.sample(spec, options.seed, epoch, index), spec, fused=fused)
+        views.pixels(crop, views.sample(spec, options.seed, epoch, drawn), spec, fused=fused)
         for spec, crop in zip(specs, crops.crops, strict=True)
     ]
-    places, labels = upload([index, crops.labels.numpy()], run.device)
+    places, labels = upload([crops.index.numpy(), crops.labels.numpy()], run.device)
     return Batch(pixels, places, labels, step)
 
 
@@ -136,8 +136,14 @@ def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> int:
     return int(any_stop)
 
 
-def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run: Run) -> str:
+def fit(
+    state: State, source: Source, shown: Source, order: Order, quarantine: Quarantine, run: Run
+) -> str:
     """Train from where `state` stands to the end of the schedule or the first limit.
+
+    Args:
+        source: the pictures; what the online probe judges on.
+        shown: the same with the labels that the method may see.
 
     Returns:
         Why it ended: "finished", "max_steps", "max_minutes" or the name of a signal.
@@ -145,22 +151,19 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
     options, method, folder = run.options, state.method, state.folder
     last = min(run.num_steps, options.max_steps or run.num_steps)
     model = parallel(method, options)
-    shown = source if val_of(options.data) else without_held_out_labels(source)
-    batches = data.batches(
-        shown, method.view_specs, order, state.step, last, run.device, options.data, quarantine
-    )
     embed = functools.partial(projections, source, options.views, run.device)
     speaks, marks = dist.rank() == 0, method.landmarks
     with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
-        judge = Judge(state, source, run, journal)
-        saved = waiting = time.monotonic()
+        judge = Judge(state, source, options, run.device, journal)
+        epoch, rest = divmod(state.step, run.steps_per_epoch)
         reason = end_reason(state.step, last, run)
-        for crops in batches:
+        if not rest and not reason:
+            prepare(method, epoch, embed, journal, state.step)
+        saved = waiting = time.monotonic()
+        for crops in feed(state, shown, order, last, quarantine, run):
             waited = time.monotonic() - waiting
             if state.step == 0 and speaks:
                 draw_views(source, crops, method.view_specs, run, folder.views)
-            if state.step % run.steps_per_epoch == 0:
-                method.before_epoch(state.step // run.steps_per_epoch, embed)
             stats = train_step(model, state, crops, run)
             journal.count(options.batch_size, waited)
             epoch, rest = divmod(state.step, run.steps_per_epoch)
@@ -173,15 +176,45 @@ def fit(state: State, source: Source, order: Order, quarantine: Quarantine, run:
                 better = not rest and speaks and judge(epoch)
                 if better:
                     write_encoder(state, options, folder.best_encoder)
-                state.save(keep=not rest and _divides(options.keep_every, epoch), best=better)
+                state.save(keep=not rest and divides(options.keep_every, epoch), best=better)
                 journal.restart_clock()
                 saved = time.monotonic()
             if reason:
                 break
+            if not rest:
+                prepare(method, epoch, embed, journal, state.step)
             waiting = time.monotonic()
         if speaks:
             append_records(folder.results, judge.records)
     return reason
+
+
+def prepare(method: Method, epoch: int, embed: Embed, journal: Journal, step: int) -> None:
+    """What the method does before an epoch, its time told apart from the steps'."""
+    begun = time.monotonic()
+    found = method.before_epoch(epoch, embed)
+    if found:
+        journal.refreshed(step, {**found, "refresh_s": round(time.monotonic() - begun, 3)})
+    journal.restart_clock()
+
+
+def feed(
+    state: State, shown: Source, order: Order, last: int, quarantine: Quarantine, run: Run
+) -> Iterator[Crops]:
+    """The batches from `state.step` on; loading begins anew where the method's companions change.
+
+    The method prepares an epoch before its first batch is asked for.
+    """
+    method, per_epoch, step = state.method, run.steps_per_epoch, state.step
+    while step < last:
+        epochs = range(step // per_epoch + 1, -(-last // per_epoch))
+        fresh = next((epoch for epoch in epochs if method.refreshes(epoch)), None)
+        until = last if fresh is None else fresh * per_epoch
+        yield from data.batches(
+            shown, method.view_specs, order, step, until, run.device, run.options.data,
+            quarantine, method.companions(),
+        )  # fmt: skip
+        step = until
 
 
 def end_reason(step: int, last: int, run: Run) -> str:
@@ -197,48 +230,61 @@ def pretrain(options: RunOptions) -> Path:
     Raises:
         ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run.
     """
-    folder = RunFolder(options.out)
     keep_freed_memory()
     device = dist.pick_device(options.device)
     with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
-        folder.check(options)
+        RunFolder(options.out).check(options)
         source = open_source(options.data.data, "train", options.data)
-        order = Order(len(source), options.batch_size, options.seed)
-        quarantine = Quarantine(source, folder.read_quarantine())
-        steps = order.steps_per_epoch
-        extent = Extent(len(source), len(source.classes), steps, steps * options.epochs)
-        method = build_method(options, extent).to(device)
-        optimizer = build_optimizer(method, options.optim, method.fixed_rate)
-        state = State(method, optimizer, source.digest(), folder)
-        passed_over = state.resume()
-        require_same_step(state.step, device)  # and every rank has checked before the first writes
-        if dist.rank() == 0:
-            for skipped in passed_over:
-                print(f"passed over {skipped}", file=sys.stderr)
-            folder.claim(options)
-            folder.cut_metrics(state.step)
-            queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
-            if queue_size > len(source):
-                print(
-                    f"note: the queue ({queue_size}) is longer than the set ({len(source)}); "
-                    "try a smaller --method.queue-size",
-                    file=sys.stderr,
-                )
-        run = Run(options, device, order.steps_per_epoch, stop)
-        with report_end(folder, state, quarantine):
-            reason = fit(state, source, order, quarantine, run)
-            if dist.rank() == 0:
-                write_encoder(state, options, folder.encoder)
-                folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
-                if quarantine.reasons:
-                    count = len(quarantine.reasons)
-                    told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
-                    print(told, file=sys.stderr)
-            if reason not in ("finished", "max_steps", "max_minutes"):
-                what = f"stopped at step {state.step} of {run.num_steps}"
-                hint = "the same command resumes it"
-                raise ClsaError(what, f"{reason}; the state is saved", hint, Exit.PREEMPTED)
+        train(options, source, device, stop)
     return options.out
+
+
+def train(options: RunOptions, source: Source, device: torch.device, stop: Stop) -> State:
+    """Run, or resume, what `options` describe on the pictures of `source`; returns the end.
+
+    Raises:
+        ClsaError: as `pretrain`.
+    """
+    folder = RunFolder(options.out)
+    shown = source if val_of(options.data) else without_held_out_labels(source)
+    order = Order(len(source), options.batch_size, options.seed)
+    quarantine = Quarantine(source, folder.read_quarantine())
+    steps = order.steps_per_epoch
+    extent = Extent(
+        len(source), len(source.classes), steps, steps * options.epochs, shown.labels
+    )  # fmt: skip
+    method = build_method(options, extent).to(device)
+    optimizer = build_optimizer(method, options.optim, method.fixed_rate)
+    state = State(method, optimizer, source.digest(), folder)
+    passed_over = state.resume()
+    require_same_step(state.step, device)  # and every rank has checked before the first writes
+    if dist.rank() == 0:
+        for skipped in passed_over:
+            print(f"passed over {skipped}", file=sys.stderr)
+        folder.claim(options)
+        folder.cut_metrics(state.step)
+        queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
+        if queue_size > len(source):
+            print(
+                f"note: the queue ({queue_size}) is longer than the set ({len(source)}); "
+                "try a smaller --method.queue-size",
+                file=sys.stderr,
+            )
+    run = Run(options, device, order.steps_per_epoch, stop)
+    with report_end(folder, state, quarantine):
+        reason = fit(state, source, shown, order, quarantine, run)
+        if dist.rank() == 0:
+            write_encoder(state, options, folder.encoder)
+            folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
+            if quarantine.reasons:
+                count = len(quarantine.reasons)
+                told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
+                print(told, file=sys.stderr)
+        if reason not in ("finished", "max_steps", "max_minutes"):
+            what = f"stopped at step {state.step} of {run.num_steps}"
+            hint = "the same command resumes it"
+            raise ClsaError(what, f"{reason}; the state is saved", hint, Exit.PREEMPTED)
+    return state
 
 
 def require_same_step(step: int, device: torch.device) -> None:
@@ -267,53 +313,6 @@ def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Itera
         if dist.rank() == 0 and quarantine.reasons:
             with suppress(ClsaError):
                 folder.write_quarantine(quarantine.by_id())
-
-
-class Judge:
-    """The online probe: 20-NN accuracy after an epoch, on rank 0, where there are labels.
-
-    Raises:
-        ClsaError: before the first step, when `--val` is given and cannot judge.
-    """
-
-    def __init__(self, state: State, source: Source, run: Run, journal: Journal):
-        self.state, self.run, self.journal = state, run, journal
-        self.every = run.options.probe_every
-        self.records: list[Record] = []  # of the last probe, for results.json
-        given = run.options.data.val is not None
-        if not given and not (source.labels >= 0).any():
-            self.every = 0
-        if self.every:
-            try:
-                self.parts = split(source, open_val(run.options.data, source.classes), seed=0)
-                self.data_digest = self.parts.digest()
-            except ClsaError as error:
-                if given:
-                    raise
-                journal.say(f"no online probe: {error}")
-                self.every = 0
-
-    def __call__(self, epoch: int) -> bool:
-        """Judge the encoder after `epoch` epochs if it is time; whether it is the best so far."""
-        if not _divides(self.every, epoch):
-            return False
-        encoder, options = self.state.method.network.encoder, self.run.options
-        accuracy = probe(encoder, self.parts, options.views, self.run.device)
-        self.journal.write({"step": self.state.step, "epoch": epoch, "knn": accuracy})
-        self.journal.say(f"epoch {epoch}: 20-NN {accuracy:.1f} %")
-        num_queries = min(len(self.parts.queries), PROBE_QUERIES)
-        digests = checkpoint.digest(encoder.state_dict()), self.data_digest
-        name, split_name = "knn-online", self.parts.name
-        self.records = [
-            Record(name, "top1", accuracy, "trained", split_name, num_queries, 0, "", *digests)
-        ]
-        better = accuracy > self.state.best
-        self.state.best = max(accuracy, self.state.best)
-        return better
-
-
-def _divides(every: int, epoch: int) -> bool:
-    return every > 0 and epoch % every == 0
 
 
 def parallel(method: Method, options: RunOptions) -> nn.Module:

@@ -24,7 +24,7 @@ from clsa.bank import KeyQueue, keys_with_queue
 from clsa.losses import cosine_regression, info_nce, nt_xent
 from clsa.methods import build_method
 from clsa.methods.dino import DINO
-from clsa.methods.method import Method
+from clsa.methods.method import Batch, Method
 from clsa.methods.swav import SwAV
 
 SEEDS = [0, 1, 2]
@@ -51,9 +51,9 @@ def assert_agrees(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
-def queries_of(method: Method, views: list[Tensor]) -> list[Tensor]:
+def queries_of(method: Method, batch: Batch) -> list[Tensor]:
     with torch.no_grad():
-        return [method.query(view) for view in views]
+        return [method.query(view, batch) for view in batch.views]
 
 
 def frozen(recipe: str, **method: Any) -> Method:
@@ -76,7 +76,7 @@ def test_simclr(seed: int, temperature: float) -> None:
 def test_simclr_method() -> None:
     method = frozen("simclr", temperature=0.2)
     batch = batch_of(method)
-    theirs = NTXentLoss(0.2)(*queries_of(method, batch.views))
+    theirs = NTXentLoss(0.2)(*queries_of(method, batch))
     torch.testing.assert_close(method(batch).losses["contrast"], theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -190,7 +190,7 @@ def test_swav_method_with_its_queue() -> None:
     train(method, 2)  # 16 projections of a view in 12 places
     batch = batch_of(method, 2)
     rows = method.prototypes.rows.detach()
-    scores = [query @ rows.T for query in queries_of(method, batch.views)]
+    scores = [query @ rows.T for query in queries_of(method, batch)]
     queue = [past @ rows.T for past in method.queue.rows.chunk(2, dim=1)]
     theirs = SwaVLoss()(scores[:2], scores[2:], queue)[0]
     ours = method(batch).losses["swapped_prediction"]
@@ -225,7 +225,7 @@ def test_dino_method() -> None:
     theirs.center.copy_(method.center)
     with torch.no_grad():
         rows, fixed = (F.normalize(p.rows) for p in (method.prototypes, method.teacher_prototypes))
-        student = [query @ rows.T for query in queries_of(method, batch.views)]
+        student = [query @ rows.T for query in queries_of(method, batch)]
         taught = [method.teacher(view) @ fixed.T for view in batch.views[:2]]
         wanted = theirs(taught, student)
     output = method(batch)

@@ -50,7 +50,7 @@ def test_the_predictor_makes_queries_and_never_keys() -> None:
     output = method(batch)
     for view, comparison in zip(batch.views, output.comparisons, strict=True):
         (query,) = comparison.queries
-        assert isinstance(query, Tensor) and torch.equal(query, method.query(view))
+        assert isinstance(query, Tensor) and torch.equal(query, method.query(view, batch))
     with torch.no_grad():
         wanted = [method.key_network(view) for view in reversed(batch.views)]
     for keys, expected in zip(output.state, wanted, strict=True):

@@ -215,6 +215,7 @@ def test_processes_share_a_batch_in_rank_order(
             [torch.cat(pair) for pair in zip(a.crops, b.crops, strict=True)],
             torch.cat([a.index, b.index]),
             torch.cat([a.labels, b.labels]),
+            torch.cat([a.drawn, b.drawn]),
         )
         for a, b in zip(*shares, strict=True)
     ]

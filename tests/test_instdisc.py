@@ -109,7 +109,9 @@ def test_strong_views_are_compared_with_the_own_row_and_the_same_drawn_rows() ->
     assert comparison.candidates is not None
     assert torch.equal(comparison.candidates, torch.eye(ROWS, dtype=torch.bool))
     (stream,) = comparison.queries
-    assert isinstance(stream, Stream) and torch.equal(stream.query, method.query(batch.views[0]))
+    assert isinstance(stream, Stream) and torch.equal(
+        stream.query, method.query(batch.views[0], batch)
+    )
 
 
 def test_several_views_are_averaged() -> None:

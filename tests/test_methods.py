@@ -247,7 +247,7 @@ def test_the_divergence_is_that_of_the_comparisons_the_method_tells(recipe: str)
     batch = batch_of(method)
     weak = len(method.base.view_specs)
     base = method.base(batch._replace(views=batch.views[:weak]))
-    strong = [method.base.query(view) for view in batch.views[weak:]]
+    strong = [method.base.query(view, batch) for view in batch.views[weak:]]
     terms = []
     for queries, bank, _, candidates in base.comparisons:
         rows = [each if isinstance(each, torch.Tensor) else each.query for each in queries]

@@ -25,7 +25,7 @@ def vit(**method: Any) -> MoCoV3:
 def test_loss_is_twice_the_temperature_times_both_directions() -> None:
     method = build(method={"temperature": 0.3}).eval()
     batch = batch_of(method)
-    queries = [method.query(view).detach() for view in batch.views]
+    queries = [method.query(view, batch).detach() for view in batch.views]
     keys = [method.key_network(view).detach() for view in batch.views]
     own = torch.arange(8)
     wanted = reference.info_nce(queries[0], keys[1], own, 0.3)
@@ -70,7 +70,7 @@ def test_keys_are_the_other_views_without_predictor_or_gradient() -> None:
     ):
         assert torch.equal(keys, wanted) and not keys.requires_grad
         (query,) = comparison.queries
-        assert isinstance(query, Tensor) and torch.equal(query, method.query(view))
+        assert isinstance(query, Tensor) and torch.equal(query, method.query(view, batch))
         assert torch.equal(comparison.bank, torch.cat([keys, method.queue.rows]))
         assert comparison.positive is not None
         assert torch.equal(comparison.bank[comparison.positive], keys)

@@ -123,7 +123,7 @@ def test_comparison_holds_the_image_queries_and_is_asked_by_the_image_head() -> 
     (comparison,) = method(batch).comparisons
     (stream,) = comparison.queries
     query = getattr(stream, "query", stream)
-    assert torch.equal(query, method.query(batch.views[0]))
+    assert torch.equal(query, method.query(batch.views[0], batch))
     assert comparison.bank.shape == (ROWS + COUNT, 16)
     assert comparison.candidates is not None
     assert torch.equal(comparison.candidates, torch.eye(ROWS, dtype=torch.bool))

@@ -138,7 +138,7 @@ class Trainer:
             )
             for _ in range(views)
         ]
-        return Crops(crops, index, torch.full((self.share,), -1))
+        return Crops(crops, index, torch.full((self.share,), -1), index)
 
     def step(self) -> None:
         train_step(self.model, self.state, self.crops(), self.run)

@@ -48,7 +48,7 @@ def test_nothing_flows_through_the_target(monkeypatch: pytest.MonkeyPatch) -> No
         first, second = (method.network(view) for view in batch.views)
     loss = torch.zeros(())
     for view, target in zip(batch.views, (second, first), strict=True):
-        loss = loss - (method.query(view) * target).sum(1).mean() / 2
+        loss = loss - (method.query(view, batch) * target).sum(1).mean() / 2
     loss.backward()
     wanted = [p.grad for p in method.parameters() if p.grad is not None]
     for mine, expected in zip(got, wanted, strict=True):
@@ -88,7 +88,7 @@ def test_projections_are_kept_and_predictions_asked() -> None:
         assert torch.equal(keys, wanted)
     for view, comparison in zip(batch.views, output.comparisons, strict=True):
         (query,) = comparison.queries
-        assert isinstance(query, Tensor) and torch.equal(query, method.query(view))
+        assert isinstance(query, Tensor) and torch.equal(query, method.query(view, batch))
         assert torch.equal(comparison.bank[8:], method.queue.rows)
     method.after_step(output.state, 0)
     assert int(method.queue.pointer) == 16 % 12

@@ -15,16 +15,17 @@ ROOT = Path(clsa.__file__).parent
 
 # A file imports only from files that stand before it.
 ORDER = [
-    "errors", "files", "host", "dist", "config", "method_options", "options", "rng", "decode",
-    "archives", "names", "sources", "shards", "listing", "intake", "geometry", "color", "views",
-    "order", "workers", "cutting", "streamed", "data", "pack", "models", "bank", "losses",
+    "errors", "files", "host", "dist", "config", "method_options", "around_options", "options",
+    "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
+    "color", "views", "order", "workers", "cutting", "streamed", "data", "pack", "models", "bank", "losses",
     "assignments", "clustering", "optim",
     "methods.method", "methods.moco", "methods.simclr", "methods.byol", "methods.simsiam",
     "methods.swav", "methods.adco", "methods.instdisc", "methods.pirl", "methods.pcl",
-    "methods.moco_v3", "methods.dino", "methods.supervised", "methods.stronger", "methods",
+    "methods.moco_v3", "methods.dino", "methods.supervised",
+    "methods.around", "methods.stronger", "methods",
     "checkpoint", "evaluate", "evaluate.results", "evaluate.split", "evaluate.features",
     "evaluate.knn", "evaluate.linear_fast", "evaluate.linear", "evaluate.run", "evaluate.embed",
-    "folder", "journal", "signals", "state", "train",
+    "folder", "journal", "signals", "state", "judge", "train",
     "recipes.recipe", "recipes.imagenet", "recipes.cifar", "recipes.small", "recipes",
     "grid", "tally", "sweep", "cli", "__main__",
 ]  # fmt: skip

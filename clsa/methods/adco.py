@@ -29,6 +29,8 @@ class AdCo(Method):
     of `Stronger` does not move the negatives: they would learn to make similarities unpredictable.
     """
 
+    has_keys = True
+
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__(options, extent)
         assert isinstance(options.method, AdCoOptions)

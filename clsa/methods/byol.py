@@ -43,7 +43,7 @@ class BYOL(Method):
     def forward(self, batch: Batch) -> Output:
         """The regression of each view's keys by the other view's predictions."""
         first, second = batch.views
-        queries = [self.query(view) for view in (first, second)]
+        queries = [self.query(view, batch) for view in (first, second)]
         with torch.no_grad():
             keys = [dist.all_gather(self.key_network(view)) for view in (second, first)]
         own, pairs = own_rows(len(first), first.device), list(zip(queries, keys, strict=True))
@@ -57,6 +57,6 @@ class BYOL(Method):
         for keys in state:
             self.queue.enqueue(keys)
 
-    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+    def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b D"]:
         """Predictions of unit length."""
         return F.normalize(self.predictor(self.network.project(images)).float(), dim=1)

@@ -4,14 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from clsa.bank import KeyQueue, keys_with_queue
 from clsa.losses import Stream
 from clsa.models import Network
 from clsa.options import RunOptions
+from clsa.order import Companions
 from clsa.views import ViewSpec
 
 Embed = Callable[[Network], Float[Tensor, "n D"]]
@@ -27,6 +29,10 @@ class Extent(NamedTuple):
     steps_per_epoch: int
     num_steps: int
     """Of the whole schedule."""
+    labels: Int64[np.ndarray, " n"] | None = None
+    """Classes of the pictures, -1 unknown, where a method may learn from them."""
+    num_exemplars: int = 0
+    """How many pictures, the last of the set, are kept from earlier stages."""
 
 
 class Landmarks(NamedTuple):
@@ -48,9 +54,14 @@ class Batch(NamedTuple):
     index: Int[Tensor, " b"]
     """Places in the data set, on the device."""
     labels: Int[Tensor, " b"]
-    """Class numbers on the device, -1 unknown; only `supervised` uses them."""
+    """Class numbers on the device, -1 unknown."""
     step: int
     """Optimiser step, for schedules and draws from the counter."""
+
+    def part(self, start: int, end: int, num_views: int | None = None) -> "Batch":
+        """These rows of the first `num_views` views (default: all)."""
+        views = [view[start:end] for view in self.views[:num_views]]
+        return Batch(views, self.index[start:end], self.labels[start:end], self.step)
 
 
 class Comparison(NamedTuple):
@@ -64,6 +75,10 @@ class Comparison(NamedTuple):
     """Bank row of each query's positive; None where there is none (prototypes)."""
     candidates: Bool[Tensor, "b M"] | None = None
     """See `losses.bank_statistics`."""
+
+    def rows(self) -> list[Float[Tensor, "b D"]]:
+        """The queries without their statistics."""
+        return [each.query if isinstance(each, Stream) else each for each in self.queries]
 
 
 class Output(NamedTuple):
@@ -88,6 +103,8 @@ class Method(nn.Module, ABC):
         landmarks: of the loss that tells how far a run is.
         fixed_rate: modules whose learning rate stays at its peak.
         has_positives: whether its comparisons name the bank row of each query's positive.
+        has_keys: whether it compares streams with [the batch's keys; other rows], the keys being
+            those of `key_network`; `CLIM` needs that.
     """
 
     network: Network
@@ -95,6 +112,7 @@ class Method(nn.Module, ABC):
     landmarks: Landmarks
     fixed_rate: tuple[nn.Module, ...] = ()
     has_positives: bool = True
+    has_keys: bool = False
 
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__()
@@ -107,12 +125,25 @@ class Method(nn.Module, ABC):
     def after_step(self, state: Any, step: int) -> None:
         """Move key weights and banks; called once after each optimiser step, on every rank."""
 
-    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
-        """Unit rows by which a view is compared with the bank; with gradient."""
+    def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b D"]:
+        """Unit rows by which a view of `batch` is compared with the bank; with gradient."""
         return self.network(images)
 
-    def before_epoch(self, epoch: int, embed: Embed) -> None:
-        """Prepare what stays the same over an epoch, on every rank; nothing by default."""
+    def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
+        """Prepare what stays the same over an epoch, on every rank; nothing by default.
+
+        Returns:
+            What to log of it; nothing where there was nothing to do.
+        """
+        return {}
+
+    def refreshes(self, epoch: int) -> bool:
+        """Whether `before_epoch` changes `companions`, so that loading begins anew there."""
+        return False
+
+    def companions(self) -> Companions | None:
+        """Pictures that stand in each batch after those of the order; none by default."""
+        return None
 
 
 def crossed(

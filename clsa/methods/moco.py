@@ -25,6 +25,8 @@ class MoCo(Method):
     views change parts, each with its own shuffle, and takes the mean; both views' keys are queued.
     """
 
+    has_keys = True
+
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__(options, extent)
         assert isinstance(options.method, MoCoOptions)

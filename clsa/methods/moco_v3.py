@@ -52,7 +52,7 @@ class MoCoV3(Method):
     def forward(self, batch: Batch) -> Output:
         """The contrastive loss of each view's predictions with the other view's keys."""
         first, second = batch.views
-        queries = [self.query(view) for view in (first, second)]
+        queries = [self.query(view, batch) for view in (first, second)]
         with torch.no_grad():
             keys = [dist.all_gather(self.key_network(view)) for view in (second, first)]
         own, pairs = own_rows(len(first), first.device), list(zip(queries, keys, strict=True))
@@ -69,6 +69,6 @@ class MoCoV3(Method):
         for keys in state:
             self.queue.enqueue(keys)
 
-    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+    def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b D"]:
         """Predictions of unit length."""
         return F.normalize(self.predictor(self.network.project(images)).float(), dim=1)

@@ -40,6 +40,8 @@ class PCL(Method):
     the others wait, which is too slow for the paper's number of clusters on ImageNet.
     """
 
+    has_keys = True
+
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__(options, extent)
         assert isinstance(options.method, PCLOptions)
@@ -59,15 +61,18 @@ class PCL(Method):
         floor = num_queries * lowest_info_nce(length + 1, dim, temperature)
         self.landmarks = Landmarks("contrast", num_queries * math.log(length + 1), floor)
 
-    def before_epoch(self, epoch: int, embed: Embed) -> None:
-        """Cluster the whole set, after the warm-up."""
+    def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
+        """Cluster the whole set, after the warm-up; tells the share of the largest cluster."""
         if epoch < self.options.warmup_epochs:
-            return
+            return {}
         features, numbers = embed(self.key_network), np.arange(len(self.clusterings))
         draws = rng.uniforms(self.seed, epoch, numbers, rng.CLUSTERS, np.arange(1))[:, 0]
+        largest = 0.0
         for clusters, draw in zip(self.clusterings, draws, strict=True):
             assert isinstance(clusters, Clusters)
             clusters.fit(features, int(draw * 2**31))
+            largest = max(largest, clusters.assignment.bincount().max().item() / len(features))
+        return {"largest_cluster": largest}
 
     def forward(self, batch: Batch) -> Output:
         """The contrast of every weak query with keys, and with centres of clusters."""

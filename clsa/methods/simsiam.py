@@ -57,7 +57,7 @@ class SimSiam(Method):
         for keys in state:
             self.queue.enqueue(keys)
 
-    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
+    def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b D"]:
         """Predictions of unit length."""
         return self._predict(self.network.project(images))
 

@@ -1,20 +1,18 @@
 """CLSA's divergence around any method (Wang and Qi 2021): learning from stronger augmentations."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from clsa.errors import ClsaError
 from clsa.losses import Stream, contrast, divergence, streams
-from clsa.methods.method import Batch, Comparison, Embed, Extent, Method, Output, sum_of
-from clsa.models import Network
+from clsa.methods.around import Around
+from clsa.methods.method import Batch, Comparison, Extent, Method, Output, sum_of
 from clsa.options import RunOptions
 from clsa.views import strong_specs
 
 
-class Stronger(Method):
+class Stronger(Around):
     """A method and the divergence of strong views: L = L_base + beta L_D (CLSA Eq. 8).
 
     L_D = mean_i - sum_j t_ij log r_ij (Eq. 6-7): t compares a weak query of the method with its
@@ -29,8 +27,8 @@ class Stronger(Method):
     """
 
     def __init__(self, base: Method, options: RunOptions, extent: Extent):
-        super().__init__(options, extent)
-        self.base, self.options = base, options.strong
+        super().__init__(base, options, extent)
+        self.options = options.strong
         if self.options.target != "query" and not base.has_positives:
             raise ClsaError(
                 f"strong.target {self.options.target}",
@@ -39,18 +37,12 @@ class Stronger(Method):
             )
         strong = strong_specs(options.views, options.strong, len(base.view_specs))
         self.view_specs = base.view_specs + strong
-        self.landmarks, self.fixed_rate = base.landmarks, base.fixed_rate
-
-    @property
-    def network(self) -> Network:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The base method's: weak and strong queries share it."""
-        return self.base.network
 
     def forward(self, batch: Batch) -> Output:
         """Both terms; each strong view goes through the network on its own (own statistics)."""
         num_weak = len(self.base.view_specs)
         output = self.base(batch._replace(views=batch.views[:num_weak]))
-        strong = [self.base.query(view) for view in batch.views[num_weak:]]
+        strong = [self.base.query(view, batch) for view in batch.views[num_weak:]]
         losses, metrics = zip(
             *(self._compare(strong, comparison) for comparison in output.comparisons), strict=True
         )
@@ -83,15 +75,3 @@ class Stronger(Method):
             num_pairs *= len(targets)
             metrics = {"target_entropy": entropy, "kl": kl}
         return loss / (num_pairs if options.reduce == "mean" else 1), metrics
-
-    def after_step(self, state: Any, step: int) -> None:
-        """As the base method."""
-        self.base.after_step(state, step)
-
-    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b D"]:
-        """As the base method."""
-        return self.base.query(images)
-
-    def before_epoch(self, epoch: int, embed: Embed) -> None:
-        """As the base method."""
-        self.base.before_epoch(epoch, embed)

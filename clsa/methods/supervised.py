@@ -62,6 +62,6 @@ class Supervised(Method):
     def after_step(self, state: None, step: int) -> None:
         """Nothing moves but the weights."""
 
-    def query(self, images: Float[Tensor, "b 3 S S"]) -> Float[Tensor, "b F"]:
+    def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b F"]:
         """Features of unit length."""
         return self.network(images)
