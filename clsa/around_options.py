@@ -100,9 +100,9 @@ class ContinualOptions(Config):
     """Pictures kept of each cluster of a stage."""
     clusters: Count | None = None
     """Clusters of a stage (default: its number of classes, 10 without labels)."""
-    queue_size: Count = 256
+    extra_keys: Count = 256
     """Keys of exemplars that every query is compared with besides."""
-    queue_weight: NotNegative = 0.1
+    extra_weight: NotNegative = 0.1
     """Weight of that contrast."""
     distill_weight: NotNegative = 0.1
     """Weight of the distillation."""

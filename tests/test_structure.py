@@ -17,8 +17,8 @@ ROOT = Path(clsa.__file__).parent
 ORDER = [
     "errors", "files", "host", "dist", "config", "method_options", "around_options", "options",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
-    "color", "views", "order", "workers", "cutting", "streamed", "data", "pack", "models", "bank", "losses",
-    "assignments", "clustering", "optim",
+    "color", "views", "order", "workers", "cutting", "streamed", "data", "pack", "models", "bank",
+    "losses", "assignments", "clustering", "optim",
     "methods.method", "methods.moco", "methods.simclr", "methods.byol", "methods.simsiam",
     "methods.swav", "methods.adco", "methods.instdisc", "methods.pirl", "methods.pcl",
     "methods.moco_v3", "methods.dino", "methods.supervised",
