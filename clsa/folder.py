@@ -54,9 +54,13 @@ class RunFolder:
         if not any(path.exists() for path in results):
             return  # it stopped before its first checkpoint: nothing to lose
         now = flatten(options)
-        changed = [key for key in now if key not in FREE and now[key] != before[key]]
+        # Options of another method are in only one of the two.
+        changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
         if changed:
-            differences = ", ".join(f"{key}: {before[key]} -> {now[key]}" for key in changed[:4])
+            changed.sort(key=lambda key: key != "method.name")  # what tells most, first
+            differences = ", ".join(
+                f"{key}: {before.get(key)} -> {now[key]}" for key in changed[:4]
+            )
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             why = f"holds another run ({differences}{more})"
             raise ClsaError(str(self.path), why, "choose another --out, or the run's own options")

@@ -49,6 +49,15 @@ def test_another_run_is_refused_once_it_has_something_to_lose(tmp_path: Path, le
     assert caught.value.code == Exit.USAGE
 
 
+def test_a_run_of_another_method_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = claimed(tmp_path / "run")
+    folder.encoder.write_text("")
+    for other in ("byol-small", "supervised-small"):  # more options, and fewer
+        now = resolve({"recipe": other})
+        with pytest.raises(ClsaError, match=rf"another run \(method.name: moco -> {other[:-6]}, "):
+            folder.check(now)
+
+
 def test_what_computes_nothing_may_differ(tmp_path: Path) -> None:
     folder = claimed(tmp_path / "run")
     folder.encoder.write_text("")
