@@ -34,6 +34,8 @@ class Grid(Config):
     """Every row of the table is run once with each."""
     protocols: tuple[Protocol, ...] = ("knn", "knn-strong")
     """How the encoders are judged."""
+    labels: str | None = None
+    """Few labels that judging learns from, as `clsa evaluate --labels` takes them."""
     base: dict[str, Any] = pydantic.Field({})
     """Options of every run, in groups or with dotted names."""
     grid: dict[str, Any] = pydantic.Field({})
@@ -158,7 +160,7 @@ def require_same(before: Grid, now: Grid, free: set[str], out: Path) -> None:
 
     def rows(grid: Grid) -> str:
         base = {name: value for name, value in leaves(nested(grid.base)) if name not in free}
-        return json.dumps([sorted(base.items()), list(grid.grid.items())])
+        return json.dumps([grid.labels, sorted(base.items()), list(grid.grid.items())])
 
     if rows(before) != rows(now):
         why = f"holds another sweep (see {out / 'sweep.yaml'})"

@@ -311,6 +311,29 @@ def nt_xent(first: Queries, second: Queries, temperature: float = 0.1) -> Float[
         return F.cross_entropy(logits.scatter_(1, itself[:, None], -torch.inf), positive)
 
 
+def suncet(rows: Queries, labels: Int[Tensor, " B"], temperature: float = 0.1) -> Float[Tensor, ""]:
+    """Supervised noise contrastive estimation over the labelled rows of all ranks (SuNCEt, Assran
+    et al. 2020): rows of one class attract.
+
+    L = mean_i -log[ sum_{j != i, y_j = y_i} exp(z_i . z_j / T) / sum_{j != i} exp(z_i . z_j / T) ]:
+    the sum over a class stands inside the logarithm. 0 for one class; for equal rows of c classes
+    with b rows each -ln((b - 1) / (c b - 1)). Every row takes gradient, across ranks too.
+
+    Args:
+        rows: unit rows of this rank, equally many on every rank; each needs another of its class.
+        labels: their classes.
+        temperature: T > 0.
+    """
+    kind = torch.promote_types(rows.dtype, torch.float32)
+    rows = rows.to(kind)
+    everyone, classes = dist.all_gather_with_grad(rows), dist.all_gather(labels)
+    own = own_rows(len(rows), rows.device)
+    with torch.autocast(rows.device.type, enabled=False):
+        logits = (rows @ everyone.T / temperature).scatter(1, own[:, None], -torch.inf)
+        alike = logits.masked_fill(labels[:, None] != classes, -torch.inf)
+        return (logits.logsumexp(1) - alike.logsumexp(1)).mean()
+
+
 def cosine_regression(prediction: Queries, target: Queries) -> Float[Tensor, ""]:
     """Squared distance of unit rows (BYOL, Grill et al. 2020, Eq. 2): mean_i 2 - 2 p_i . t_i.
 

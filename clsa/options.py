@@ -238,7 +238,7 @@ class RunOptions(Config):
         return self
 
 
-Protocol = Literal["knn", "knn-strong", "linear-fast", "linear"]
+Protocol = Literal["knn", "knn-strong", "linear-fast", "linear", "finetune"]
 
 
 class EvaluateOptions(Config):
@@ -253,7 +253,11 @@ class EvaluateOptions(Config):
         "linear-fast",
     )
     """knn: clean queries; knn-strong: strongly augmented ones; linear-fast: logistic regression on
-    cached features; linear: the paper's 100 epochs of SGD."""
+    cached features; linear: the paper's 100 epochs of SGD; finetune: all layers of a copy of the
+    encoder, on the labels given."""
+    labels: str | None = None
+    """Few labels to learn from, as `clsa pretrain --labels` takes them: a share such as 10% (of the
+    run's seed, so that they are the run's own) or a list (default: all)."""
     random: bool = True
     """Judge the same encoder at its random initialisation beside the trained one."""
     neighbours: Count = 20
@@ -264,6 +268,12 @@ class EvaluateOptions(Config):
     """Length of `linear`."""
     linear_lr: Positive = 10.0
     """Learning rate of `linear`, falling to 0.01 along a cosine."""
+    finetune_epochs: Count = 20
+    """Length of `finetune`."""
+    finetune_lr: Positive = 0.01
+    """Learning rate of the encoder in `finetune`, a fifth of it after 0.6 and after 0.8 of it."""
+    finetune_head_lr: Positive = 0.2
+    """The same for its new linear layer."""
     seed: Seed = 0
     """Of the strong queries and, where there are no test pictures, of the hold-out."""
     batch_size: Count = 256

@@ -94,7 +94,10 @@ def run(cell: Cell, grid: Grid) -> Outcome:
         ClsaError: for what would end the other runs too: a signal, or a disk that refuses.
     """
     judging = EvaluateOptions(
-        run=cell.options.out, protocols=grid.protocols, device=cell.options.device
+        run=cell.options.out,
+        protocols=grid.protocols,
+        labels=grid.labels,
+        device=cell.options.device,
     )
     try:
         pretrain(cell.options)

@@ -19,6 +19,7 @@ from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import projections
 from clsa.evaluate.results import append_records
 from clsa.evaluate.split import without_held_out_labels
+from clsa.few_labels import told_labels, with_few_labels
 from clsa.folder import RunFolder
 from clsa.host import keep_freed_memory, upload
 from clsa.intake import open_source, val_of
@@ -247,6 +248,8 @@ def train(options: RunOptions, source: Source, device: torch.device, stop: Stop)
     """
     folder = RunFolder(options.out)
     shown = source if val_of(options.data) else without_held_out_labels(source)
+    if options.labels is not None:
+        shown = with_few_labels(shown, options.labels, options.seed)
     order = Order(len(source), options.batch_size, options.seed)
     quarantine = Quarantine(source, folder.read_quarantine())
     steps = order.steps_per_epoch
@@ -255,7 +258,8 @@ def train(options: RunOptions, source: Source, device: torch.device, stop: Stop)
     )  # fmt: skip
     method = build_method(options, extent).to(device)
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
-    state = State(method, optimizer, source.digest(), folder)
+    digest = source.digest() if options.labels is None else shown.digest()
+    state = State(method, optimizer, digest, folder)
     passed_over = state.resume()
     require_same_step(state.step, device)  # and every rank has checked before the first writes
     if dist.rank() == 0:
@@ -263,6 +267,8 @@ def train(options: RunOptions, source: Source, device: torch.device, stop: Stop)
             print(f"passed over {skipped}", file=sys.stderr)
         folder.claim(options)
         folder.cut_metrics(state.step)
+        if options.labels is not None:
+            print(told_labels(shown), file=sys.stderr)
         queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
         if queue_size > len(source):
             print(

@@ -112,3 +112,17 @@ def cosine_regression(prediction: Tensor, target: Tensor) -> float:
         length, size = (math.sqrt(sum(x * x for x in row)) for row in (p, t))
         total += sum((a / length - b / size) ** 2 for a, b in zip(p, t, strict=True))
     return total / len(prediction)
+
+
+def suncet(rows: Tensor, labels: Tensor, temperature: float) -> float:
+    """SuNCEt: mean over i of -log of the share of i's class among all others."""
+    terms = []
+    for i in range(len(rows)):
+        alike = others = 0.0
+        for j in range(len(rows)):
+            if j != i:
+                weight = math.exp(float(rows[i].double() @ rows[j].double()) / temperature)
+                others += weight
+                alike += weight if int(labels[i]) == int(labels[j]) else 0.0
+        terms.append(-math.log(alike / others))
+    return sum(terms) / len(terms)

@@ -8,7 +8,7 @@ from torch import nn
 
 from clsa.evaluate import linear_fast as module
 from clsa.evaluate.features import frozen
-from clsa.evaluate.linear import _classifier, linear, lr_at
+from clsa.evaluate.linear import linear, lr_at, new_classifier
 from clsa.evaluate.linear_fast import fit_logistic, linear_fast, predict_logistic
 from clsa.evaluate.results import accuracies
 from clsa.evaluate.split import hold_out
@@ -83,9 +83,9 @@ def test_rate_falls_from_the_first_to_the_final_along_a_cosine() -> None:
 
 def test_classifier_starts_small_whatever_the_global_generator() -> None:
     torch.manual_seed(1)
-    first = _classifier(500, 100, seed=0)
+    first = new_classifier(500, 100, seed=0)
     torch.manual_seed(2)
-    assert torch.equal(first.weight, _classifier(500, 100, seed=0).weight)
+    assert torch.equal(first.weight, new_classifier(500, 100, seed=0).weight)
     assert first.weight.std().item() == pytest.approx(0.01, rel=0.02) and not first.bias.any()
 
 

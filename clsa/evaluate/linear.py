@@ -50,7 +50,7 @@ def linear(
     """
     features, labels = queries
     device = features.device
-    classifier = _classifier(features.shape[1], len(bank.classes), options.seed).to(device)
+    classifier = new_classifier(features.shape[1], len(bank.classes), options.seed).to(device)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=options.linear_lr, momentum=MOMENTUM)
     order = Order(len(bank), min(options.batch_size, len(bank)), options.seed)
     spec = views.ViewSpec("linear", size, SCALE, VIEW)  # mirrored half of the time
@@ -78,7 +78,8 @@ def lr_at(epoch: int, options: EvaluateOptions) -> float:
     return FINAL_LR + (options.linear_lr - FINAL_LR) * share
 
 
-def _classifier(features: int, num_classes: int, seed: int) -> nn.Linear:
+def new_classifier(features: int, num_classes: int, seed: int) -> nn.Linear:
+    """A linear layer with weights from N(0, 0.01^2) and no bias yet."""
     layer = nn.Linear(features, num_classes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

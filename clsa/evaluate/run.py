@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from clsa import checkpoint, dist, intake
 from clsa.config import merge
 from clsa.evaluate.features import extract, frozen
+from clsa.evaluate.finetune import finetune
 from clsa.evaluate.knn import knn, knn_predict
 from clsa.evaluate.linear import linear
 from clsa.evaluate.linear_fast import linear_fast
 from clsa.evaluate.results import Record, accuracies, append_records, read_records, results_path
-from clsa.evaluate.split import Split, split
+from clsa.evaluate.split import Split, split, with_few_bank_labels
 from clsa.host import keep_freed_memory
 from clsa.models import build_encoder
 from clsa.options import DataOptions, EvaluateOptions, ViewOptions
@@ -82,12 +83,17 @@ class Subject:
             self.encoder, self.split.bank, self.queries, self.views.size, self.options, self.data
         )
 
+    def finetune(self) -> dict[str, float]:
+        """All layers of a copy, on few labels."""
+        return finetune(self.encoder, self.split, self.views, self.options, self.data)
+
 
 PROTOCOLS: dict[str, Callable[[Subject], dict[str, float]]] = {
     "knn": lambda subject: subject.knn(strong=False),
     "knn-strong": lambda subject: subject.knn(strong=True),
     "linear-fast": Subject.linear_fast,
     "linear": Subject.linear,
+    "finetune": Subject.finetune,
 }
 _KNN_SETTINGS = ("neighbours", "knn_temperature")
 SETTINGS = {
@@ -95,6 +101,7 @@ SETTINGS = {
     "knn-strong": _KNN_SETTINGS,
     "linear-fast": (),
     "linear": ("linear_epochs", "linear_lr", "batch_size"),
+    "finetune": ("finetune_epochs", "finetune_lr", "finetune_head_lr", "batch_size"),
 }
 
 
@@ -116,6 +123,8 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
     views, data = facts.views, data_of(options.data, facts)
     train = intake.open_source(data.data, "train", data)
     parts = split(train, intake.open_val(data, train.classes), options.seed)
+    if options.labels is not None:
+        parts = with_few_bank_labels(parts, options.labels, facts.seed)
     encoders = {"trained": trained}
     if options.random:
         encoders = {"random": build_encoder(facts.model, facts.seed), **encoders}
@@ -127,7 +136,8 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
         with frozen(encoder):
             for protocol in options.protocols:
                 found = PROTOCOLS[protocol](subject)
-                settings = " ".join(f"{key}={getattr(options, key)}" for key in SETTINGS[protocol])
+                named = (*SETTINGS[protocol], *(["labels"] if options.labels else []))
+                settings = " ".join(f"{key}={getattr(options, key)}" for key in named)
                 records += [
                     Record(
                         protocol, metric, value, name, parts.name, len(subject.queries.labels),

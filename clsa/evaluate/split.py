@@ -8,6 +8,7 @@ from jaxtyping import Int64
 
 from clsa import checkpoint, rng
 from clsa.errors import ClsaError, Exit
+from clsa.few_labels import with_few_labels
 from clsa.sources import Source
 
 MIN_LABELLED = 5
@@ -56,6 +57,12 @@ def without_held_out_labels(train: Source) -> Source:
     shown.labels = train.labels.copy()
     shown.labels[labelled[hold_out(len(labelled), seed=0, slot=0)[1]]] = -1
     return shown
+
+
+def with_few_bank_labels(parts: Split, spec: str, seed: int) -> Split:
+    """The same queries, and a bank of the few pictures that `few_labels` chooses."""
+    few = with_few_labels(parts.bank, spec, seed)
+    return parts._replace(bank=few.subset(np.flatnonzero(few.labels >= 0)))
 
 
 def split(train: Source, val: Source | None, seed: int) -> Split:

@@ -2,6 +2,7 @@
 
 from clsa.methods.adco import AdCo
 from clsa.methods.byol import BYOL
+from clsa.methods.clim import CLIM
 from clsa.methods.dino import DINO
 from clsa.methods.instdisc import InstDisc
 from clsa.methods.method import Extent, Method
@@ -12,6 +13,7 @@ from clsa.methods.pirl import PIRL
 from clsa.methods.simclr import SimCLR
 from clsa.methods.simsiam import SimSiam
 from clsa.methods.stronger import Stronger
+from clsa.methods.suncet import SuNCEt
 from clsa.methods.supervised import Supervised
 from clsa.methods.swav import SwAV
 from clsa.options import RunOptions
@@ -33,6 +35,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(options: RunOptions, extent: Extent) -> Method:
-    """The method that `options` name, inside `Stronger` when they ask for it."""
+    """The method that `options` name, inside what they put around it; `Stronger` is outermost."""
     method = METHODS[options.method.name](options, extent)
+    if options.clim:
+        method = CLIM(method, options, extent)
+    if options.labels is not None:
+        method = SuNCEt(method, options, extent)
     return Stronger(method, options, extent) if options.stronger else method

@@ -33,7 +33,7 @@ class Around(Method):
         """As the inner method."""
         self.base.after_step(state, step)
 
-    def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b D"]:
+    def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "rows D"]:
         """As the inner method."""
         return self.base.query(images, batch)
 

@@ -58,9 +58,9 @@ class Batch(NamedTuple):
     step: int
     """Optimiser step, for schedules and draws from the counter."""
 
-    def part(self, start: int, end: int, num_views: int | None = None) -> "Batch":
-        """These rows of the first `num_views` views (default: all)."""
-        views = [view[start:end] for view in self.views[:num_views]]
+    def part(self, start: int, end: int | None = None) -> "Batch":
+        """The rows from `start` to before `end`."""
+        views = [view[start:end] for view in self.views]
         return Batch(views, self.index[start:end], self.labels[start:end], self.step)
 
 
@@ -105,6 +105,7 @@ class Method(nn.Module, ABC):
         has_positives: whether its comparisons name the bank row of each query's positive.
         has_keys: whether it compares streams with [the batch's keys; other rows], the keys being
             those of `key_network`; `CLIM` needs that.
+        weight: of each query's term in the loss of the landmarks.
     """
 
     network: Network
@@ -113,6 +114,7 @@ class Method(nn.Module, ABC):
     fixed_rate: tuple[nn.Module, ...] = ()
     has_positives: bool = True
     has_keys: bool = False
+    weight: float = 1.0
 
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__()

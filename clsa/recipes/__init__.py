@@ -7,6 +7,7 @@ pixels, minutes on a CPU).
 from clsa.config import merge, nearest
 from clsa.errors import ClsaError
 from clsa.options import RunOptions
+from clsa.recipes.around import AROUND
 from clsa.recipes.cifar import CIFAR
 from clsa.recipes.imagenet import IMAGENET
 from clsa.recipes.recipe import Overrides, Recipe
@@ -16,6 +17,7 @@ RECIPES: dict[str, Recipe] = {
     **IMAGENET,
     **{f"{name}-cifar": recipe for name, recipe in CIFAR.items()},
     **{f"{name}-small": recipe for name, recipe in SMALL.items()},
+    **AROUND,
 }
 
 

@@ -1,0 +1,58 @@
+"""Recipes of what goes around a method, at all three sizes."""
+
+from clsa.config import merge
+from clsa.recipes.cifar import CIFAR
+from clsa.recipes.imagenet import IMAGENET
+from clsa.recipes.recipe import Overrides, Recipe
+from clsa.recipes.small import SMALL
+
+_SIMCLR, _SIMCLR_SMALL = IMAGENET["simclr"].values, SMALL["simclr"].values
+_OURS = "ours, after the published recipe"
+_SUNCET: Overrides = {"labels": "10%", "suncet": {"temperature": 0.1}}
+_MEASURED = "3 seeds on clipart (docs/evidence.md)"
+
+AROUND: dict[str, Recipe] = {
+    "suncet": Recipe(
+        "SuNCEt: SimCLR, and a tenth of the labels that pull pictures of a class together.",
+        "SuNCEt, rates and schedule of its code; batches as of 64 processes, which are our guess",
+        "nothing in our sources",
+        merge(
+            merge(_SIMCLR, _SUNCET),
+            {
+                "epochs": 100,
+                "batch_size": 2816,
+                "suncet": {"classes": 640, "per_class": 4},
+                "model": {"projector_layers": 3, "projector_dim": 2048, "projector_norm": "hidden"},
+                # 4.8 and 0.048 at the batch of 2,816
+                "optim": {"lr": 4.8 * 256 / 2816, "final_lr": 0.048 * 256 / 2816},
+            },
+        ),
+    ),
+    "suncet-cifar": Recipe(
+        "SuNCEt at 32 pixels with 8 % of the labels (4,000 of CIFAR-10).",
+        "SuNCEt's sibling PAWS, its configuration for CIFAR-10; ResNet-18 here",
+        "",
+        merge(
+            CIFAR["simclr"].values,
+            {
+                "epochs": 600,
+                "batch_size": 256,
+                "labels": "8%",
+                "suncet": {"classes": 10, "per_class": 64},
+                "views": {
+                    "scale": (0.5, 1.0),
+                    "weak": {"grayscale": 0.0, "solarize": 0.2},
+                },
+                "method": {"temperature": 0.1},
+                "optim": {"lr": 3.2, "weight_decay": 1e-6},
+            },
+        ),
+    ),
+    "suncet-small": Recipe(
+        "SuNCEt at 32 pixels with a tenth of the labels, for a CPU.",
+        _OURS,
+        "",
+        merge(_SIMCLR_SMALL, {**_SUNCET, "suncet": {"classes": 16, "per_class": 4}}),
+        _MEASURED,
+    ),
+}
