@@ -1,5 +1,6 @@
-"""Clusters of a whole set's features: k-means by faiss, and centres to compare queries with."""
+"""Clusters and neighbours of a whole set's features, by faiss; centres to compare queries with."""
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,9 @@ from clsa.host import num_cores
 
 LEAST, MOST = 10, 1000  # pictures a cluster that k-means is trained on
 ITERATIONS, REPEATS = 20, 5
+EXACT = 100_000  # rows up to which nearest neighbours are looked for among all
+PROBED = 32  # clusters that they are looked for in beyond
+BLOCK = 1 << 14  # rows at a time
 
 
 class Nearest(NamedTuple):
@@ -38,6 +42,16 @@ def require_faiss() -> Any:
         why, hint = "faiss is not installed", 'pip install "clsa[clustering]"'
         raise ClsaError("no k-means", why, hint) from None
     return faiss
+
+
+def require_pictures(option: str, num_clusters: int, num_pictures: int) -> None:
+    """Raise for fewer than 10 pictures a cluster, or without faiss; `option` sets the number."""
+    require_faiss()
+    if num_pictures < LEAST * num_clusters:
+        why = f"k-means needs {LEAST} pictures a cluster, and there are {num_pictures}"
+        most = num_pictures // LEAST
+        hint = f"ask for at most {most}" if most > 1 else "train on more pictures"
+        raise ClsaError(f"{option} {num_clusters}", why, hint)
 
 
 def k_means(features: Float32[np.ndarray, "n D"], num_clusters: int, seed: int) -> Nearest:
@@ -65,6 +79,44 @@ def k_means(features: Float32[np.ndarray, "n D"], num_clusters: int, seed: int) 
     centroids = faiss.vector_to_array(clustering.centroids).reshape(num_clusters, -1)
     distances = np.sqrt(np.maximum(squared[:, 0], 0))
     return Nearest(centroids, nearest[:, 0].astype(np.int64), distances)
+
+
+def nearest_rows(
+    rows: Callable[[int, int], Float32[np.ndarray, "b D"]],
+    count: int,
+    num: int,
+    centroids: Float32[np.ndarray, "k D"] | None = None,
+) -> Iterator[Int64[np.ndarray, "b num"]]:
+    """The nearest other rows of each row, the nearest first, in blocks: Euclidean, on the CPU.
+
+    Up to 100,000 rows all are looked at, beyond them those of the 32 clusters whose centres are
+    nearest. The row itself is none of its neighbours, whatever equals it; -1 where those clusters
+    hold fewer.
+
+    Args:
+        rows: gives the rows from one place to another; all are asked for twice, in blocks.
+        count: how many rows there are.
+        num: neighbours wanted, fewer than `count`.
+        centroids: of `k_means`, needed beyond 100,000 rows.
+    """
+    faiss = require_faiss()
+    faiss.omp_set_num_threads(num_cores())
+    starts = range(0, count, BLOCK)
+    dim = rows(0, 1).shape[1]
+    index: Any = faiss.IndexFlatL2(dim)
+    if count > EXACT:
+        assert centroids is not None
+        index.add(centroids)
+        index = faiss.IndexIVFFlat(index, dim, len(centroids))
+        index.train(centroids)  # the centres stand already
+        index.nprobe = PROBED
+    for start in starts:
+        index.add(rows(start, min(start + BLOCK, count)))
+    for start in starts:
+        own = np.arange(start, min(start + BLOCK, count))
+        _, found = index.search(rows(start, own[-1] + 1), num + 1)
+        itself_last = np.argsort(found == own[:, None], axis=1, kind="stable")
+        yield np.take_along_axis(found, itself_last, 1)[:, :num]
 
 
 def raw_concentrations(
@@ -130,12 +182,7 @@ class Clusters(nn.Module):
         self, num_pictures: int, num_clusters: int, dim: int, temperature: float, seed: int
     ):
         super().__init__()
-        require_faiss()
-        if num_pictures < LEAST * num_clusters:
-            why = f"k-means needs {LEAST} pictures a cluster, and there are {num_pictures}"
-            most = num_pictures // LEAST
-            hint = f"ask for at most {most}" if most > 1 else "train on more pictures"
-            raise ClsaError(f"method.num_clusters {num_clusters}", why, hint)
+        require_pictures("method.num_clusters", num_clusters, num_pictures)
         self.temperature = temperature
         generator = torch.Generator().manual_seed(seed)
         rows = F.normalize(torch.randn(num_clusters, dim, generator=generator))

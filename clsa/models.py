@@ -289,8 +289,7 @@ class Network(nn.Module):
         self.projector = mlp(widths, options.projector_norm, options.projector_activation, seed + 1)
         self.dim = widths[-1]
         group_norms(self, options.norm_groups)
-        for size in sorted(set(sizes)):
-            _try_view(self.encoder, options.encoder, size)
+        require_sizes(self.encoder, options.encoder, sizes)
 
     def project(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """Projections of one view, of any length."""
@@ -302,15 +301,16 @@ class Network(nn.Module):
 
 
 @torch.no_grad()
-def _try_view(encoder: nn.Module, name: str, size: int) -> None:
+def require_sizes(encoder: nn.Module, name: str, sizes: Iterable[int]) -> None:
+    """Try views of these sides; raises where the encoder `name` does not take one."""
     encoder.eval()
-    try:
-        encoder(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        why = f"does not take views of {size} pixels ({first_line(error)})"
-        raise ClsaError(f"model.encoder {name}", why, "choose other view sizes") from None
-    finally:
-        encoder.train()
+    for size in sorted(set(sizes)):
+        try:
+            encoder(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            why = f"does not take views of {size} pixels ({first_line(error)})"
+            raise ClsaError(f"model.encoder {name}", why, "choose other view sizes") from None
+    encoder.train()
 
 
 def feature_dim(encoder: nn.Module) -> int:

@@ -5,6 +5,7 @@ and then applied to whole batches on the device.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -147,6 +148,11 @@ def weak_specs(
         _spec(options, f"local{i}", size, local.scale, len(sizes) + i)
         for i, size in enumerate(local.sizes)
     ]
+
+
+def at_sizes(specs: list[ViewSpec], sizes: Sequence[int]) -> list[ViewSpec]:
+    """The same views, crop and draws, resized to each of the sides in turn (CLIM)."""
+    return [spec._replace(name=f"{spec.name} {s}", size=s) for s in sizes for spec in specs]
 
 
 def strong_specs(options: ViewOptions, strong: StrongOptions, first_view: int) -> list[ViewSpec]:

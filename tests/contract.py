@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor
@@ -29,7 +30,10 @@ TINY: dict[str, Any] = {
         "zero_init_last": False,  # weights before a scale of zero have no gradient
     },
     "strong": {"sizes": (16,)},
-}
+    "mixture": {
+        "num_clusters": 3, "neighbours": 5, "num_positives": 3, "start": 0.0, "refresh_epochs": 2,
+    },
+}  # fmt: skip
 QUEUE = {"queue_size": 12, "key_momentum": 0.9}
 # What only a method's own options can make small; one line a method.
 TINY_METHODS: dict[str, Any] = {
@@ -74,6 +78,7 @@ def tiny(recipe: str, **over: Any) -> RunOptions:
             "local": {"sizes": (16,) * len(local.sizes[:2])},
         },
         "strong": {"sizes": (16,) * len(strong.sizes)},
+        "mixture": {"resolutions": (12,) * len(options.mixture.resolutions)},
     }
     return resolve(merge(merge(values, sizes), over))
 
@@ -93,7 +98,12 @@ def embed(network: Network) -> Tensor:
 
 
 def batch_of(method: Method, step: int = 0, rows: int = ROWS) -> Batch:
-    """Random pixels for every declared view; two of three pictures have a label."""
+    """Random pixels for every declared view; two of three pictures have a label.
+
+    The method's companions follow, pictures like the others.
+    """
+    companions = method.companions()
+    rows += companions.count if companions else 0
     generator = torch.Generator().manual_seed(step)
     views = [
         torch.randn(rows, 3, spec.size, spec.size, generator=generator)
@@ -104,9 +114,9 @@ def batch_of(method: Method, step: int = 0, rows: int = ROWS) -> Batch:
 
 
 def share(batch: Batch) -> Batch:
-    """This rank's rows."""
-    count = len(batch.index) // dist.world_size()
-    mine = slice(dist.rank() * count, (dist.rank() + 1) * count)
+    """This rank's rows: its share of the pictures, then of their companions."""
+    parts = np.arange(ROWS), np.arange(ROWS, len(batch.index))
+    mine = np.concatenate([np.split(part, dist.world_size())[dist.rank()] for part in parts])
     views = [view[mine] for view in batch.views]
     return Batch(views, batch.index[mine], batch.labels[mine], batch.step)
 

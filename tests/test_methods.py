@@ -35,6 +35,8 @@ NAMES = [BASES[name] for name in METHODS]
 FAMILY = [name for name, recipe in IMAGENET.items() if recipe.values["method"]["name"] == "moco"]
 # Several queries, one-hot targets, strong keys: what the family's own names add to the contracts.
 VARIANTS = ["clsa-multi", "clsa-contrastive", "moco-strong-query-key"]
+AROUND = ["clim-multi-res", "clim-multi-crop"]  # what goes around a method
+VARIANTS += AROUND
 KEYS = ("key_", "teacher")  # modules that only `after_step` moves
 every_method = pytest.mark.parametrize("stronger", [False, True])
 
@@ -117,7 +119,7 @@ def test_ten_optimiser_steps_on_one_batch_lower_the_loss(recipe: str, stronger: 
     assert total(method, batch).item() < first
 
 
-@pytest.mark.parametrize("recipe", NAMES)
+@pytest.mark.parametrize("recipe", [*NAMES, *AROUND])
 def test_same_seed_same_weights_and_another_seed_others(recipe: str) -> None:
     digests = []
     for seed, noise in ((0, 1), (0, 2), (5, 3)):
@@ -128,7 +130,7 @@ def test_same_seed_same_weights_and_another_seed_others(recipe: str) -> None:
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("recipe", NAMES)
+@pytest.mark.parametrize("recipe", [*NAMES, *AROUND])
 def test_save_load_step_equals_step(recipe: str) -> None:
     """Saved in the middle of the second epoch, loaded into another of another past."""
     straight, resumed = (build(recipe, stronger=True) for _ in range(2))
@@ -144,7 +146,7 @@ def test_save_load_step_equals_step(recipe: str) -> None:
 # ---- two processes of four pictures are one of eight
 
 
-CASES = [(name, stronger) for name in NAMES for stronger in (False, True)]
+CASES = [(name, stronger) for name in [*NAMES, *AROUND] for stronger in (False, True)]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +179,8 @@ def test_two_processes_compute_what_one_does(recipe: str, stronger: bool, ranks:
 def test_chance_counts_queries_and_candidates(recipe: str) -> None:
     options, method = tiny(recipe), build(recipe)
     candidates = 12 + (8 if getattr(options.method, "bank", "") == "batch+queue" else 1)
-    chance = len(options.views.weak.sizes) * math.log(candidates)
+    queries = len(options.views.weak.sizes + options.views.local.sizes)
+    chance = queries * math.log(candidates)
     assert method.landmarks.chance == pytest.approx(chance)
 
 

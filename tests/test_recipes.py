@@ -145,6 +145,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "method.num_clusters": (25000, 50000, 100000), "method.warmup_epochs": 20,
         "method.num_negatives": 16384, "method.temperature": 0.2,
     },
+    "clim": {
+        "batch_size": 512, "epochs": 1200, "optim.lr": 0.03, "optim.weight_decay": 1e-4,
+        "clim": True, "mixture.selection": "center-wise", "mixture.mixing": "cutmix",
+        "mixture.alpha": 2.0, "mixture.num_clusters": 10000, "mixture.neighbours": 40,
+        "mixture.num_positives": 10, "mixture.refresh_epochs": 5, "mixture.resolutions": (),
+    },
+    "clim-multi-res": {"views.size": 224, "mixture.resolutions": (160,), "clim": True},
+    "clim-multi-crop": {
+        "views.weak.sizes": (224,), "views.local.sizes": (96, 96),
+        "views.local.scale": (0.05, 0.14), "mixture.resolutions": (), "clim": True,
+    },
     "infomin": {
         "method.temperature": 0.15, "views.weak.ops.pool": "randaugment",
         "views.weak.ops.rounds": 2, "views.weak.jitter": (0.8, 0.8, 0.8, 0.2),
@@ -189,6 +200,8 @@ SMALL_SETS: dict[str, tuple[Any, ...]] = {
     "swav": (256, "lars", 0.6, 1e-6, 1000, 0.1),
     "adco": (256, "sgd", 0.03, 5e-4, 200, 0.12),
     "instdisc": (128, "sgd", 0.06, 5e-4, 200, 0.1),
+    "clim": (256, "sgd", 0.03, 5e-4, 200, 0.2),
+    "clim-multi-res": (256, "sgd", 0.03, 5e-4, 200, 0.2),
     "infomin": (512, "sgd", 0.03, 5e-4, 200, 0.15),
     "pirl": (256, "sgd", 0.03, 5e-4, 200, 0.1),
     "pcl": (256, "sgd", 0.03, 5e-4, 200, 0.2),

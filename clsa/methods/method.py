@@ -45,6 +45,10 @@ class Landmarks(NamedTuple):
     floor: float
     """Of one that knows all it can."""
 
+    def scaled(self, by: float) -> "Landmarks":
+        """The same for so many times the loss."""
+        return self._replace(chance=by * self.chance, floor=by * self.floor)
+
 
 class Batch(NamedTuple):
     """What a method sees of this rank's rows: pixels on the device, normalised."""

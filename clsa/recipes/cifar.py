@@ -8,6 +8,7 @@ from clsa.config import merge
 from clsa.recipes.imagenet import (
     ADCO,
     BYOL,
+    CLIM,
     CLSA_OFFICIAL,
     INFOMIN,
     INSTDISC,
@@ -35,6 +36,7 @@ _FORM: Overrides = {
 }
 _ONE_VIEW: Overrides = {"views": {"weak": {"sizes": ()}}}
 _QUEUE: Overrides = {"method": {"key_momentum": 0.99, "queue_size": 4096}}
+_MIXTURE: Overrides = {"batch_size": 256, "mixture": {"num_clusters": 400, "neighbours": 20}}
 _SOLO: Overrides = {
     "epochs": 1000,
     "optim": {"trust": 0.02, "clip_trust": True, "warmup_epochs": 10.0},
@@ -211,6 +213,18 @@ CIFAR: dict[str, Recipe] = {
             _QUEUE,
             {"method": {"num_clusters": (250, 500, 1000), "num_negatives": 200}},
         ),
+    ),
+    "clim": Recipe(
+        "CLIM with 400 clusters and 20 neighbours. Needs clsa[clustering].",
+        "our starting point",
+        "",
+        _cifar(CLIM, _QUEUE, _MIXTURE),
+    ),
+    "clim-multi-res": Recipe(
+        "CLIM with every crop at 32 and at 24 pixels. Needs clsa[clustering].",
+        "our starting point",
+        "",
+        _cifar(CLIM, _QUEUE, _MIXTURE, {"mixture": {"resolutions": (24,)}}),
     ),
     "infomin": Recipe(
         "MoCo with InfoMin's views.",

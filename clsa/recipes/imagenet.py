@@ -104,6 +104,10 @@ PIRL = {
     "optim": {"schedule": "cosine", "final_lr": 0.00003},
 }
 PCL = {"method": {"name": "pcl"}}
+CLIM = merge(
+    MOCO_V2,
+    {"epochs": 1200, "batch_size": 512, "clim": True, "optim": {"schedule": "cosine"}},
+)
 INFOMIN = {
     "views": {
         "weak": {"jitter": (0.8, 0.8, 0.8, 0.2), "ops": {"pool": "randaugment", "rounds": 2}},
@@ -318,6 +322,26 @@ IMAGENET: dict[str, Recipe] = {
         "67.6 at 200 epochs (its code); 65.9 in CLSA's table; k-means of so many clusters takes "
         "hours an epoch on CPUs: --method.num-clusters",
         PCL,
+    ),
+    "clim": Recipe(
+        "CLIM: queries are mixed with a neighbour nearer to the centre of their cluster. Needs "
+        "clsa[clustering].",
+        "CLIM, paper; temperature and key network of MoCo v2",
+        "70.1 at 200 epochs",
+        CLIM,
+    ),
+    "clim-multi-res": Recipe(
+        "CLIM with every crop at 224 and at 160 pixels. Needs clsa[clustering].",
+        "CLIM, paper, but for its sum over pairs of resolutions: here their mean",
+        "72.3 at 200 epochs; 75.5 at 1200",
+        merge(CLIM, {"mixture": {"resolutions": (160,)}}),
+    ),
+    "clim-multi-crop": Recipe(
+        "CLIM with two crops of 224 and two small ones of 96: the paper's other baseline. Needs "
+        "clsa[clustering].",
+        "CLIM, paper",
+        "69.7 at 200 epochs",
+        merge(CLIM, {"views": {"local": {"sizes": (96,) * 2}}}),
     ),
     "infomin": Recipe(
         "MoCo with InfoMin's views: strong jitter and two rounds of RandAugment, no jigsaw.",

@@ -17,6 +17,10 @@ _PLAIN_SGD: Overrides = {
               "decay_vectors": True, "final_lr": 0.0},
 }  # fmt: skip
 
+_MIXTURE: Overrides = merge(
+    _QUEUE, {"mixture": {"num_clusters": 46, "neighbours": 20, "refresh_epochs": 2}}
+)
+
 # Beside what `_small` changes for all; the rest are MoCo's and take `_QUEUE`.
 _CHANGES: dict[str, Overrides] = {
     "moco-v1": merge(_QUEUE, {"optim": {"schedule": "step"}}),
@@ -56,6 +60,9 @@ _CHANGES: dict[str, Overrides] = {
         _QUEUE,
         {"method": {"num_clusters": (50, 100, 200), "warmup_epochs": 2, "num_negatives": 64}},
     ),
+    "clim": _MIXTURE,
+    "clim-multi-res": merge(_MIXTURE, {"mixture": {"resolutions": (24,)}}),
+    "clim-multi-crop": merge(_MIXTURE, {"views": {"local": {"sizes": (16,) * 2}}}),
     "moco-v3": {
         "model": {"projector_dim": 128},
         "method": {
