@@ -18,6 +18,7 @@ from clsa.options import (
     EmbedOptions,
     EvaluateOptions,
     PackOptions,
+    PreviewOptions,
     RunOptions,
     SweepOptions,
 )
@@ -71,6 +72,14 @@ def embed(args: list[str]) -> None:
     from clsa.evaluate.embed import embed as run
 
     print(f"{run(options)}: read it with pandas.read_parquet or any parquet reader")
+
+
+def preview(args: list[str]) -> None:
+    """Draw what a run goes by: --neighbours, its pictures and their positives (CLIM)."""
+    options = _parse("preview", PreviewOptions, args)
+    from clsa.preview import preview as run
+
+    print(f"{run(options)}: look at it")
 
 
 def pack(args: list[str]) -> None:
@@ -157,6 +166,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "embed": embed,
+    "preview": preview,
     "pack": pack,
     "sweep": sweep,
     "recipes": recipes,

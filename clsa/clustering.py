@@ -1,6 +1,7 @@
 """Clusters and neighbours of a whole set's features, by faiss; centres to compare queries with."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,21 @@ def require_faiss() -> Any:
     return faiss
 
 
+@contextmanager
+def on_all_cores() -> Iterator[Any]:
+    """faiss on every core (torchrun asks for one), then as many threads as before.
+
+    torch computes with the same threads: their number may not change in the middle of a run.
+    """
+    faiss = require_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(num_cores())
+    try:
+        yield faiss
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def require_pictures(option: str, num_clusters: int, num_pictures: int) -> None:
     """Raise for fewer than 10 pictures a cluster, or without faiss; `option` sets the number."""
     require_faiss()
@@ -67,16 +83,15 @@ def k_means(features: Float32[np.ndarray, "n D"], num_clusters: int, seed: int) 
         num_clusters: k >= 1.
         seed: of the first centres, below 2^31.
     """
-    faiss = require_faiss()
-    faiss.omp_set_num_threads(num_cores())  # torchrun asks for one
     features = np.ascontiguousarray(features, np.float32)
-    clustering = faiss.Clustering(features.shape[1], num_clusters)
-    clustering.niter, clustering.nredo, clustering.seed = ITERATIONS, REPEATS, seed
-    clustering.min_points_per_centroid, clustering.max_points_per_centroid = LEAST, MOST
-    index = faiss.IndexFlatL2(features.shape[1])
-    clustering.train(features, index)  # leaves the centres of the best run in the index
-    squared, nearest = index.search(features, 1)
-    centroids = faiss.vector_to_array(clustering.centroids).reshape(num_clusters, -1)
+    with on_all_cores() as faiss:
+        clustering = faiss.Clustering(features.shape[1], num_clusters)
+        clustering.niter, clustering.nredo, clustering.seed = ITERATIONS, REPEATS, seed
+        clustering.min_points_per_centroid, clustering.max_points_per_centroid = LEAST, MOST
+        index = faiss.IndexFlatL2(features.shape[1])
+        clustering.train(features, index)  # leaves the centres of the best run in the index
+        squared, nearest = index.search(features, 1)
+        centroids = faiss.vector_to_array(clustering.centroids).reshape(num_clusters, -1)
     distances = np.sqrt(np.maximum(squared[:, 0], 0))
     return Nearest(centroids, nearest[:, 0].astype(np.int64), distances)
 
@@ -99,24 +114,23 @@ def nearest_rows(
         num: neighbours wanted, fewer than `count`.
         centroids: of `k_means`, needed beyond 100,000 rows.
     """
-    faiss = require_faiss()
-    faiss.omp_set_num_threads(num_cores())
-    starts = range(0, count, BLOCK)
-    dim = rows(0, 1).shape[1]
-    index: Any = faiss.IndexFlatL2(dim)
-    if count > EXACT:
-        assert centroids is not None
-        index.add(centroids)
-        index = faiss.IndexIVFFlat(index, dim, len(centroids))
-        index.train(centroids)  # the centres stand already
-        index.nprobe = PROBED
-    for start in starts:
-        index.add(rows(start, min(start + BLOCK, count)))
-    for start in starts:
-        own = np.arange(start, min(start + BLOCK, count))
-        _, found = index.search(rows(start, own[-1] + 1), num + 1)
-        itself_last = np.argsort(found == own[:, None], axis=1, kind="stable")
-        yield np.take_along_axis(found, itself_last, 1)[:, :num]
+    starts, dim = range(0, count, BLOCK), rows(0, 1).shape[1]
+    with on_all_cores() as faiss:
+        centres = faiss.IndexFlatL2(dim)
+        index = centres
+        if count > EXACT:
+            assert centroids is not None
+            centres.add(centroids)
+            index = faiss.IndexIVFFlat(centres, dim, len(centroids))
+            index.train(centroids)  # the centres stand already
+            index.nprobe = PROBED
+        for start in starts:
+            index.add(rows(start, min(start + BLOCK, count)))
+        for start in starts:
+            own = np.arange(start, min(start + BLOCK, count))
+            _, found = index.search(rows(start, int(own[-1]) + 1), num + 1)
+            itself_last = np.argsort(found == own[:, None], axis=1, kind="stable")
+            yield np.take_along_axis(found, itself_last, 1)[:, :num]
 
 
 def raw_concentrations(

@@ -28,6 +28,8 @@ class RunFolder:
         self.best_encoder = out / "encoder-best.safetensors"
         self.results = out / "results.json"
         self.views = out / "views.png"
+        self.neighbours = out / "neighbours.png"
+        self.embeddings = out / "embeddings"
         self.tensorboard = out / "tensorboard"
         self.status_file = out / "status.json"
         self.config = out / "config.yaml"

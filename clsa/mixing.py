@@ -24,6 +24,11 @@ class Mixture(NamedTuple):
     """CutMix: top, left, bottom and right edge of the partner's part, as shares of the side; None:
     every pixel is averaged."""
 
+    def part(self, start: int, end: int) -> "Mixture":
+        """That of these pictures."""
+        box = None if self.box is None else self.box[start:end]
+        return Mixture(self.share[start:end], box)
+
 
 @functools.lru_cache(maxsize=8)
 def _lower_half(alpha: float) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:

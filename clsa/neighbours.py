@@ -32,12 +32,18 @@ class Partners(Companions):
     def rows(self, order: Order, step: int) -> Rows:
         """Partners in the order of the anchors; a picture without positives is its own."""
         anchors = order.indices(step)
+        chosen = self.chosen(order.seed, order.epoch(step), anchors)
+        return Rows(chosen, order.count + anchors)
+
+    def chosen(
+        self, seed: int, epoch: int, anchors: Int64[np.ndarray, " b"]
+    ) -> Int64[np.ndarray, " b"]:
+        """The partner of each anchor in an epoch: a positive by lot."""
         given = self.positives[anchors]
         counts = np.maximum((given != anchors[:, None]).sum(1), 1)
-        draws = rng.uniforms(order.seed, order.epoch(step), anchors, rng.PARTNERS, np.arange(1))
-        chosen = (draws[:, 0] * counts).astype(np.int64)
-        index = given[np.arange(len(anchors)), chosen].astype(np.int64)
-        return Rows(index, order.count + anchors)
+        draws = rng.uniforms(seed, epoch, anchors, rng.PARTNERS, np.arange(1))
+        places = (draws[:, 0] * counts).astype(np.int64)
+        return given[np.arange(len(anchors)), places].astype(np.int64)
 
 
 class Found(NamedTuple):

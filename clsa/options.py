@@ -298,6 +298,21 @@ class EmbedOptions(Config):
     """auto, cpu, cuda or cuda:N."""
 
 
+class PreviewOptions(Config):
+    """Pictures of what a run goes by."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    neighbours: bool = False
+    """Pictures with their positives, the nearest first, and a mixed query of each (--clim)."""
+    out: Path | None = None
+    """PNG file (default: neighbours.png in the run folder)."""
+    count: Count = 8
+    """How many pictures, spread over the set."""
+    data: str | None = None
+    """Where the pictures are now (default: where the run found them)."""
+
+
 class PackOptions(Config):
     """Pictures, once, into tar shards that are quick to read."""
 

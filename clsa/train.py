@@ -1,6 +1,5 @@
 """The run: `train_step` is one step, `fit` the loop around it. Read this first."""
 
-import functools
 import sys
 import time
 import warnings
@@ -16,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clsa import checkpoint, data, dist, files, views
 from clsa.cutting import Crops
 from clsa.errors import ClsaError, Exit
-from clsa.evaluate.features import projections
+from clsa.evaluate.on_disk import Projections
 from clsa.evaluate.results import append_records
 from clsa.evaluate.split import without_held_out_labels
 from clsa.few_labels import told_labels, with_few_labels
@@ -26,11 +25,12 @@ from clsa.intake import open_source, val_of
 from clsa.journal import Journal
 from clsa.judge import Judge, divides
 from clsa.methods import build_method
-from clsa.methods.method import Batch, Embed, Extent, Method, sum_of
+from clsa.methods.method import Batch, Extent, Method, sum_of
 from clsa.models import Network, autocast
 from clsa.optim import build_optimizer, clip_gradients, lr_at, peak_lr, set_lr, weight_decay_at
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
+from clsa.preview import draw_neighbours
 from clsa.signals import Stop, stop_on_signals
 from clsa.sources import Source
 from clsa.state import State
@@ -152,14 +152,14 @@ def fit(
     options, method, folder = run.options, state.method, state.folder
     last = min(run.num_steps, options.max_steps or run.num_steps)
     model = parallel(method, options)
-    embed = functools.partial(projections, source, options.views, run.device)
+    embed = Projections(source, options.views, run.device, folder.embeddings)
     speaks, marks = dist.rank() == 0, method.landmarks
     with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
         judge = Judge(state, source, options, run.device, journal)
         epoch, rest = divmod(state.step, run.steps_per_epoch)
         reason = end_reason(state.step, last, run)
         if not rest and not reason:
-            prepare(method, epoch, embed, journal, state.step)
+            prepare(state, run, epoch, embed, journal)
         saved = waiting = time.monotonic()
         for crops in feed(state, shown, order, last, quarantine, run):
             waited = time.monotonic() - waiting
@@ -183,19 +183,23 @@ def fit(
             if reason:
                 break
             if not rest:
-                prepare(method, epoch, embed, journal, state.step)
+                prepare(state, run, epoch, embed, journal)
             waiting = time.monotonic()
         if speaks:
             append_records(folder.results, judge.records)
     return reason
 
 
-def prepare(method: Method, epoch: int, embed: Embed, journal: Journal, step: int) -> None:
+def prepare(state: State, run: Run, epoch: int, embed: Projections, journal: Journal) -> None:
     """What the method does before an epoch, its time told apart from the steps'."""
     begun = time.monotonic()
-    found = method.before_epoch(epoch, embed)
+    found = state.method.before_epoch(epoch, embed)
     if found:
-        journal.refreshed(step, {**found, "refresh_s": round(time.monotonic() - begun, 3)})
+        journal.refreshed(state.step, {**found, "refresh_s": round(time.monotonic() - begun, 3)})
+        embed.clear()
+        if dist.rank() == 0:
+            path, companions = state.folder.neighbours, state.method.companions()
+            draw_neighbours(embed.source, companions, run.options, epoch, path)
     journal.restart_clock()
 
 
