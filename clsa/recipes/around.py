@@ -3,12 +3,11 @@
 from clsa.config import merge
 from clsa.recipes.cifar import CIFAR
 from clsa.recipes.imagenet import IMAGENET
-from clsa.recipes.recipe import Overrides, Recipe
+from clsa.recipes.recipe import Recipe
 from clsa.recipes.small import SMALL
 
 _SIMCLR, _SIMCLR_SMALL = IMAGENET["simclr"].values, SMALL["simclr"].values
 _OURS = "ours, after the published recipe"
-_SUNCET: Overrides = {"labels": "10%", "suncet": {"temperature": 0.1}}
 _MEASURED = "3 seeds on clipart (docs/evidence.md)"
 
 AROUND: dict[str, Recipe] = {
@@ -17,7 +16,7 @@ AROUND: dict[str, Recipe] = {
         "SuNCEt, rates and schedule of its code; batches as of 64 processes, which are our guess",
         "nothing in our sources",
         merge(
-            merge(_SIMCLR, _SUNCET),
+            merge(_SIMCLR, {"labels": "10%"}),
             {
                 "epochs": 100,
                 "batch_size": 2816,
@@ -52,7 +51,11 @@ AROUND: dict[str, Recipe] = {
         "SuNCEt at 32 pixels with a tenth of the labels, for a CPU.",
         _OURS,
         "",
-        merge(_SIMCLR_SMALL, {**_SUNCET, "suncet": {"classes": 16, "per_class": 4}}),
+        # At 0.1 the loss stayed above chance for two epochs and took the base's gain with it.
+        merge(
+            _SIMCLR_SMALL,
+            {"labels": "10%", "suncet": {"classes": 16, "per_class": 4, "temperature": 0.2}},
+        ),
         _MEASURED,
     ),
 }
