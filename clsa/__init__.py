@@ -50,7 +50,7 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
     """
     from clsa.options import DataOptions
     from clsa.recipes import resolve
-    from clsa.train import pretrain as run
+    from clsa.stages import pretrain as run
 
     names = set(DataOptions.model_fields)
     chosen = {name: value for name, value in options.items() if name in names}

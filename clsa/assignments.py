@@ -1,11 +1,11 @@
-"""Assignments to prototypes, and the loss of predicting one view's from the others.
+"""Assignments to prototypes and relations to a bank that learns, and how well one predicts another.
 
 Letters: B pictures, K prototypes. Scores are similarities of rows and prototypes, without a
 temperature. Nothing here sees other processes: a caller gathers what has to be balanced together.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Scores = Float[Tensor, "B K"]
@@ -94,3 +94,39 @@ def swapped_prediction(
             total = torch.stack(others).sum(0)
             terms.append(-(total * torch.log_softmax(each / temperature, dim=1)).sum(1).mean())
     return torch.stack(terms).sum() / num_pairs
+
+
+def soft_bank_cross_entropy(
+    teacher: Float[Tensor, "b D"],
+    teacher_bank: Float[Tensor, "N D"],
+    teacher_temperature: float,
+    student: Float[Tensor, "b D"],
+    student_bank: Float[Tensor, "N D"],
+    temperature: float,
+    candidates: Bool[Tensor, " N"],
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """How a student relates its queries to its own bank, against how a teacher does (CCSSL).
+
+    CE_i = - sum_j t_ij log s_ij with s = softmax(q Z^T / T) and t = softmax(q_t Z_t^T / T_t) over
+    the candidate rows; KL(t || s) = CE - H(t). CLSA's divergence is this with one bank that does
+    not learn: here the student's bank takes gradient, the teacher takes none. B x N logits are
+    held, in float32.
+
+    Args:
+        teacher, teacher_bank, student, student_bank: unit rows.
+        teacher_temperature, temperature: T_t and T, > 0.
+        candidates: rows of the banks that count; without any all do.
+
+    Returns:
+        CE and H(t) of each query, in nats.
+    """
+    hidden = ~(candidates | ~candidates.any())
+    with torch.autocast(student.device.type, enabled=False):
+        with torch.no_grad():
+            logits = teacher.float() @ teacher_bank.float().T / teacher_temperature
+            target = logits.masked_fill(hidden, -torch.inf).log_softmax(1)
+        logits = student.float() @ student_bank.float().T / temperature
+        predicted = logits.masked_fill(hidden, -torch.inf).log_softmax(1).masked_fill(hidden, 0.0)
+        known = target.masked_fill(hidden, 0.0)
+        weight = target.exp()
+        return -(weight * predicted).sum(1), -(weight * known).sum(1)

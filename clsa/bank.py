@@ -32,6 +32,22 @@ class KeyQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
+    def start(self, keys: Float[Tensor, "n D"]) -> None:
+        """Take the first of `keys` for rows, again from the first where they are too few."""
+        self.rows.copy_(keys[torch.arange(len(self.rows), device=keys.device) % len(keys)])
+
+    @torch.no_grad()
+    def enqueue_chosen(self, keys: Float[Tensor, "B D"], chosen: Bool[Tensor, " B"]) -> None:
+        """`enqueue` of the chosen keys only, without the host learning how many they are."""
+        length, total = len(self.rows), chosen.sum()
+        number = chosen.cumsum(0) - 1
+        kept = chosen & (number >= total - length)
+        places = torch.where(kept, (self.pointer + number) % length, length)
+        room = torch.cat([self.rows, self.rows[:1]])  # the last takes what is not kept
+        self.rows.copy_(room.index_copy_(0, places, keys.to(room))[:length])
+        self.pointer.add_(total).remainder_(length)
+
+    @torch.no_grad()
     def enqueue(self, keys: Float[Tensor, "B D"]) -> None:
         """Overwrite the oldest rows by `keys`, the first key oldest."""
         length = len(self.rows)

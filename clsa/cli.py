@@ -39,7 +39,7 @@ def pretrain(args: list[str]) -> None:
     method = _value_of("--method.name", args)
     values = merge(values, {"method": {"name": method}} if method else {})
     options = _parse("pretrain", RunOptions, args, resolve(values, path or "options"))
-    from clsa.train import pretrain as run
+    from clsa.stages import pretrain as run
 
     say_next(run(options))
 

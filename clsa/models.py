@@ -326,9 +326,18 @@ def momentum_copy(network: Copied) -> Copied:
 
 
 @torch.no_grad()
-def move_towards(key_network: nn.Module, network: nn.Module, momentum: float) -> None:
-    """xi <- momentum xi + (1 - momentum) theta for all parameters; buffers stay the copy's own."""
+def move_towards(
+    key_network: nn.Module, network: nn.Module, momentum: float, statistics: bool = False
+) -> None:
+    """xi <- momentum xi + (1 - momentum) theta for all parameters.
+
+    Buffers stay the copy's own, but with `statistics` those of floating type move too.
+    """
     keys, queries = list(key_network.parameters()), list(network.parameters())
+    if statistics:
+        pairs = zip(key_network.buffers(), network.buffers(), strict=True)
+        moving = [(mine, new) for mine, new in pairs if mine.is_floating_point()]
+        keys, queries = keys + [mine for mine, _ in moving], queries + [new for _, new in moving]
     torch._foreach_lerp_(keys, queries, 1 - momentum)  # pyright: ignore
 
 

@@ -17,7 +17,7 @@ Ints = TypeVar("Ints", np.ndarray, Tensor)
 # Streams that are not views: numbers far above any view of a batch.
 ORDER, REPLACEMENT, PERMUTATION, HOLDOUT = 1_000_001, 1_000_002, 1_000_003, 1_000_004
 SECOND_PERMUTATION, NEGATIVES, JIGSAW, CLUSTERS = 1_000_005, 1_000_006, 1_000_007, 1_000_008
-FEW_LABELS, CLASSES = 1_000_009, 1_000_010
+FEW_LABELS, CLASSES, STAGES = 1_000_009, 1_000_010, 1_000_011
 POSITIVES, PARTNERS, MIXTURE = 1_000_020, 1_000_021, 1_000_022
 MIXTURE_KEYS = 1_000_100  # the first of several: one for each set of keys
 

@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Self, final
 
 import numpy as np
@@ -131,6 +131,58 @@ class Folder(Source):
         sizes = None if self._sizes is None else self._sizes[rows]
         ids = self.ids.take(rows)
         return type(self)(self.root, ids, self.labels[rows], self.classes, sizes)
+
+
+@final
+class Joined(Source):
+    """Pictures of several sources, one source after the other; their classes are the same.
+
+    Args:
+        parts: at least one.
+        rows: which of all their pictures; all if not given.
+    """
+
+    def __init__(self, parts: Sequence[Source], rows: Int64[np.ndarray, " N"] | None = None):
+        ends = np.cumsum([len(part) for part in parts])
+        rows = np.arange(ends[-1]) if rows is None else rows
+        self.parts, self._rows = parts, rows
+        self._owner = np.searchsorted(ends, rows, side="right")
+        self._place = rows - (ends - [len(part) for part in parts])[self._owner]
+        names = Names.of(name for part in parts for name in part.ids)
+        self.ids = names.take(rows)
+        self.labels = np.concatenate([part.labels for part in parts])[rows]
+        self.classes = parts[0].classes
+
+    def open(self, i: int) -> Picture:
+        return self.parts[self._owner[i]].open(int(self._place[i]))
+
+    def encoded(self, i: int) -> bytes | None:
+        return self.parts[self._owner[i]].encoded(int(self._place[i]))
+
+    def digest(self) -> str:
+        """SHA-256 of the parts' digests, of which pictures are taken, names, labels, classes."""
+        digest = self._names_digest()
+        for part in self.parts:
+            digest.update(part.digest().encode())
+        digest.update(self._rows.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
+        source = type(self)(self.parts, self._rows[rows])
+        source.labels, source.classes = self.labels[rows], self.classes
+        return source
+
+
+def joined(parts: Sequence[Source]) -> Source:
+    """One source of several with the same classes; pictures of one size stay in memory."""
+    if len(parts) == 1:
+        return parts[0]
+    held = [part.images for part in parts if isinstance(part, Pictures)]
+    if len(held) < len(parts) or len({images.shape[1:] for images in held}) > 1:
+        return Joined(parts)
+    names = [name for part in parts for name in part.ids]
+    labels = np.concatenate([part.labels for part in parts])
+    return Pictures(np.concatenate(held), labels, parts[0].classes, names)
 
 
 @final

@@ -22,6 +22,7 @@ from clsa.grid import Cell, Grid, cells_of, read_grid, require_same, slug
 from clsa.intake import open_source, open_val
 from clsa.options import EvaluateOptions, SweepOptions
 from clsa.signals import stop_on_signals
+from clsa.stages import pretrain
 from clsa.tally import (
     INTERRUPTED,
     LEGEND,
@@ -31,7 +32,6 @@ from clsa.tally import (
     read_outcomes,
     write_tables,
 )  # fmt: skip
-from clsa.train import pretrain
 
 
 def sweep(options: SweepOptions) -> Path:

@@ -3,7 +3,7 @@
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -244,8 +244,19 @@ def pretrain(options: RunOptions) -> Path:
     return options.out
 
 
-def train(options: RunOptions, source: Source, device: torch.device, stop: Stop) -> State:
+def train(
+    options: RunOptions,
+    source: Source,
+    device: torch.device,
+    stop: Stop,
+    begin: Callable[[State], None] = lambda _: None,
+    num_exemplars: int = 0,
+) -> State:
     """Run, or resume, what `options` describe on the pictures of `source`; returns the end.
+
+    Args:
+        begin: changes the state that a run starts with, before its first step.
+        num_exemplars: how many pictures, the last ones, are kept from earlier stages.
 
     Raises:
         ClsaError: as `pretrain`.
@@ -257,14 +268,15 @@ def train(options: RunOptions, source: Source, device: torch.device, stop: Stop)
     order = Order(len(source), options.batch_size, options.seed)
     quarantine = Quarantine(source, folder.read_quarantine())
     steps = order.steps_per_epoch
-    extent = Extent(
-        len(source), len(source.classes), steps, steps * options.epochs, shown.labels
-    )  # fmt: skip
+    last = steps * options.epochs
+    extent = Extent(len(source), len(source.classes), steps, last, shown.labels, num_exemplars)
     method = build_method(options, extent).to(device)
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
     digest = source.digest() if options.labels is None else shown.digest()
     state = State(method, optimizer, digest, folder)
     passed_over = state.resume()
+    if not state.step:
+        begin(state)
     require_same_step(state.step, device)  # and every rank has checked before the first writes
     if dist.rank() == 0:
         for skipped in passed_over:

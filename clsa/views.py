@@ -85,6 +85,8 @@ class ViewSpec(NamedTuple):
     """Probability of solarizing."""
     ops: Operations = Operations(rounds=0)
     """What follows the weak recipe."""
+    centre: float = 0.0
+    """Above 0: no crop by lot but the centre square of this share of the short side."""
 
 
 class Params(NamedTuple):
@@ -169,6 +171,13 @@ def strong_specs(options: ViewOptions, strong: StrongOptions, first_view: int) -
     ]
 
 
+def centre_spec(options: ViewOptions, view: int) -> ViewSpec:
+    """The centre crop of evaluation as a view of training, without any pixel operation."""
+    plain = WeakViews(jitter_probability=0.0, grayscale=0.0, flip=0.0)
+    spec = ViewSpec("anchor", options.size, options.scale, view, plain)
+    return spec._replace(centre=options.eval_crop)
+
+
 def strong_eval_spec(options: ViewOptions) -> ViewSpec:
     """The strong view of evaluation, one for all recipes so that they can be compared.
 
@@ -187,6 +196,8 @@ def crop_params(
     widths: Int64[np.ndarray, "B"],
 ) -> tuple[Int64[np.ndarray, "B 4"], Bool[np.ndarray, "B"]]:
     """Boxes (top, left, height, width in pixels) and flips of one view, for workers and devices."""
+    if spec.centre:
+        return geometry.centre_boxes(heights, widths, spec.centre), np.zeros(len(index), bool)
     u = rng.uniforms(seed, epoch, index, spec.view, np.arange(_FLIP + 1))
     boxes = geometry.crop_boxes(u[:, :_FLIP], heights, widths, spec.scale)
     return boxes, u[:, _FLIP] < spec.weak.flip

@@ -84,7 +84,8 @@ def extract(
     if strong_seed is None:
         images = centre_views(source, rows, options, device)
     else:
-        images = _strong_views(source, rows, options, strong_seed, device)
+        spec = views.strong_eval_spec(options)
+        images = drawn_views(source, rows, spec, strong_seed, device)
     kept, features = [], []
     for numbers, batch in images:
         kept.append(numbers)
@@ -121,14 +122,14 @@ def projections(
     return dist.all_gather(found)[: len(source)].cpu()
 
 
-def _strong_views(
+def drawn_views(
     source: Source,
     rows: Int64[np.ndarray, "n"],
-    options: ViewOptions,
+    spec: views.ViewSpec,
     seed: int,
     device: torch.device,
 ) -> Iterator[tuple[Int64[np.ndarray, "b"], Float32[Tensor, "b 3 S S"]]]:
-    spec = views.strong_eval_spec(options)
+    """One view of each picture that can be read, drawn from (seed, epoch 0), with its number."""
 
     def cut(
         index: Int64[np.ndarray, "b"],

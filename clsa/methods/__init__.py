@@ -3,6 +3,7 @@
 from clsa.methods.adco import AdCo
 from clsa.methods.byol import BYOL
 from clsa.methods.clim import CLIM
+from clsa.methods.continual import Continual
 from clsa.methods.dino import DINO
 from clsa.methods.instdisc import InstDisc
 from clsa.methods.method import Extent, Method
@@ -41,4 +42,6 @@ def build_method(options: RunOptions, extent: Extent) -> Method:
         method = CLIM(method, options, extent)
     if options.labels is not None:
         method = SuNCEt(method, options, extent)
+    if options.stages and options.continual.keep == "distill":
+        method = Continual(method, options, extent)
     return Stronger(method, options, extent) if options.stronger else method

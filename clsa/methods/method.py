@@ -80,6 +80,10 @@ class Comparison(NamedTuple):
     candidates: Bool[Tensor, "b M"] | None = None
     """See `losses.bank_statistics`."""
 
+    def with_bank(self, bank: Float[Tensor, "N D"]) -> "Comparison":
+        """The queries beside a bank that begins with the same rows; all see the rows added."""
+        return Comparison(self.rows(), bank, self.positive, self.candidates)
+
     def rows(self) -> list[Float[Tensor, "b D"]]:
         """The queries without their statistics."""
         return [each.query if isinstance(each, Stream) else each for each in self.queries]

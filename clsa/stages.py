@@ -1,0 +1,268 @@
+"""Pretraining in stages: one run a stage, each going on where the one before it ended.
+
+A staged run's folder holds `stage-1`, `stage-2`, ..., which are run folders, and what it knows of
+all: the encoder of the last finished stage, `forgetting.json`, `.md` and `.png`.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from rich.console import Console
+
+from clsa import checkpoint, dist, files, forgetting, intake, rng, train
+from clsa.clustering import require_faiss
+from clsa.errors import ClsaError, Exit
+from clsa.evaluate.split import MIN_LABELLED, Split, split
+from clsa.exemplars import choose_exemplars
+from clsa.folder import RunFolder
+from clsa.forgetting import Forgetting
+from clsa.host import keep_freed_memory
+from clsa.methods.around import Around
+from clsa.methods.continual import Continual
+from clsa.methods.method import Method
+from clsa.models import build_encoder
+from clsa.options import RunOptions
+from clsa.signals import Stop, stop_on_signals
+from clsa.sources import Source, joined
+from clsa.state import State
+
+STAGE_BITS = 40  # above the seeds that people choose, so that no stage has another run's draws
+
+
+def pretrain(options: RunOptions) -> Path:
+    """Run, or resume, what `options` describe, in stages if there are any; returns the folder.
+
+    Raises:
+        ClsaError: as `train.pretrain`.
+    """
+    if not options.stages:
+        return train.pretrain(options)
+    keep_freed_memory()
+    device = dist.pick_device(options.device)
+    with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
+        folder = RunFolder(options.out)
+        folder.check(options)
+        if options.continual.keep != "nothing":
+            require_faiss()
+        sources = stage_sources(options)
+        if dist.rank() == 0:
+            folder.claim(options)
+        parts = labelled_parts(sources, options)
+        for number, source in enumerate(sources, 1):
+            stage = Stage(options, number, len(sources))
+            finished = stage.run(source, sources, device, stop)
+            if not finished:
+                break
+            if dist.rank() == 0:
+                stage.judge(parts, device)
+        if dist.rank() == 0 and (options.out / "forgetting.json").exists():
+            Console().print(forgetting.printed(read_forgetting(options.out)))
+    return options.out
+
+
+def stage_seed(seed: int, number: int) -> int:
+    """Seed of a stage; the first has the run's own."""
+    return (seed + ((number - 1) << STAGE_BITS)) % (1 << 62)
+
+
+def stage_sources(options: RunOptions) -> list[Source]:
+    """The pictures of each stage; all with the same classes.
+
+    `classes:N` parts the classes of --data, in an order drawn from the seed, into N groups whose
+    sizes differ by one at most; pictures without a label are in none.
+
+    Raises:
+        ClsaError: for a stage that cannot be opened, or more groups than classes.
+    """
+    form = re.fullmatch(r"classes:(\d+)", options.stages[0])
+    if form is None or len(options.stages) > 1:
+        return _sets(options)
+    source, count = intake.open_source(options.data.data, "train", options.data), int(form[1])
+    present = np.unique(source.labels[source.labels >= 0])
+    if not 1 <= count <= len(present):
+        why = f"the pictures have {len(present)} classes"
+        raise ClsaError(f"stages classes:{count}", why, "ask for at most one stage a class")
+    order = rng.permutation(options.seed, 0, len(present), rng.STAGES)
+    groups = np.array_split(present[order], count)
+    left_out = int((source.labels < 0).sum())
+    if left_out and dist.rank() == 0:
+        print(f"{left_out} pictures without a label are in no stage", file=sys.stderr)
+    return [source.subset(np.flatnonzero(np.isin(source.labels, group))) for group in groups]
+
+
+def _sets(options: RunOptions) -> list[Source]:
+    wrong = [spec for spec in options.stages if spec.startswith("classes:")]
+    if wrong:
+        hint = "give classes:N alone, with N a number, or several sets"
+        raise ClsaError(f"stages {wrong[0]}", "not a way to part one set", hint)
+    sources = [
+        intake.open_source(spec, "train", options.data.model_copy(update={"data": spec}))
+        for spec in options.stages
+    ]
+    classes = sorted({name for source in sources for name in source.classes})
+    return [source.with_classes(classes) if classes else source for source in sources]
+
+
+def labelled_parts(sources: list[Source], options: RunOptions) -> list[Split] | None:
+    """What each stage is judged on; None, and a line, where a stage has no labels to speak of.
+
+    With pictures to evaluate on (`--val`, or the set's own) those of the stage's classes; else the
+    fifth of its labelled pictures that `split` holds out.
+    """
+    val = intake.open_val(options.data, sources[0].classes) if options.data.data else None
+    parts = []
+    for source in sources:
+        own = np.unique(source.labels[source.labels >= 0])
+        shown = None if val is None else val.subset(np.flatnonzero(np.isin(val.labels, own)))
+        few = (source.labels >= 0).sum() < MIN_LABELLED or (shown is not None and not len(shown))
+        if few:
+            if dist.rank() == 0:
+                print("no forgetting matrix: a stage has no labels to judge on", file=sys.stderr)
+            return None
+        parts.append(split(source, shown, seed=0))
+    return parts
+
+
+def read_forgetting(out: Path) -> Forgetting:
+    """What `forgetting.json` of a staged run says; nothing yet where there is none."""
+    try:
+        facts = json.loads((out / "forgetting.json").read_text("utf-8"))
+        return Forgetting(*(facts[name] for name in Forgetting._fields))
+    except (OSError, ValueError, LookupError, TypeError):
+        return Forgetting([], [], [], [])
+
+
+class Stage:
+    """One stage of a run.
+
+    Args:
+        options: of the whole run.
+        number: from 1.
+        count: of all stages.
+    """
+
+    def __init__(self, options: RunOptions, number: int, count: int):
+        self.whole, self.number, self.count = options, number, count
+        self.keeps = options.continual.keep != "nothing"
+        out = options.out / f"stage-{number}"
+        self.options = options.model_copy(
+            update={"out": out, "seed": stage_seed(options.seed, number)}
+        )
+        self.folder = RunFolder(out)
+
+    def before(self) -> "Stage":
+        """The stage before this one."""
+        return Stage(self.whole, self.number - 1, self.count)
+
+    @property
+    def exemplars_file(self) -> Path:
+        """Where the numbers of the kept pictures stand."""
+        return self.options.out / "exemplars.json"
+
+    def is_trained(self) -> bool:
+        """Whether its training has come to the end."""
+        try:
+            return json.loads(self.folder.status_file.read_text("utf-8"))["reason"] == "finished"
+        except (OSError, ValueError, LookupError):
+            return False
+
+    def is_finished(self) -> bool:
+        """Whether its exemplars are chosen too."""
+        chosen = self.exemplars_file.exists() or not self.keeps or self.number == self.count
+        return self.is_trained() and chosen
+
+    def run(self, source: Source, sources: list[Source], device: torch.device, stop: Stop) -> bool:
+        """Train it, or go on with it, and choose its exemplars; whether it came to its end."""
+        kept = [
+            sources[place].subset(Stage(self.whole, place + 1, self.count).read_exemplars())
+            for place in range(self.number - 1 if self.keeps else 0)
+        ]
+        num_exemplars = sum(map(len, kept))
+        name = f"stage {self.number} of {self.count}"
+        if self.is_finished():
+            self._say(f"{name}: done already")
+            return True
+        told = f", {num_exemplars} exemplars" if num_exemplars else ""
+        self._say(f"{name}: {len(source)} pictures{told}")
+        self.folder.check(self.options)
+        state = train.train(
+            self.options, joined([source, *kept]), device, stop, self.begin, num_exemplars
+        )
+        done = self.is_trained()
+        if done and self.keeps and self.number < self.count:
+            self._keep(state, source, device)
+        if dist.rank() == 0:
+            train.write_encoder(state, self.whole, RunFolder(self.whole.out).encoder)
+            reason = "finished" if done and self.number == self.count else f"{name} ended"
+            RunFolder(self.whole.out).write_status(Exit.OK, reason, state.step, not done)
+        return done
+
+    def _say(self, text: str) -> None:
+        if dist.rank() == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    def read_exemplars(self) -> Int64[np.ndarray, " m"]:
+        """Numbers of its kept pictures in its own set."""
+        facts = json.loads(self.exemplars_file.read_text("utf-8"))
+        return np.array(facts["numbers"], np.int64)
+
+    def _keep(self, state: State, source: Source, device: torch.device) -> None:
+        known = len(np.unique(source.labels[source.labels >= 0]))
+        clusters = self.options.continual.clusters or known or 10
+        if dist.rank() == 0:
+            network = state.method.network
+            numbers = choose_exemplars(network, source, self.options, clusters, device)
+            names = [source.ids[i] for i in numbers.tolist()]
+            facts = {"numbers": numbers.tolist(), "names": names}
+            files.write_text(self.exemplars_file, json.dumps(facts) + "\n")
+        dist.all_max(torch.zeros(1, device=device))  # the others wait for the file
+
+    def begin(self, state: State) -> None:
+        """Start from the end of the stage before: weights, banks and optimiser; not the step."""
+        if self.number == 1:
+            return
+        saved = checkpoint.load_newest(self.before().folder.checkpoints)
+        if saved is None:
+            what = str(self.before().options.out)
+            raise ClsaError(what, "holds no checkpoint", "start anew", Exit.NO_INPUT)
+        try:
+            state.method.load_state_dict(saved.state["method"])
+        except RuntimeError:
+            why = f"{self.options.method.name} keeps a row for each picture of one set"
+            hint = "choose another recipe, such as continual-small"
+            raise ClsaError("stages", why, hint) from None
+        state.optimizer.load_state_dict(saved.state["optimizer"])
+        method = state.method
+        base: Method = method
+        while isinstance(base, Around):
+            base = base.base
+        key_network = getattr(base, "key_network", None)
+        if isinstance(key_network, torch.nn.Module):
+            key_network.load_state_dict(base.network.state_dict())
+        for module in method.modules():
+            if isinstance(module, Continual):
+                main = getattr(base, "queue", None) if self.number == 2 else None
+                module.begin((main or module.extra).rows)
+
+    def judge(self, parts: list[Split] | None, device: torch.device) -> None:
+        """Accuracy on every stage so far, unless it is known; writes the matrix."""
+        out = self.whole.out
+        found = read_forgetting(out)
+        if parts is None or len(found.accuracy) >= self.number:
+            return
+        views, seen = self.options.views, parts[: self.number]
+        encoder = checkpoint.load_encoder(self.options.out).to(device)
+        single, whole = forgetting.judge(encoder, seen, views, device)
+        random = found.random
+        if not random:
+            fresh = build_encoder(self.whole.model, self.whole.seed).to(device)
+            random, _ = forgetting.judge(fresh, parts, views, device)
+        names = [str(number) for number in range(1, self.count + 1)]
+        found = Forgetting(names, [*found.accuracy, single], random, [*found.everything, whole])
+        forgetting.write(out, found)
+        self._say(f"after stage {self.number}: {forgetting.told(found)}")
