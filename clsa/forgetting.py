@@ -145,7 +145,8 @@ def printed(found: Forgetting) -> Table:
 def picture(found: Forgetting) -> Image.Image:
     """A heat map: a row after each stage, a column a stage; dark is accurate."""
     count, text = len(found.stages), ImageFont.load_default(14)
-    sheet = Image.new("RGB", (LEFT + count * CELL + 20, TOP + (count + 1) * CELL + 50), "white")
+    height = TOP + (len(found.accuracy) + 1) * CELL + 50
+    sheet = Image.new("RGB", (max(LEFT + count * CELL, 340) + 20, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((10, 8), "20-NN accuracy in percent", "black", ImageFont.load_default(16))
     draw.text((10, 30), told(found), "black", text)

@@ -198,9 +198,23 @@ class Stage:
             self._keep(state, source, device)
         if dist.rank() == 0:
             train.write_encoder(state, self.whole, RunFolder(self.whole.out).encoder)
-            reason = "finished" if done and self.number == self.count else f"{name} ended"
-            RunFolder(self.whole.out).write_status(Exit.OK, reason, state.step, not done)
+            self._sum_up("finished" if done and self.number == self.count else f"{name} ended")
         return done
+
+    def _sum_up(self, reason: str) -> None:
+        """`metrics.jsonl` and `status.json` of the whole run: the stages one after the other."""
+        lines, steps = [], 0
+        for number in range(1, self.number + 1):
+            folder = Stage(self.whole, number, self.count).folder
+            for line in folder.metrics.read_text("utf-8").splitlines():
+                values = json.loads(line)
+                lines.append(
+                    json.dumps({**values, "step": values["step"] + steps, "stage": number})
+                )
+            steps += json.loads(folder.status_file.read_text("utf-8"))["step"]
+        whole = RunFolder(self.whole.out)
+        files.write_text(whole.metrics, "".join(line + "\n" for line in lines))
+        whole.write_status(Exit.OK, reason, steps, reason != "finished")
 
     def _say(self, text: str) -> None:
         if dist.rank() == 0:
