@@ -340,7 +340,8 @@ class SweepOptions(Config):
 
     sweep: Annotated[str, tyro.conf.Positional]
     """YAML file of a grid, or a preset: table5, table7, head-depth, augmentation-strength,
-    num-negatives, methods."""
+    num-negatives, methods, clim, clim-selection, clim-resolution, clim-clusters, clim-alpha,
+    clim-mixing, suncet, continual."""
     out: Path | None = None
     """Folder of the sweep (default: runs/NAME). The same command again goes on."""
     data: str | None = None

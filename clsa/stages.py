@@ -22,6 +22,7 @@ from clsa.exemplars import choose_exemplars
 from clsa.folder import RunFolder
 from clsa.forgetting import Forgetting
 from clsa.host import keep_freed_memory
+from clsa.methods import METHODS
 from clsa.methods.around import Around
 from clsa.methods.continual import Continual
 from clsa.methods.method import Method
@@ -47,6 +48,9 @@ def pretrain(options: RunOptions) -> Path:
     with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
         folder = RunFolder(options.out)
         folder.check(options)
+        if METHODS[options.method.name].holds_pictures:
+            why = f"{options.method.name} keeps a row for each picture of one set"
+            raise ClsaError("stages", why, "choose another recipe, such as continual-small")
         if options.continual.keep != "nothing":
             require_faiss()
         sources = stage_sources(options)
@@ -244,12 +248,7 @@ class Stage:
         if saved is None:
             what = str(self.before().options.out)
             raise ClsaError(what, "holds no checkpoint", "start anew", Exit.NO_INPUT)
-        try:
-            state.method.load_state_dict(saved.state["method"])
-        except RuntimeError:
-            why = f"{self.options.method.name} keeps a row for each picture of one set"
-            hint = "choose another recipe, such as continual-small"
-            raise ClsaError("stages", why, hint) from None
+        state.method.load_state_dict(saved.state["method"])
         state.optimizer.load_state_dict(saved.state["optimizer"])
         method = state.method
         base: Method = method

@@ -229,6 +229,7 @@ def test_methods_with_a_row_a_picture_are_refused(drawings: Path, tmp_path: Path
     given = resolve({**kept, "recipe": "instdisc-small", "views": one_view, "device": "cpu"})
     with pytest.raises(ClsaError, match="instdisc keeps a row for each picture of one set"):
         stages.pretrain(given)
+    assert not (tmp_path / "run").exists()
 
 
 def test_sets_without_labels_have_no_matrix(

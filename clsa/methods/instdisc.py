@@ -33,6 +33,7 @@ class InstDisc(Method):
     there, no proximal term (Eq. 10 of the paper).
     """
 
+    holds_pictures = True
     log_normalizer: Float[Tensor, ""]
 
     def __init__(self, options: RunOptions, extent: Extent):

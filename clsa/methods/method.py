@@ -111,6 +111,7 @@ class Method(nn.Module, ABC):
         landmarks: of the loss that tells how far a run is.
         fixed_rate: modules whose learning rate stays at its peak.
         has_positives: whether its comparisons name the bank row of each query's positive.
+        holds_pictures: whether its state has a row for each picture of one set.
         has_keys: whether it compares streams with [the batch's keys; other rows], the keys being
             those of `key_network`; `CLIM` needs that.
         weight: of each query's term in the loss of the landmarks.
@@ -122,6 +123,7 @@ class Method(nn.Module, ABC):
     fixed_rate: tuple[nn.Module, ...] = ()
     has_positives: bool = True
     has_keys: bool = False
+    holds_pictures: bool = False
     weight: float = 1.0
 
     def __init__(self, options: RunOptions, extent: Extent):

@@ -40,7 +40,7 @@ class PCL(Method):
     the others wait, which is too slow for the paper's number of clusters on ImageNet.
     """
 
-    has_keys = True
+    has_keys, holds_pictures = True, True
 
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__(options, extent)

@@ -32,6 +32,8 @@ class PIRL(Method):
     are shared by the batch, and colours are drawn for the crop, not for each of its patches.
     """
 
+    holds_pictures = True
+
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__(options, extent)
         assert isinstance(options.method, PIRLOptions)
