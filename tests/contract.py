@@ -17,7 +17,10 @@ from clsa.optim import build_optimizer, set_lr
 from clsa.options import OptimOptions, RunOptions
 from clsa.recipes import resolve
 
-EXTENT = Extent(num_pictures=30, num_classes=3, steps_per_epoch=3, num_steps=12)
+EXTENT = Extent(
+    num_pictures=30, num_classes=3, steps_per_epoch=3, num_steps=12,
+    labels=np.arange(30) % 3 - 1, num_exemplars=10,
+)  # fmt: skip
 ROWS = 8
 TINY: dict[str, Any] = {
     "batch_size": ROWS,

@@ -11,7 +11,6 @@ from contract import EXTENT, ROWS, embed, tiny
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clsa import dist
 from clsa.assignments import soft_bank_cross_entropy
 from clsa.bank import KeyQueue
 from clsa.errors import ClsaError
@@ -24,7 +23,7 @@ from clsa.methods.stronger import Stronger
 from clsa.optim import build_optimizer
 from clsa.options import OptimOptions
 
-LATER = EXTENT._replace(num_exemplars=10)  # pictures 20 to 29 are exemplars
+LATER, FIRST = EXTENT, EXTENT._replace(num_exemplars=0)  # pictures 20 to 29 are exemplars
 STAGES: dict[str, Any] = {"stages": ("classes:2",), "continual": {"extra_keys": 6}}
 TEACHING = ["moco-v2", "simclr", "byol", "simsiam", "adco", "pcl", "moco-v3"]
 
@@ -69,7 +68,7 @@ def test_the_cross_entropy_is_the_slow_loop() -> None:
     predicted = reference.probabilities(student, bank, 0.07, mask)
     for i, (t, s) in enumerate(zip(targets, predicted, strict=True)):
         wanted = -sum(t[j] * math.log(s[j]) for j in t)
-        assert cross[i].item() == pytest.approx(wanted, rel=1e-3)
+        assert cross[i].item() == pytest.approx(wanted, rel=1e-3, abs=1e-6)
         floor = -sum(p * math.log(p) for p in t.values() if p > 0)
         assert entropy[i].item() == pytest.approx(floor, rel=1e-4, abs=1e-6)
 
@@ -170,7 +169,7 @@ def test_any_method_with_positives_remembers(recipe: str, stronger: bool) -> Non
 
 
 def test_the_first_stage_is_the_method_alone() -> None:
-    method, alone = build(extent=EXTENT), build_method(tiny("moco-v2"), EXTENT)
+    method, alone = build(extent=FIRST), build_method(tiny("moco-v2"), FIRST)
     batch = batch_of(alone, [])
     output, plain = method(batch), alone(batch)
     assert set(output.losses) == {"contrast"}
@@ -226,7 +225,7 @@ def test_the_teacher_stays_in_evaluation_mode() -> None:
 
 
 def test_the_teacher_moves_after_each_epoch_of_a_later_stage() -> None:
-    for extent, moves in ((LATER, True), (EXTENT, False)):
+    for extent, moves in ((LATER, True), (FIRST, False)):
         inner = continual(build(extent=extent))
         with torch.no_grad():
             for value in inner.network.state_dict().values():
@@ -259,31 +258,6 @@ def test_methods_without_positives_are_refused(recipe: str) -> None:
     with pytest.raises(ClsaError, match="no positives to contrast with the extra queue"):
         build(recipe)
     build(recipe, continual={"keep": "replay"})
-
-
-def test_exemplars_of_other_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One exemplar on each of two processes: the published code would learn nothing from it."""
-    method = build(continual={"extra_keys": 6, "distill_weight": 1.0}).eval()
-    batch = batch_of(method, [1, 6])
-    whole = method(batch).losses["distill"].item()
-    assert whole > 1e-6
-    parts = [batch.part(0, 4), batch.part(4)]
-    gathered = {id(part): part for part in parts}
-    assert len(gathered) == 2
-    inner, total = continual(method), 0.0
-    with torch.no_grad():
-        anchors = torch.cat([inner.network(part.views[2]) for part in parts])
-        targets = torch.cat([inner.teacher(part.views[2]) for part in parts])
-        for part in parts:
-            query, target = inner.network(part.views[1]), inner.teacher(part.views[1])
-            mine = part.index >= 20
-            old = torch.cat([each.index >= 20 for each in parts])
-            cross, entropy = soft_bank_cross_entropy(
-                target, targets, 0.04, query, anchors, 0.07, old
-            )
-            total += float(((cross - entropy) * mine).sum()) / 2
-    assert total == pytest.approx(whole, rel=1e-3)
-    assert dist.world_size() == 1
 
 
 # ---- exemplars

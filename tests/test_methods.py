@@ -35,7 +35,7 @@ NAMES = [BASES[name] for name in METHODS]
 FAMILY = [name for name, recipe in IMAGENET.items() if recipe.values["method"]["name"] == "moco"]
 # Several queries, one-hot targets, strong keys: what the family's own names add to the contracts.
 VARIANTS = ["clsa-multi", "clsa-contrastive", "moco-strong-query-key"]
-AROUND = ["clim-multi-res", "clim-multi-crop"]  # what goes around a method
+AROUND = ["clim-multi-res", "clim-multi-crop", "suncet", "continual"]  # what goes around a method
 VARIANTS += AROUND
 KEYS = ("key_", "teacher")  # modules that only `after_step` moves
 every_method = pytest.mark.parametrize("stronger", [False, True])
