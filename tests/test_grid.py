@@ -234,9 +234,17 @@ def test_only_the_same_rows_may_share_a_folder() -> None:
 
 SIZES = {
     "augmentation-strength": (10, 3),
+    "clim": (2, 3),
+    "clim-alpha": (4, 3),
+    "clim-clusters": (9, 3),
+    "clim-mixing": (3, 3),
+    "clim-resolution": (3, 3),
+    "clim-selection": (10, 3),
+    "continual": (3, 3),
     "head-depth": (4, 3),
     "methods": (26, 1),
     "num-negatives": (4, 3),
+    "suncet": (2, 3),
     "table5": (5, 3),
     "table7": (3, 3),
 }
@@ -256,7 +264,9 @@ def test_presets_resolve_and_hold_what_they_say(name: str) -> None:
     grid = read_grid(SweepOptions(sweep=name))
     cells = cells_of(grid, OUT)
     rows, seeds = SIZES[name]
-    assert grid.name == name and grid.about.startswith(("CLSA's", "Good practices", "Does"))
+    assert grid.name == name and grid.about.startswith(
+        ("CLSA's", "CLIM's", "Good practices", "Does", "Continual")
+    )
     assert len(grid.seeds) == seeds and len(cells) == rows * seeds
     assert all(cell.options.data.data == "clipart" for cell in cells)
     assert all(cell.options.recipe.endswith("-small") for cell in cells)
@@ -275,6 +285,11 @@ def varied(name: str) -> dict[str, set[Any]]:
 
 def test_what_the_papers_questions_vary() -> None:
     assert varied("table7") == {"strong.rounds": {3, 5, 7}}
+    assert varied("clim-alpha") == {"mixture.alpha": {1.0, 1.5, 2.0, 2.5}}
+    assert varied("clim-clusters") == {
+        "mixture.num_clusters": {23, 46, 92}, "mixture.neighbours": {10, 20, 40},
+    }  # fmt: skip
+    assert varied("continual") == {"continual.keep": {"nothing", "replay", "distill"}}
     assert varied("head-depth") == {"model.projector_layers": {0, 1, 2, 3}}
     assert varied("num-negatives") == {"method.queue_size": {256, 1024, 4096, 16384}}
     assert varied("table5") == {
