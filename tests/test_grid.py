@@ -174,7 +174,7 @@ def test_files_that_are_no_grids(text: str, words: str, tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("tabel7", "no such file or preset - did you mean table7?"),
-        ("qqqq", "give a file, or augmentation-strength, head-depth"),
+        ("qqqq", "give a file, or augmentation-strength, clim"),
         ("nowhere.yaml", "No such file"),
     ],
 )
