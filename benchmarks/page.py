@@ -10,7 +10,7 @@ from benchmarks.on_paper import on_paper
 SECTIONS = (  # in this order; others follow
     *("input", "augment", "loss", "step"),
     *("gpu-steps", "gpu-compiled", "gpu-views", "gpu-loss", "gpu-loader"),
-    *("start", "start-small", "work", "memory", "processes"),
+    *("start", "start-small", "work", "memory", "processes", "refresh"),
 )
 # What proves a budget; how its claim begins, and the budget. The page tells which are not measured.
 BUDGETS = {
