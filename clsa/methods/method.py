@@ -122,8 +122,7 @@ class Method(nn.Module, ABC):
     landmarks: Landmarks
     fixed_rate: tuple[nn.Module, ...] = ()
     has_positives: bool = True
-    has_keys: bool = False
-    holds_pictures: bool = False
+    has_keys = holds_pictures = False
     weight: float = 1.0
 
     def __init__(self, options: RunOptions, extent: Extent):
