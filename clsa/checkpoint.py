@@ -150,7 +150,8 @@ def run_digest(run: Path) -> str:
     """`digest` of the newest whole checkpoint of a run folder (what decides its future)."""
     saved = load_newest(run / "checkpoints")
     if saved is None:
-        raise ClsaError(str(run), "holds no checkpoint", "give a run folder", Exit.NO_INPUT)
+        hint = "give a run folder, of a run in stages one of its stage-N"
+        raise ClsaError(str(run), "holds no checkpoint", hint, Exit.NO_INPUT)
     return digest({key: saved.state[key] for key in ("method", "optimizer", "step")})
 
 

@@ -48,11 +48,13 @@ def say_next(out: Path) -> None:
     """What to do with a run, for its owner."""
     if int(os.environ.get("RANK", 0)) == 0:
         name = shlex.quote(str(out))
-        print(f"\n{out} holds the encoder, views.png (look at it), metrics.jsonl and config.yaml.")
+        staged = (out / "stage-1").exists()
+        sheet, board = "stage-1/views.png" if staged else "views.png", out / "tensorboard"
+        print(f"\n{out} holds the encoder, {sheet} (look at it), metrics.jsonl and config.yaml.")
         print("Next:")
         print(f"  clsa evaluate {name}    did it learn? (needs labels)")
         print(f"  clsa embed {name}       a vector for every picture")
-        print(f"  tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}")
+        print(f"  tensorboard --logdir {shlex.quote(str(out if staged else board))}")
         print(f'  python -c "import clsa; encoder = clsa.load_encoder({str(out)!r})"')
 
 
