@@ -17,7 +17,7 @@ from rich.console import Console
 from clsa import checkpoint, dist, files, forgetting, intake, rng, train
 from clsa.clustering import require_faiss
 from clsa.errors import ClsaError, Exit
-from clsa.evaluate.split import MIN_LABELLED, Split, split
+from clsa.evaluate.split import MIN_LABELLED, Split, split, without_held_out_labels
 from clsa.exemplars import choose_exemplars
 from clsa.folder import RunFolder
 from clsa.forgetting import Forgetting
@@ -57,9 +57,9 @@ def pretrain(options: RunOptions) -> Path:
         if dist.rank() == 0:
             folder.claim(options)
         parts = labelled_parts(sources, options)
-        for number, source in enumerate(sources, 1):
+        for number in range(1, len(sources) + 1):
             stage = Stage(options, number, len(sources))
-            finished = stage.run(source, sources, device, stop)
+            finished = stage.run(sources, device, stop)
             if not finished:
                 break
             if dist.rank() == 0:
@@ -180,33 +180,43 @@ class Stage:
         chosen = self.exemplars_file.exists() or not self.keeps or self.number == self.count
         return self.is_trained() and chosen
 
-    def run(self, source: Source, sources: list[Source], device: torch.device, stop: Stop) -> bool:
+    def run(self, sources: list[Source], device: torch.device, stop: Stop) -> bool:
         """Train it, or go on with it, and choose its exemplars; whether it came to its end."""
+        source, shown = sources[self.number - 1], sources
+        if not intake.val_of(self.options.data):  # judging holds some out of each stage
+            shown = [without_held_out_labels(each) for each in sources]
         kept = [
-            sources[place].subset(Stage(self.whole, place + 1, self.count).read_exemplars())
+            shown[place].subset(Stage(self.whole, place + 1, self.count).read_exemplars())
             for place in range(self.number - 1 if self.keeps else 0)
         ]
         num_exemplars = sum(map(len, kept))
         name = f"stage {self.number} of {self.count}"
         if self.is_finished():
             self._say(f"{name}: done already")
+            self._publish()
             return True
         told = f", {num_exemplars} exemplars" if num_exemplars else ""
         self._say(f"{name}: {len(source)} pictures{told}")
         self.folder.check(self.options)
-        state = train.train(
-            self.options, joined([source, *kept]), device, stop, self.begin, num_exemplars
-        )
+        pictures = joined([shown[self.number - 1], *kept])
+        state = train.train(self.options, pictures, device, stop, self.begin, num_exemplars)
         done = self.is_trained()
         if done and self.keeps and self.number < self.count:
             self._keep(state, source, device)
-        if dist.rank() == 0:
-            train.write_encoder(state, self.whole, RunFolder(self.whole.out).encoder)
-            self._sum_up("finished" if done and self.number == self.count else f"{name} ended")
+        self._publish()
         return done
 
-    def _sum_up(self, reason: str) -> None:
-        """`metrics.jsonl` and `status.json` of the whole run: the stages one after the other."""
+    def _publish(self) -> None:
+        """What the whole run says: this stage's encoder, metrics of all stages, how far it is."""
+        later = [Stage(self.whole, n, self.count) for n in range(self.number + 1, self.count + 1)]
+        if dist.rank() or any(stage.is_trained() for stage in later):
+            return
+        encoder, facts = checkpoint.load_encoder_facts(self.options.out)
+        whole = RunFolder(self.whole.out)
+        facts = facts.model_copy(
+            update={"seed": self.whole.seed}
+        )  # of the random encoder beside it
+        checkpoint.save_encoder(whole.encoder, encoder, facts)
         lines, steps = [], 0
         for number in range(1, self.number + 1):
             folder = Stage(self.whole, number, self.count).folder
@@ -216,9 +226,10 @@ class Stage:
                     json.dumps({**values, "step": values["step"] + steps, "stage": number})
                 )
             steps += json.loads(folder.status_file.read_text("utf-8"))["step"]
-        whole = RunFolder(self.whole.out)
         files.write_text(whole.metrics, "".join(line + "\n" for line in lines))
-        whole.write_status(Exit.OK, reason, steps, reason != "finished")
+        ended = self.number == self.count and self.is_trained()
+        reason = "finished" if ended else f"stage {self.number} of {self.count} ended"
+        whole.write_status(Exit.OK, reason, steps, not ended)
 
     def _say(self, text: str) -> None:
         if dist.rank() == 0:

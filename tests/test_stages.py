@@ -205,9 +205,11 @@ def test_a_run_stopped_inside_the_second_stage_goes_on_to_the_same_bits(
 def test_the_same_command_leaves_a_finished_run_as_it_is(
     whole: Path, drawings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = run_digest(whole / "stage-3")
+    before, encoder = run_digest(whole / "stage-3"), whole / "encoder.safetensors"
+    bytes_before = encoder.read_bytes()
+    encoder.unlink()  # as if killed before it was written
     stages.pretrain(options(drawings, whole))
-    assert run_digest(whole / "stage-3") == before
+    assert run_digest(whole / "stage-3") == before and encoder.read_bytes() == bytes_before
     assert capsys.readouterr().err.count("done already") == 3
 
 

@@ -28,7 +28,7 @@ class SuNCEt(Around):
     bank by their other view. Methods of one view or without positives leave them out of it.
 
     Deviation from SuNCEt's code: its unlabelled loss holds the gathered views constant; the base
-    here is what it is without labels. Stages of fewer labels do not change the rates.
+    here is what it is without labels.
     """
 
     over: Bool[Tensor, ""]
