@@ -39,7 +39,7 @@ def test_equal_views_orthogonal_pictures(
 ) -> None:
     """methods 3.18: CE = log(1 + (B - 1) exp(-1 / T)) for each direction."""
     method = build(method={"temperature": temperature})
-    monkeypatch.setattr(method, "query", lambda view: torch.eye(8, 16))
+    monkeypatch.setattr(method, "query", lambda view, _: torch.eye(8, 16))
     monkeypatch.setattr(method.key_network, "forward", lambda view: torch.eye(8, 16))
     entropy = math.log(1 + 7 * math.exp(-1 / temperature))
     loss = method(batch_of(method)).losses["contrast"].item()
