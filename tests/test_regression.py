@@ -196,13 +196,13 @@ def test_the_watch_sees_what_waits() -> None:
 
 @pytest.mark.parametrize("recipe", ["clsa-small", "moco-v2-small", "clsa-multi-small"])
 def test_the_host_reads_one_thing_of_the_device_in_a_step(recipe: str, tmp_path: Path) -> None:
-    """`require_finite` by one tolist; `numpy` is of `crops.index` and `.labels`, on the CPU."""
+    """`require_finite` by one tolist; `numpy` is of index, labels and draws, on the CPU."""
     trainer = Trainer(tmp_path, 8, recipe)
     trainer.step()
     crops = trainer.crops()
     with reads() as told, Seen() as seen:
         train_step(trainer.model, trainer.state, crops, trainer.run)
-    assert told == {"tolist": 1, "numpy": 2}
+    assert told == {"tolist": 1, "numpy": 3}
     assert seen.waiting == []
 
 
@@ -211,7 +211,7 @@ def test_a_number_that_is_not_finite_costs_no_further_read(tmp_path: Path) -> No
     crops = trainer.crops()
     with reads() as told:
         stats = train_step(trainer.model, trainer.state, crops, trainer.run)
-    assert told == {"tolist": 1, "numpy": 2}
+    assert told == {"tolist": 1, "numpy": 3}
     with reads() as told:
         stats.numbers()
     assert told == {"__float__": len(stats.terms)}
