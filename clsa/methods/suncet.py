@@ -1,7 +1,8 @@
 """SuNCEt (Assran et al. 2020) around any method: few labels pull pictures of one class together."""
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from clsa import dist
@@ -88,7 +89,7 @@ class SuNCEt(Around):
         return torch.cat(rows)
 
 
-def _known(extent: Extent):
+def _known(extent: Extent) -> Int64[np.ndarray, " n"]:
     labels = extent.labels
     if labels is None or len(set(labels[labels >= 0].tolist())) < 2:
         raise ClsaError("--labels", "fewer than two classes have a label", "give more labels")
