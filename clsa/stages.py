@@ -118,7 +118,8 @@ def labelled_parts(sources: list[Source], options: RunOptions) -> list[Split] | 
     With pictures to evaluate on (`--val`, or the set's own) those of the stage's classes; else the
     fifth of its labelled pictures that `split` holds out.
     """
-    val = intake.open_val(options.data, sources[0].classes) if options.data.data else None
+    given = intake.val_of(options.data)
+    val = intake.open_val(options.data, sources[0].classes) if given else None
     parts = []
     for source in sources:
         own = np.unique(source.labels[source.labels >= 0])
@@ -130,6 +131,11 @@ def labelled_parts(sources: list[Source], options: RunOptions) -> list[Split] | 
             return None
         parts.append(split(source, shown, seed=0))
     return parts
+
+
+def _wait(device: torch.device) -> None:
+    """Until every process is here: what one has written, the others may read."""
+    dist.all_max(torch.zeros(1, device=device))
 
 
 def read_forgetting(out: Path) -> Forgetting:
@@ -200,6 +206,7 @@ class Stage:
         self.folder.check(self.options)
         pictures = joined([shown[self.number - 1], *kept])
         state = train.train(self.options, pictures, device, stop, self.begin, num_exemplars)
+        _wait(device)  # for what rank 0 writes of the end
         done = self.is_trained()
         if done and self.keeps and self.number < self.count:
             self._keep(state, source, device)
@@ -213,10 +220,8 @@ class Stage:
             return
         encoder, facts = checkpoint.load_encoder_facts(self.options.out)
         whole = RunFolder(self.whole.out)
-        facts = facts.model_copy(
-            update={"seed": self.whole.seed}
-        )  # of the random encoder beside it
-        checkpoint.save_encoder(whole.encoder, encoder, facts)
+        begun = {"seed": self.whole.seed}  # of the random encoder that is judged beside it
+        checkpoint.save_encoder(whole.encoder, encoder, facts.model_copy(update=begun))
         lines, steps = [], 0
         for number in range(1, self.number + 1):
             folder = Stage(self.whole, number, self.count).folder
@@ -249,7 +254,7 @@ class Stage:
             names = [source.ids[i] for i in numbers.tolist()]
             facts = {"numbers": numbers.tolist(), "names": names}
             files.write_text(self.exemplars_file, json.dumps(facts) + "\n")
-        dist.all_max(torch.zeros(1, device=device))  # the others wait for the file
+        _wait(device)  # for the file
 
     def begin(self, state: State) -> None:
         """Start from the end of the stage before: weights, banks and optimiser; not the step."""

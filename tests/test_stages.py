@@ -1,6 +1,9 @@
 """Staged runs: how the pictures are parted, what goes from stage to stage, resuming, the matrix."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +259,20 @@ def test_from_the_command_line(
     args = ["pretrain", "--config", str(tmp_path / "config.yaml"), "--out", out]
     assert main([*args, "--stages", "classes:2"]) == Exit.USAGE
     assert "holds another run (stages: " in capsys.readouterr().err
+
+
+def test_two_processes_go_through_the_stages_together(drawings: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(options(drawings, tmp_path / "run", epochs=1).to_yaml())
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clsa"]
+    done = subprocess.run(
+        [sys.executable, *launch, "pretrain", "--config", str(tmp_path / "config.yaml")],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["reason"] == "finished"
+    assert done.stderr.count("stage 3 of 3") == 1 and done.stdout.count("Next:") == 1
+    facts = json.loads((tmp_path / "run" / "forgetting.json").read_text())
+    assert [len(row) for row in facts["accuracy"]] == [1, 2, 3]
 
 
 # ---- the matrix
