@@ -2,8 +2,11 @@
 
 import copy
 import hashlib
+import itertools
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,37 +17,44 @@ from clsa.errors import ClsaError, Exit
 from clsa.order import Companions, Order, Rows
 from clsa.sources import Source
 
+HELD = -1
 
-def with_few_labels(source: Source, spec: str, seed: int) -> Source:
+
+def with_few_labels(source: Source, spec: str, seed: int, held: Iterable[str] = ()) -> Source:
     """`source` with all labels hidden (-1) but a few.
 
     Args:
         spec: a share of each class such as `10%` (of every class at least one picture, drawn by
             its name and `seed`, so that the same pictures are chosen whatever else the set holds),
             or a text file with one labelled picture a line: its path in the set or its file name,
-            as in SimCLR's lists for ImageNet; what follows a tab is ignored.
+            as in SimCLR's lists for ImageNet; after a tab its class may follow, for a check.
+        held: paths of pictures that judging holds out; a list may name them, to no effect.
 
     Raises:
         ClsaError: for another form, a file that cannot be read, a name that is not that of one
-            labelled picture, or when there are no labels at all.
+            labelled picture, another class than the set's, or when there are no labels at all.
     """
     labelled = np.flatnonzero(source.labels >= 0)
     if not len(labelled):
         why = "none of the pictures has a label"
         hint = "give class folders or a list with labels, or leave the option out"
         raise ClsaError(f"labels {spec}", why, hint)
-    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", spec.strip())
-    if share:
-        percent = float(share[1])
+    percent = _percent(spec)
+    if percent is not None:
         if not 0 < percent <= 100:
             raise ClsaError(f"labels {spec}", "no share", "give a number up to 100, such as 10%")
         chosen = _balanced(source, labelled, percent / 100, seed)
     else:
-        chosen = _listed(source, spec)
+        chosen = _listed(source, spec, held)
     few = copy.copy(source)
     few.labels = np.full_like(source.labels, -1)
     few.labels[chosen] = source.labels[chosen]
     return few
+
+
+def _percent(spec: str) -> float | None:
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", spec.strip())
+    return float(share[1]) if share else None
 
 
 def _balanced(
@@ -66,37 +76,71 @@ def _number(name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _listed(source: Source, spec: str) -> Int64[np.ndarray, " m"]:
+def _lines(spec: str) -> list[tuple[str, str]]:
+    """Name and class ("" without) of each line of a list."""
     try:
-        lines = Path(spec).read_text("utf-8", errors="surrogateescape").splitlines()
+        text = Path(spec).read_text("utf-8-sig", errors="surrogateescape")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "neither a share nor a file"
         hint = "give a share of each class such as 10%, or a text file with a picture a line"
         raise ClsaError(f"labels {spec}", why, hint, Exit.NO_INPUT) from None
-    wanted = list(dict.fromkeys(line.split("\t")[0].strip() for line in lines if line.strip()))
-    rows: dict[str, list[int]] = {name: [] for name in wanted}
-    for i, name in enumerate(source.ids):
-        for told in {name, os.path.basename(name)} & rows.keys():
-            rows[told].append(i)
-    found = {name: [i for i in places if source.labels[i] >= 0] for name, places in rows.items()}
-    wrong = [name for name in wanted if len(found[name]) != 1]
-    if wrong or not wanted:
-        first = wrong[0] if wrong else ""
-        kinds = {True: "several pictures have this name", False: "no picture of the set"}
-        kind = kinds[len(rows.get(first, [])) > 1]
-        kind = "has no label in the set" if first and rows[first] and not found[first] else kind
-        why = f"{kind} ({len(wrong)} such lines)" if wrong else "the file names no picture"
-        hint = "write paths as the set has them, a line each"
-        raise ClsaError(f"labels {spec}: {first}" if wrong else f"labels {spec}", why, hint)
-    return np.unique([found[name][0] for name in wanted])
+    parts = [line.strip().partition("\t") for line in text.split("\n") if line.strip()]
+    return [(name.strip(), label.strip()) for name, _, label in parts]
 
 
-def told_labels(source: Source) -> str:
-    """How many labels there are, for the user."""
+def _listed(source: Source, spec: str, held: Iterable[str]) -> Int64[np.ndarray, " m"]:
+    lines = _lines(spec)
+    paths: dict[str, int] = {}
+    files: dict[str, list[int]] = {name: [] for name, _ in lines}
+    unknown: set[str] = set()
+    everything = itertools.chain(enumerate(source.ids), ((HELD, name) for name in held))
+    for i, name in everything:
+        told = {name, os.path.basename(name)} & files.keys()
+        if i != HELD and source.labels[i] < 0:
+            unknown |= told
+            continue
+        if name in told:
+            paths[name] = i
+        for each in told:
+            files[each].append(i)
+    chosen, wrong = [], {}
+    for name, label in lines:
+        found = [paths[name]] if name in paths else files[name]  # a path before a file name
+        if not found:
+            wrong[name] = "has no label in the set" if name in unknown else "no picture of the set"
+        elif len(found) > 1:
+            wrong[name] = "several pictures have this name"
+        elif found[0] != HELD and label not in ("", source.classes[source.labels[found[0]]]):
+            wrong[name] = "is of another class in the set"
+        else:
+            chosen.append(found[0])
+    if wrong:
+        first, why = next(iter(wrong.items()))
+        such = Counter(wrong.values())[why]
+        hint = "write paths and classes as the set has them, a line each"
+        raise ClsaError(f"labels {spec}: {first}", f"{why} ({such} such lines)", hint)
+    rows = np.unique([i for i in chosen if i != HELD]).astype(np.int64)
+    if not len(rows):
+        why = "judging holds out all its pictures" if chosen else "the file names no picture"
+        raise ClsaError(f"labels {spec}", why, "name more pictures, a line each")
+    return rows
+
+
+def num_held(spec: str, held: Iterable[str]) -> int:
+    """How many lines of a list name pictures that judging holds out; 0 for a share."""
+    if _percent(spec) is not None:
+        return 0
+    names = {told for name in held for told in (name, os.path.basename(name))}
+    return sum(name in names for name, _ in _lines(spec))
+
+
+def told_labels(source: Source, held: int = 0) -> str:
+    """How many labels there are, for the user; `held`: how many of a list are held out."""
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     single = int((counts == 1).sum())
     told = f"labels: {counts.sum()} pictures of {(counts > 0).sum()} classes"
-    return f"{told}, {single} of which have a single one" if single else told
+    told += f", {single} of which have a single one" if single else ""
+    return f"{told}; judging holds out {held} of the list" if held else told
 
 
 class Stratified(Companions):

@@ -317,11 +317,12 @@ def suncet(rows: Queries, labels: Int[Tensor, " B"], temperature: float = 0.1) -
 
     L = mean_i -log[ sum_{j != i, y_j = y_i} exp(z_i . z_j / T) / sum_{j != i} exp(z_i . z_j / T) ]:
     the sum over a class stands inside the logarithm. 0 for one class; for equal rows of c classes
-    with b rows each -ln((b - 1) / (c b - 1)). Every row takes gradient, across ranks too.
+    with b rows each -ln((b - 1) / (c b - 1)). Every row takes gradient, across ranks too. Rows of
+    unknown class, or alone of theirs, are no i of the mean (they stand in for unreadable pictures).
 
     Args:
-        rows: unit rows of this rank, equally many on every rank; each needs another of its class.
-        labels: their classes.
+        rows: unit rows of this rank, equally many on every rank.
+        labels: their classes, -1 unknown.
         temperature: T > 0.
     """
     kind = torch.promote_types(rows.dtype, torch.float32)
@@ -330,8 +331,12 @@ def suncet(rows: Queries, labels: Int[Tensor, " B"], temperature: float = 0.1) -
     own = own_rows(len(rows), rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         logits = (rows @ everyone.T / temperature).scatter(1, own[:, None], -torch.inf)
-        alike = logits.masked_fill(labels[:, None] != classes, -torch.inf)
-        return (logits.logsumexp(1) - alike.logsumexp(1)).mean()
+        same = (labels[:, None] == classes) & (classes >= 0)
+        alike = same.scatter(1, own[:, None], False)
+        counts = alike.any(1, keepdim=True)  # elsewhere both sums are the same: 0, also in gradient
+        terms = logits.logsumexp(1) - logits.masked_fill(~alike & counts, -torch.inf).logsumexp(1)
+        number = dist.all_sum(counts.sum().to(kind)).clamp(min=1)
+        return terms.sum() * dist.world_size() / number
 
 
 def cosine_regression(prediction: Queries, target: Queries) -> Float[Tensor, ""]:

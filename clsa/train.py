@@ -18,7 +18,7 @@ from clsa.errors import ClsaError, Exit
 from clsa.evaluate.on_disk import Projections
 from clsa.evaluate.results import append_records
 from clsa.evaluate.split import without_held_out_labels
-from clsa.few_labels import told_labels, with_few_labels
+from clsa.few_labels import num_held, told_labels, with_few_labels
 from clsa.folder import RunFolder
 from clsa.host import keep_freed_memory, upload
 from clsa.intake import open_source, val_of
@@ -263,8 +263,9 @@ def train(
     """
     folder = RunFolder(options.out)
     shown = source if val_of(options.data) else without_held_out_labels(source)
+    held = source.ids.take((shown.labels != source.labels).nonzero()[0])
     if options.labels is not None:
-        shown = with_few_labels(shown, options.labels, options.seed)
+        shown = with_few_labels(shown, options.labels, options.seed, held)
     order = Order(len(source), options.batch_size, options.seed)
     quarantine = Quarantine(source, folder.read_quarantine())
     steps = order.steps_per_epoch
@@ -284,7 +285,7 @@ def train(
         folder.claim(options)
         folder.cut_metrics(state.step)
         if options.labels is not None:
-            print(told_labels(shown), file=sys.stderr)
+            print(told_labels(shown, num_held(options.labels, held)), file=sys.stderr)
         queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
         if queue_size > len(source):
             print(

@@ -115,7 +115,7 @@ def cosine_regression(prediction: Tensor, target: Tensor) -> float:
 
 
 def suncet(rows: Tensor, labels: Tensor, temperature: float) -> float:
-    """SuNCEt: mean over i of -log of the share of i's class among all others."""
+    """SuNCEt: mean over i of -log of the share of i's class among all others, where it has one."""
     terms = []
     for i in range(len(rows)):
         alike = others = 0.0
@@ -123,6 +123,7 @@ def suncet(rows: Tensor, labels: Tensor, temperature: float) -> float:
             if j != i:
                 weight = math.exp(float(rows[i].double() @ rows[j].double()) / temperature)
                 others += weight
-                alike += weight if int(labels[i]) == int(labels[j]) else 0.0
-        terms.append(-math.log(alike / others))
-    return sum(terms) / len(terms)
+                alike += weight if int(labels[i]) == int(labels[j]) >= 0 else 0.0
+        if alike:
+            terms.append(-math.log(alike / others))
+    return sum(terms) / len(terms) if terms else 0.0

@@ -104,6 +104,47 @@ def test_a_changed_list_of_labels_is_refused(drawings: Path, tmp_path: Path) -> 
         pretrain(given)
 
 
+@pytest.mark.parametrize("sizes", [(16,), ()])
+def test_labelled_pictures_that_cannot_be_read_have_no_class(
+    sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    root = clipart_folder(tmp_path / "data", classes=4, each=14)
+    source = open_source(str(root), "train", DataOptions())
+    parts = split(source, None, seed=0)
+    names = [
+        parts.bank.ids[i] for c in range(4) for i in np.flatnonzero(parts.bank.labels == c)[:2]
+    ]
+    for name in (names[0], names[2]):  # of two classes, which leaves one picture in each
+        (root / name).write_bytes(b"no picture")
+    (tmp_path / "few.txt").write_text("\n".join(names))
+    over = {
+        "recipe": "instdisc-small",
+        "model": {"norm_groups": 1},
+        "views": {"weak": {"sizes": sizes}},
+    }
+    out = pretrain(
+        options(root, tmp_path / "run", labels=str(tmp_path / "few.txt"), epochs=1, **over)
+    )
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["suncet"]) for line in lines if "loss" in line)
+
+
+def test_a_list_serves_training_and_judging_alike(
+    drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_source(str(drawings), "train", DataOptions())
+    names = list(source.ids)[::2]
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(names))
+    parts = split(source, None, seed=0)
+    known = [name for name in names if name in set(parts.bank.ids)]
+    run = pretrain(options(drawings, tmp_path / "run", labels=str(few), max_steps=1))
+    told = f"labels: {len(known)} pictures of 6 classes; judging holds out"
+    assert f"{told} {len(names) - len(known)} of the list" in capsys.readouterr().err
+    assert set(with_few_bank_labels(parts, str(few), seed=0).bank.ids) == set(known)
+    assert evaluate(EvaluateOptions(run=run, labels=str(few), protocols=("knn",), random=False))
+
+
 def test_judging_learns_from_the_runs_own_labels(whole: Path, drawings: Path) -> None:
     source = open_source(str(drawings), "train", DataOptions())
     parts = split(source, None, seed=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clsa.errors import ClsaError
-from clsa.few_labels import Stratified, told_labels, with_few_labels
+from clsa.few_labels import Stratified, num_held, told_labels, with_few_labels
 from clsa.losses import suncet
 from clsa.methods import METHODS, build_method
 from clsa.methods.method import Batch, Extent, Method, sum_of
@@ -61,6 +61,18 @@ def test_the_loss_is_the_slow_loop(temperature: float) -> None:
     rows, labels = unit(9), torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, 2])
     expected = reference.suncet(rows, labels, temperature)
     assert suncet(rows, labels, temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, -1, 1, -1, 1, 0], [0, 1, 2, 2, 2, -1], [0, 1, 2, 3, -1, -1]]
+)
+def test_rows_of_unknown_class_or_alone_in_it_count_for_nothing(labels: list[int]) -> None:
+    rows = unit(6).double().requires_grad_()
+    loss = suncet(rows, torch.tensor(labels), 0.2)
+    expected = reference.suncet(rows.detach(), torch.tensor(labels), 0.2)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    loss.backward()
+    assert rows.grad is not None and rows.grad.isfinite().all()
 
 
 def test_the_loss_by_hand() -> None:
@@ -122,10 +134,32 @@ def test_a_list_names_paths_or_files(tmp_path: Path) -> None:
         ("1.png\n", "several pictures have this name"),
         ("x.png\n", "has no label in the set"),
         ("\n", "names no picture"),
+        ("a/1.png\ta\n3.png\ta\n", r"3\.png - is of another class in the set \(1 such lines\)"),
     ):
         path.write_text(text)
         with pytest.raises(ClsaError, match=why):
             with_few_labels(source, str(path), 0)
+
+
+def test_a_path_goes_before_a_file_name(tmp_path: Path) -> None:
+    source = pictures([0, 1, 1], ["1.png", "x/1.png", "x/2.png"])
+    path = tmp_path / "few.txt"
+    path.write_text("1.png\n2.png\n")
+    assert with_few_labels(source, str(path), 0).labels.tolist() == [0, -1, 1]
+
+
+def test_a_list_may_name_what_judging_holds_out(tmp_path: Path) -> None:
+    source, held = pictures([0, -1, 1], ["1.png", "2.png", "3.png"]), ["2.png"]
+    path = tmp_path / "few.txt"
+    path.write_text("1.png\n2.png\n3.png\n")
+    assert with_few_labels(source, str(path), 0, held).labels.tolist() == [0, -1, 1]
+    assert num_held(str(path), held) == 1 and num_held("10%", held) == 0
+    assert told_labels(source, 1).endswith("; judging holds out 1 of the list")
+    with pytest.raises(ClsaError, match="has no label in the set"):
+        with_few_labels(source, str(path), 0)
+    path.write_text("2.png\n")
+    with pytest.raises(ClsaError, match="judging holds out all its pictures"):
+        with_few_labels(source, str(path), 0, held)
 
 
 @pytest.mark.parametrize("spec", ["ten", "0%", "101%", "-1%", "%", "no/such/file"])

@@ -61,7 +61,8 @@ def without_held_out_labels(train: Source) -> Source:
 
 def with_few_bank_labels(parts: Split, spec: str, seed: int) -> Split:
     """The same queries, and a bank of the few pictures that `few_labels` chooses."""
-    few = with_few_labels(parts.bank, spec, seed)
+    held = [] if parts.name == "val" else parts.queries.ids
+    few = with_few_labels(parts.bank, spec, seed, held)
     return parts._replace(bank=few.subset(np.flatnonzero(few.labels >= 0)))
 
 
