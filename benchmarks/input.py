@@ -22,7 +22,7 @@ from benchmarks import plain_views, report
 from benchmarks.drive import Drive
 from benchmarks.photographs import FROM, prepared
 from benchmarks.report import Row, versus
-from clsa.options import PackOptions
+from clsa.command_options import PackOptions
 from clsa.pack import pack
 
 PLAIN, PACKED = 8.0, 10.0  # budgets against the Pillow path

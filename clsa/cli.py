@@ -11,17 +11,17 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from clsa import __version__
-from clsa.config import Config, merge, nearest, read_yaml, to_yaml
-from clsa.errors import ClsaError, Exit
-from clsa.options import (
+from clsa.command_options import (
     DemoOptions,
     EmbedOptions,
     EvaluateOptions,
     PackOptions,
     PreviewOptions,
-    RunOptions,
     SweepOptions,
 )
+from clsa.config import Config, merge, nearest, read_yaml, to_yaml
+from clsa.errors import ClsaError, Exit
+from clsa.options import RunOptions
 from clsa.recipes import RECIPES, described, overrides_of, resolve
 
 Options = TypeVar("Options", bound=Config)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clsa import dist
 from clsa.errors import ClsaError
+from clsa.extras import require
 from clsa.host import num_cores
 
 LEAST, MOST = 10, 1000  # pictures a cluster that k-means is trained on
@@ -37,12 +38,7 @@ def require_faiss() -> Any:
     Raises:
         ClsaError: when it is not installed.
     """
-    try:
-        import faiss
-    except ImportError:
-        why, hint = "faiss is not installed", 'pip install "clsa[clustering]"'
-        raise ClsaError("no k-means", why, hint) from None
-    return faiss
+    return require("faiss", "clustering", "k-means")
 
 
 @contextmanager

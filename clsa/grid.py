@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import pydantic
 
+from clsa.command_options import Protocol, SweepOptions
 from clsa.config import Config, flatten, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
-from clsa.options import Protocol, RunOptions, Seed, SweepOptions
+from clsa.options import RunOptions, Seed
 from clsa.recipes import resolve
 
 PRESETS = Path(__file__).parent / "assets" / "sweeps"

@@ -17,11 +17,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import Dataset
 
 from clsa import files, shards, workers
+from clsa.command_options import PackOptions
 from clsa.decode import DecodeError, open_picture
 from clsa.errors import ClsaError
 from clsa.host import num_cores
 from clsa.intake import open_source
-from clsa.options import DataOptions, PackOptions
+from clsa.options import DataOptions
 from clsa.order import REASONS, Quarantine
 from clsa.shards import INDEX, LENGTH, UNFINISHED, UNREADABLE, Shards, ShardWriter, shard_name
 from clsa.sources import Source

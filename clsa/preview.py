@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from clsa import checkpoint, files, views
+from clsa.command_options import PreviewOptions
 from clsa.config import read_yaml
 from clsa.cutting import Cuts
 from clsa.data import eval_crops, eval_images
@@ -16,7 +17,7 @@ from clsa.folder import RunFolder
 from clsa.intake import open_source
 from clsa.mixing import draw, mix
 from clsa.neighbours import Partners
-from clsa.options import PreviewOptions, RunOptions
+from clsa.options import RunOptions
 from clsa.order import Companions
 from clsa.sources import Source
 

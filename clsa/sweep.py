@@ -13,6 +13,7 @@ import safetensors.torch
 from rich.console import Console
 
 from clsa import checkpoint, files
+from clsa.command_options import EvaluateOptions, SweepOptions
 from clsa.config import read_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.run import evaluate
@@ -20,7 +21,6 @@ from clsa.evaluate.split import split
 from clsa.folder import FREE, RunFolder
 from clsa.grid import Cell, Grid, cells_of, read_grid, require_same, slug
 from clsa.intake import open_source, open_val
-from clsa.options import EvaluateOptions, SweepOptions
 from clsa.signals import stop_on_signals
 from clsa.stages import pretrain
 from clsa.tally import (

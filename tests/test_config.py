@@ -6,10 +6,11 @@ from typing import Any
 import pydantic
 import pytest
 
+from clsa.command_options import EmbedOptions, EvaluateOptions
 from clsa.config import MAX_YAML_BYTES, flatten, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.method_options import KINDS, MoCoOptions
-from clsa.options import EmbedOptions, EvaluateOptions, OptimOptions, RunOptions
+from clsa.options import OptimOptions, RunOptions
 from clsa.recipes import RECIPES, resolve
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from clsa import data, geometry, losses, rng, train, views
 from clsa.bank import KeyQueue, keys_with_queue
 from clsa.checkpoint import load_newest
+from clsa.command_options import EvaluateOptions
 from clsa.config import merge
 from clsa.evaluate.run import evaluate
 from clsa.folder import RunFolder
@@ -27,7 +28,6 @@ from clsa.models import Network, autocast, encode_shuffled, momentum_copy
 from clsa.optim import build_optimizer
 from clsa.options import (
     DataOptions,
-    EvaluateOptions,
     ModelOptions,
     RunOptions,
     StrongOptions,

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from clsa import checkpoint, models
+from clsa.command_options import EmbedOptions
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.embed import embed
 from clsa.evaluate.features import extract
 from clsa.intake import open_source
-from clsa.options import DataOptions, EmbedOptions, ModelOptions, ViewOptions
+from clsa.options import DataOptions, ModelOptions, ViewOptions
 
 MODEL = ModelOptions(encoder="resnet10-w32")
 VIEWS = ViewOptions(size=32)

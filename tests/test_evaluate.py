@@ -10,13 +10,14 @@ from rich.console import Console
 from torch import nn
 
 from clsa import checkpoint, dist, intake, models
+from clsa.command_options import EvaluateOptions
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate import run as run_module
 from clsa.evaluate.features import centre_views, extract, frozen, projections
 from clsa.evaluate.results import Record, append_records, read_records, table
 from clsa.evaluate.run import _spread, evaluate, probe
 from clsa.evaluate.split import split, without_held_out_labels
-from clsa.options import DataOptions, EvaluateOptions, ModelOptions, ViewOptions
+from clsa.options import DataOptions, ModelOptions, ViewOptions
 from clsa.sources import Pictures
 
 MODEL = ModelOptions(encoder="resnet10-w32")

@@ -11,6 +11,7 @@ from pictures import clipart_folder
 
 from clsa import train
 from clsa.checkpoint import load_encoder, run_digest
+from clsa.command_options import EvaluateOptions
 from clsa.config import merge
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.run import evaluate
@@ -19,7 +20,7 @@ from clsa.few_labels import with_few_labels
 from clsa.intake import open_source
 from clsa.methods import build_method
 from clsa.methods.method import Extent
-from clsa.options import DataOptions, EvaluateOptions, RunOptions
+from clsa.options import DataOptions, RunOptions
 from clsa.recipes import resolve
 from clsa.train import pretrain
 

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from refusals import refusal
 
+from clsa.command_options import SweepOptions
 from clsa.config import flatten
 from clsa.errors import Exit
 from clsa.folder import FREE
 from clsa.grid import PRESETS, Grid, cells_of, names_of, nested, read_grid, require_same, words
-from clsa.options import SweepOptions
 from clsa.recipes import RECIPES
 
 OUT = Path("runs") / "s"

@@ -6,13 +6,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from clsa.command_options import EvaluateOptions
 from clsa.evaluate import linear_fast as module
 from clsa.evaluate.features import frozen
 from clsa.evaluate.linear import linear, lr_at, new_classifier
 from clsa.evaluate.linear_fast import fit_logistic, linear_fast, predict_logistic
 from clsa.evaluate.results import accuracies
 from clsa.evaluate.split import hold_out
-from clsa.options import DataOptions, EvaluateOptions
+from clsa.options import DataOptions
 from clsa.sources import Pictures
 
 OPTIONS = EvaluateOptions(run=Path("unused"), linear_epochs=4, batch_size=16)

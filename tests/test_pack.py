@@ -19,17 +19,12 @@ from refusals import refusal
 
 from clsa import files
 from clsa import pack as packing
+from clsa.command_options import PackOptions
 from clsa.data import batches
 from clsa.decode import DecodeError, decode
 from clsa.errors import Exit
 from clsa.intake import open_source
-from clsa.options import (
-    DataOptions,
-    PackOptions,
-    StrongOptions,
-    ViewOptions,
-    WeakViews,
-)
+from clsa.options import DataOptions, StrongOptions, ViewOptions, WeakViews
 from clsa.order import Order
 from clsa.pack import Packed, pack
 from clsa.views import strong_specs, weak_specs

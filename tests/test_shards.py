@@ -17,17 +17,12 @@ from PIL import Image
 from refusals import refusal
 
 from clsa import cutting, shards
+from clsa.command_options import PackOptions
 from clsa.data import Crops, batches, eval_images
 from clsa.decode import DecodeError
 from clsa.errors import ClsaError, Exit
 from clsa.intake import open_source, open_val
-from clsa.options import (
-    DataOptions,
-    PackOptions,
-    StrongOptions,
-    ViewOptions,
-    WeakViews,
-)
+from clsa.options import DataOptions, StrongOptions, ViewOptions, WeakViews
 from clsa.order import Order, Quarantine
 from clsa.pack import pack
 from clsa.shards import INDEX, SHARD, Shards, shard_name

@@ -15,8 +15,8 @@ from refusals import refusal
 from clsa import sweep as module
 from clsa import train
 from clsa.checkpoint import run_digest
+from clsa.command_options import SweepOptions
 from clsa.errors import ClsaError, Exit
-from clsa.options import SweepOptions
 from clsa.recipes import resolve
 from clsa.sweep import sweep
 from clsa.train import pretrain

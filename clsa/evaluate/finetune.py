@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from clsa import color, views
+from clsa.command_options import EvaluateOptions
 from clsa.data import batches
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.linear import MOMENTUM, SCALE, new_classifier
 from clsa.evaluate.results import accuracies
 from clsa.evaluate.split import Split
-from clsa.options import DataOptions, EvaluateOptions, ViewOptions
+from clsa.options import DataOptions, ViewOptions
 from clsa.order import Order
 
 VIEW = 1002

@@ -8,10 +8,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from clsa import color, views
+from clsa.command_options import EvaluateOptions
 from clsa.data import batches
 from clsa.evaluate.features import encode
 from clsa.evaluate.results import accuracies
-from clsa.options import DataOptions, EvaluateOptions
+from clsa.options import DataOptions
 from clsa.order import Order
 from clsa.sources import Source
 

@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from clsa import checkpoint, dist, intake
+from clsa.command_options import EvaluateOptions
 from clsa.config import merge
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.finetune import finetune
@@ -20,7 +21,7 @@ from clsa.evaluate.results import Record, accuracies, append_records, read_recor
 from clsa.evaluate.split import Split, split, with_few_bank_labels
 from clsa.host import keep_freed_memory
 from clsa.models import build_encoder
-from clsa.options import DataOptions, EvaluateOptions, ViewOptions
+from clsa.options import DataOptions, ViewOptions
 from clsa.sources import Source
 
 PROBE_BANK, PROBE_QUERIES, PROBE_NEIGHBOURS = 10_000, 2_000, 20
