@@ -16,12 +16,15 @@ from clsa.command_options import (
     EmbedOptions,
     EvaluateOptions,
     PackOptions,
+    PredictOptions,
     PreviewOptions,
+    ProtocolsOptions,
     SweepOptions,
 )
 from clsa.config import Config, merge, nearest, read_yaml, to_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.options import RunOptions
+from clsa.protocols import CARDS
 from clsa.recipes import RECIPES, described, overrides_of, resolve
 
 Options = TypeVar("Options", bound=Config)
@@ -66,6 +69,29 @@ def evaluate(args: list[str]) -> None:
 
     _print_table(run(options))
     print(f"All records: {results_path(options.run)}")
+
+
+def protocols(args: list[str]) -> None:
+    """List the protocol cards `evaluate` judges by; with a NAME, all that this one fixes."""
+    name = _parse("protocols", ProtocolsOptions, args).name
+    if name and name not in CARDS:
+        close = nearest(name, list(CARDS))
+        hint = f"did you mean {close}?" if close else "see clsa protocols"
+        raise ClsaError(f"protocol {name}", "there is no such card", hint)
+    for each in [name] if name else CARDS:
+        card = CARDS[each]
+        told = "" if card.frozen else "; the encoder, or its statistics, learn too"
+        print(f"{each:19} {card.about} [{card.source}{told}]")
+    if name:
+        print(f"hash {CARDS[name].hash(name)}\n\n{to_yaml(CARDS[name].settings())}", end="")
+
+
+def predict(args: list[str]) -> None:
+    """Label pictures with a classifier that evaluate learned; writes CSV or JSON."""
+    options = _parse("predict", PredictOptions, args)
+    from clsa.evaluate.predict import predict as run
+
+    print(run(options))
 
 
 def embed(args: list[str]) -> None:
@@ -167,6 +193,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "protocols": protocols,
+    "predict": predict,
     "embed": embed,
     "preview": preview,
     "pack": pack,

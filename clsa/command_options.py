@@ -8,49 +8,62 @@ import tyro
 
 from clsa.config import Config, Count, Positive
 from clsa.options import DataOptions, Seed
-
-Protocol = Literal["knn", "knn-strong", "linear-fast", "linear", "finetune"]
+from clsa.protocols import Name
 
 
 class EvaluateOptions(Config):
-    """How features are judged."""
+    """How features are judged: protocol cards (`clsa protocols` lists them)."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder, or an encoder.safetensors."""
+    protocol: tuple[Name, ...] = ("knn-20", "knn-strong", "logistic")
+    """Cards to judge by; the voc07 ones take --data VOCdevkit."""
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
-    protocols: tuple[Protocol, ...] = (
-        "knn",
-        "knn-strong",
-        "linear-fast",
-    )
-    """knn: clean queries; knn-strong: strongly augmented ones; linear-fast: logistic regression on
-    cached features; linear: the paper's 100 epochs of SGD; finetune: all layers of a copy of the
-    encoder, on the labels given."""
+    change: tuple[str, ...] = ()
+    """Departures from the cards, FIELD=VALUE or CARD.FIELD=VALUE, such as linear-clsa.epochs=10;
+    results.json tells them, and the changed card's hash."""
     labels: str | None = None
     """Few labels to learn from, as `clsa pretrain --labels` takes them: a share such as 10% (of the
-    run's seed, so that they are the run's own) or a list (default: all)."""
+    run's seed, so that they are the run's own) or a list (default: all, or the card's share)."""
     random: bool = True
     """Judge the same encoder at its random initialisation beside the trained one."""
-    neighbours: Count = 20
-    """Nearest pictures of the bank that vote in knn."""
-    knn_temperature: Positive = 0.07
-    """Votes weigh exp(cosine / this)."""
-    linear_epochs: Count = 100
-    """Length of `linear`."""
-    linear_lr: Positive = 10.0
-    """Learning rate of `linear`, falling to 0.01 along a cosine."""
-    finetune_epochs: Count = 20
-    """Length of `finetune`."""
-    finetune_lr: Positive = 0.01
-    """Learning rate of the encoder in `finetune`, a fifth of it after 0.6 and after 0.8 of it."""
-    finetune_head_lr: Positive = 0.2
-    """The same for its new linear layer."""
+    leaks: Literal["auto", "all", "off"] = "auto"
+    """Look for evaluation pictures among those the run learned from (exact or near duplicates):
+    auto does in up to 50,000 pictures."""
     seed: Seed = 0
-    """Of the strong queries and, where there are no test pictures, of the hold-out."""
+    """Of the strong queries, the classifiers and, where there are no test pictures, of the
+    hold-out."""
     batch_size: Count = 256
-    """Pictures at a time."""
+    """Pictures encoded at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+class PredictOptions(Config):
+    """Labels of pictures, by a classifier that evaluation learned."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or an encoder.safetensors."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Image files, or one set in any form that --data takes."""
+    head: str | None = None
+    """The protocol whose classifier is used (default: the one learned last)."""
+    out: Path = Path("predictions.csv")
+    """CSV, or JSON if it ends in .json: path, then labels and probabilities, the likeliest
+    first."""
+    top: Count = 3
+    """Labels for each picture."""
+    batch_size: Count = 256
+    """Pictures encoded at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+class ProtocolsOptions(Config):
+    """The protocol cards."""
+
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """Card to show in full."""
 
 
 class EmbedOptions(Config):
@@ -121,7 +134,7 @@ class SweepOptions(Config):
     """In place of the file's."""
     epochs: Count | None = None
     """Of every run, in place of the file's."""
-    protocols: tuple[Protocol, ...] | None = None
+    protocol: tuple[Name, ...] | None = None
     """How the encoders are judged, in place of the file's."""
     max_minutes: Positive | None = None
     """Stop each run after this long; it is judged as it stands."""

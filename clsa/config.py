@@ -153,6 +153,14 @@ def to_yaml(values: dict[str, Any]) -> str:
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
+def read_value(text: str) -> Any:
+    """One value as YAML has it: a number, a word, a list in brackets; else the text itself."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError):
+        return text
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 

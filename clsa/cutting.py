@@ -127,3 +127,11 @@ def centre(share: float) -> Cut:
         return centre_boxes(heights, widths, share), np.zeros(len(index), bool)
 
     return cut
+
+
+def whole(
+    index: Int64[np.ndarray, "b"], heights: Int64[np.ndarray, "b"], widths: Int64[np.ndarray, "b"]
+) -> Cuts:
+    """A cut that takes all of the picture, which becomes a square whatever its shape."""
+    zeros = np.zeros_like(heights)
+    return np.stack([zeros, zeros, heights, widths], axis=1), np.zeros(len(index), bool)

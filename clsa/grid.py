@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from clsa.command_options import Protocol, SweepOptions
+from clsa.command_options import SweepOptions
 from clsa.config import Config, flatten, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.options import RunOptions, Seed
+from clsa.protocols import Name
 from clsa.recipes import resolve
 
 PRESETS = Path(__file__).parent / "assets" / "sweeps"
@@ -33,7 +34,7 @@ class Grid(Config):
     """The question, printed above the table."""
     seeds: tuple[Seed, ...] = (0,)
     """Every row of the table is run once with each."""
-    protocols: tuple[Protocol, ...] = ("knn", "knn-strong")
+    protocol: tuple[Name, ...] = ("knn-20", "knn-strong")
     """How the encoders are judged."""
     labels: str | None = None
     """Few labels that judging learns from, as `clsa evaluate --labels` takes them."""
@@ -82,7 +83,7 @@ def read_grid(options: SweepOptions) -> Grid:
     return grid.model_copy(
         update={
             "seeds": grid.seeds if options.seeds is None else options.seeds,
-            "protocols": grid.protocols if options.protocols is None else options.protocols,
+            "protocol": grid.protocol if options.protocol is None else options.protocol,
             "base": merge(nested(grid.base), given),
         }
     )
@@ -118,7 +119,7 @@ def cells_of(grid: Grid, out: Path) -> list[Cell]:
             option that two axes set or that is the sweep's own, or two rows that are the same run.
     """
     axes = axes_of(grid)
-    for kind, found in (("grid", axes), ("seeds", grid.seeds), ("protocols", grid.protocols)):
+    for kind, found in (("grid", axes), ("seeds", grid.seeds), ("protocol", grid.protocol)):
         if not found or len(set(found)) < len(found):
             why = "one twice" if found else "there are none"
             raise ClsaError(f"{grid.name}: {kind}", why, "correct the file")

@@ -95,7 +95,7 @@ def run(cell: Cell, grid: Grid) -> Outcome:
     """
     judging = EvaluateOptions(
         run=cell.options.out,
-        protocols=grid.protocols,
+        protocol=grid.protocol,
         labels=grid.labels,
         device=cell.options.device,
     )
@@ -147,7 +147,7 @@ def is_settled(outcome: Outcome, cell: Cell, grid: Grid) -> bool:
         "max_steps": outcome.step == cell.options.max_steps,
         "max_minutes": outcome.max_minutes == cell.options.max_minutes,
     }.get(outcome.reason, False)
-    judged = all(outcome.top1(protocol) is not None for protocol in grid.protocols)
+    judged = all(outcome.headline(protocol) is not None for protocol in grid.protocol)
     if outcome.code or not at_end or not judged:
         return False
     try:

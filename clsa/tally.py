@@ -19,12 +19,14 @@ from clsa.errors import ClsaError, Exit, first_line
 from clsa.evaluate.results import Record
 from clsa.folder import RunFolder
 from clsa.grid import Cell, Grid, words
+from clsa.protocols import CARDS
 
 INTERRUPTED = (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)  # later runs would end so too
 NOTE = "note"
 LEGEND = """\
 Mean ± sample standard deviation over the seeds; the best mean of each accuracy is bold.
-Accuracies are top-1 in percent; a gain is the trained minus the random encoder of the same seed.
+Accuracies are top-1 in percent (VOC07: mAP), after the last epoch; a gain is the trained minus the
+random encoder of the same seed.
 ms per picture: wall-clock time of training, loading and clustering included, judging and saving
 not. Pictures seen: steps times batch size, whatever views each gives."""
 
@@ -51,16 +53,17 @@ class Outcome(Config):
     records: tuple[Record, ...] = ()
     """Of the encoder in the run's folder."""
 
-    def top1(self, protocol: str, encoder: str = "trained") -> float | None:
-        """Accuracy in percent, None where it was not judged."""
+    def headline(self, protocol: str, encoder: str = "trained") -> float | None:
+        """The card's headline in percent, after the last epoch; None where it was not judged."""
+        metric = CARDS[protocol].headline
         for record in self.records:
-            if (record.protocol, record.metric, record.encoder) == (protocol, "top1", encoder):
+            if (record.protocol, record.metric, record.encoder) == (protocol, metric, encoder):
                 return record.value
         return None
 
     def gain(self, protocol: str) -> float | None:
         """Trained minus random encoder, in points."""
-        trained, random = self.top1(protocol), self.top1(protocol, "random")
+        trained, random = self.headline(protocol), self.headline(protocol, "random")
         return None if trained is None or random is None else trained - random
 
     @property
@@ -156,8 +159,8 @@ def by_row(outcomes: list[Outcome]) -> list[list[Outcome]]:
 def accuracies(grid: Grid, seeds: list[Outcome]) -> dict[str, Mean | None]:
     """The columns of accuracy of one row."""
     columns = {}
-    for protocol in grid.protocols:
-        columns[protocol] = mean_of(outcome.top1(protocol) for outcome in seeds)
+    for protocol in grid.protocol:
+        columns[protocol] = mean_of(outcome.headline(protocol) for outcome in seeds)
         columns[f"{protocol} gain"] = mean_of(outcome.gain(protocol) for outcome in seeds)
     return columns
 

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 import clsa
-from clsa import checkpoint, options
+from clsa import command_options, checkpoint, options
 from clsa.archives import CLIPART
 from clsa.cli import COMMANDS, main
 from clsa.config import Config
@@ -140,11 +140,11 @@ def test_overview_names_every_command(command: Command) -> None:
 
 KINDS: dict[str, type[Config]] = {
     "pretrain": options.RunOptions,
-    "evaluate": options.EvaluateOptions,
-    "embed": options.EmbedOptions,
-    "pack": options.PackOptions,
-    "sweep": options.SweepOptions,
-    "demo": options.DemoOptions,
+    "evaluate": command_options.EvaluateOptions,
+    "embed": command_options.EmbedOptions,
+    "pack": command_options.PackOptions,
+    "sweep": command_options.SweepOptions,
+    "demo": command_options.DemoOptions,
 }
 
 
@@ -394,7 +394,7 @@ def test_unknown_commands_are_refused_with_the_nearest(command: Command) -> None
         (("digest",), "Run folder"),
         (("recipes", "x", "y"), "Unrecognized"),
         (("sweep",), "YAML file of a grid"),
-        (("evaluate", "run", "--protocols", "knm"), "knn"),
+        (("evaluate", "run", "--protocol", "knn-2"), "knn-20"),
     ],
 )
 def test_wrong_options_are_shown_in_a_box(
@@ -604,7 +604,7 @@ def test_names_that_are_not_utf_8_go_through(
     shutil.copytree(drawings, odd)
     code, _, err = command("pretrain", "--data", odd, "--out", tmp_path / "run", *TINY)
     assert code == 0, err
-    assert command("evaluate", tmp_path / "run", "--protocols", "knn")[0] == 0
+    assert command("evaluate", tmp_path / "run", "--protocol", "knn-20")[0] == 0
 
 
 def test_unlabelled_pictures_are_judged_on_a_labelled_val(
@@ -618,5 +618,5 @@ def test_unlabelled_pictures_are_judged_on_a_labelled_val(
     args[args.index("--max-steps") + 1] = "5"
     code, _, err = command("pretrain", "--out", tmp_path / "run", *args)
     assert code == 0 and "20-NN" in err, err
-    code, out, err = command("evaluate", tmp_path / "run", "--protocols", "knn")
+    code, out, err = command("evaluate", tmp_path / "run", "--protocol", "knn-20")
     assert code == 0 and "val-holdout" in out, err

@@ -301,9 +301,9 @@ def test_a_run_of_the_cpu_goes_on_and_is_judged_on_the_gpu(drawings: Path, tmp_p
     for moved, kept in zip(momenta, saved, strict=True):
         assert moved.device.type == GPU.type and torch.equal(moved.cpu(), kept)
     pretrain(state_options)
-    protocols = ("knn", "knn-strong", "linear-fast", "linear")
+    protocols = ("knn-20", "knn-strong", "logistic", "linear-fast", "linear-clsa", "finetune")
     judged = EvaluateOptions(
-        run=out, device=str(GPU), linear_epochs=2, batch_size=8, protocols=protocols
+        run=out, device=str(GPU), change=("epochs=2", "batch_size=8"), protocol=protocols
     )
     records = evaluate(judged)
     assert {record.protocol for record in records} == set(protocols)

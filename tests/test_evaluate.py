@@ -12,12 +12,14 @@ from torch import nn
 from clsa import checkpoint, dist, intake, models
 from clsa.command_options import EvaluateOptions
 from clsa.errors import ClsaError, Exit
-from clsa.evaluate import run as run_module
+from clsa.evaluate import subject as subject_module
 from clsa.evaluate.features import centre_views, extract, frozen, projections
 from clsa.evaluate.results import Record, append_records, read_records, table
-from clsa.evaluate.run import _spread, evaluate, probe
+from clsa.evaluate.run import evaluate
 from clsa.evaluate.split import split, without_held_out_labels
+from clsa.judge import _spread, probe
 from clsa.options import DataOptions, ModelOptions, ViewOptions
+from clsa.protocols import CARDS
 from clsa.sources import Pictures
 
 MODEL = ModelOptions(encoder="resnet10-w32")
@@ -67,8 +69,8 @@ def test_evaluation_repeats_and_leaves_the_encoder_alone(run: Path) -> None:
     before = (run / "encoder.safetensors").read_bytes()
     options = EvaluateOptions(
         run=run,
-        protocols=("knn", "knn-strong", "linear-fast", "linear"),
-        linear_epochs=2,
+        protocol=("knn-20", "knn-200", "knn-strong", "logistic", "linear-fast", "linear-clsa"),
+        change=("linear-clsa.epochs=2", "linear-fast.epochs=3"),
         device="cpu",
     )
     records = evaluate(options)
@@ -76,7 +78,7 @@ def test_evaluation_repeats_and_leaves_the_encoder_alone(run: Path) -> None:
     assert evaluate(options) == records and (run / "results.json").read_bytes() == first
     assert (run / "encoder.safetensors").read_bytes() == before
     assert [Record(**entry) for entry in json.loads(first)] == records
-    assert {record.protocol for record in records} == set(options.protocols)
+    assert {record.protocol for record in records} == set(options.protocol)
     assert {(record.split, record.n, record.seed) for record in records} == {("holdout", 12, 0)}
     assert all(0 <= record.value <= 100 for record in records)
     digests = {record.encoder: record.encoder_digest for record in records}
@@ -84,14 +86,25 @@ def test_evaluation_repeats_and_leaves_the_encoder_alone(run: Path) -> None:
         "random": checkpoint.digest(models.build_encoder(MODEL, seed=7).state_dict()),
         "trained": checkpoint.digest(checkpoint.load_encoder(run).state_dict()),
     }
-    knn_top1 = next(r for r in records if (r.protocol, r.metric) == ("knn", "top1"))
-    assert knn_top1.settings == "neighbours=20 knn_temperature=0.07"
+    assert all(record.encoder_digest_after == record.encoder_digest for record in records)
+    settings = {record.protocol: record.settings for record in records}
+    assert settings["knn-20"] == "" and settings["linear-clsa"] == "epochs=2"
+    hashes = {record.protocol: record.card for record in records}
+    assert hashes["knn-20"] == CARDS["knn-20"].hash("knn-20")
+    assert hashes["linear-clsa"] != CARDS["linear-clsa"].hash("linear-clsa")
+    epochs = {(r.chosen, r.epoch) for r in records if r.protocol == "linear-clsa"}
+    assert ("last", 2) in epochs and epochs <= {("last", 2), ("best", 1), ("best", 2)}
+    assert {r.leaked for r in records} == {12}  # held out of the pictures of the run
 
 
 def test_knn_on_its_own_pictures_is_perfect(run: Path, drawings: Path) -> None:
     data = DataOptions(data=str(drawings), val=str(drawings))
     options = EvaluateOptions(
-        run=run / "encoder.safetensors", data=data, protocols=("knn",), neighbours=1, device="cpu"
+        run=run / "encoder.safetensors",
+        data=data,
+        protocol=("knn-20",),
+        change=("neighbours=1",),
+        device="cpu",
     )
     records = evaluate(options)
     values = {(r.encoder, r.metric): (r.value, r.split, r.n) for r in records}
@@ -121,7 +134,7 @@ def test_damaged_results_are_told_before_the_work(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run / "results.json").write_text("[{}]")
-    monkeypatch.setattr(run_module, "split", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(subject_module, "split", lambda *_: pytest.fail("began to work"))
     with pytest.raises(ClsaError, match=r"results\.json - not a list of results") as caught:
         evaluate(EvaluateOptions(run=run, device="cpu"))
     assert caught.value.code == Exit.BAD_DATA and (run / "results.json").read_text() == "[{}]"
@@ -132,7 +145,7 @@ def test_results_of_the_best_encoder_stand_beside_those_of_the_last(run: Path) -
     with torch.no_grad():
         next(encoder.parameters()).mul_(0.5)
     checkpoint.save_encoder(run / "encoder-best.safetensors", encoder, facts)
-    options = EvaluateOptions(run=run, protocols=("knn",), device="cpu")
+    options = EvaluateOptions(run=run, protocol=("knn-20",), device="cpu")
     last = evaluate(options)
     best = evaluate(options.model_copy(update={"run": run / "encoder-best.safetensors"}))
     digests = {r.encoder: r.encoder_digest for r in best}
@@ -206,8 +219,8 @@ def test_unreadable_pictures_are_left_out(run: Path, drawings: Path, tmp_path: P
     for name in CLASSES:
         (folder / name / "0broken.png").write_bytes(b"not a picture")
     data = DataOptions(data=str(drawings), val=str(folder))
-    protocols = ("knn", "knn-strong")
-    records = evaluate(EvaluateOptions(run=run, data=data, protocols=protocols, device="cpu"))
+    protocol = ("knn-20", "knn-strong")
+    records = evaluate(EvaluateOptions(run=run, data=data, protocol=protocol, device="cpu"))
     assert {record.n for record in records} == {60}
 
 
@@ -254,7 +267,9 @@ def test_probe_gives_percent_and_keeps_the_train_mode(drawings: Path) -> None:
 
 def test_records_replace_their_own_kind(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    old = Record("knn", "top1", 50.0, "random", "val", 10, 0, "neighbours=20", "e", "d")
+    old = Record(
+        "knn-20", "hash", "", "top1", 50.0, "", None, "random", "val", 10, 0, "e", "e", "d", None
+    )
     append_records(path, [old, old._replace(encoder="trained", value=61.5)])
     append_records(path, [old._replace(value=55.0, n=12), old._replace(settings="neighbours=1")])
     values = [(record.value, record.n) for record in read_records(path)]

@@ -143,7 +143,7 @@ def test_refused_before_any_run(axes: dict[str, Any], words: str) -> None:
     [
         ({"seeds": []}, "s: seeds - there are none"),
         ({"seeds": [1, 1]}, "s: seeds - one twice"),
-        ({"protocols": []}, "s: protocols - there are none"),
+        ({"protocol": []}, "s: protocol - there are none"),
         ({"base": {"seed": 3}}, "s: base: seed - the sweep itself sets it"),
         ({"base": {"optim": {"lr": -1}}}, "optim.lr - Input should be greater than 0"),
     ],
@@ -157,7 +157,7 @@ def test_the_rest_of_the_file_is_checked_too(over: dict[str, Any], words: str) -
     [
         ("gird: {}", "no such setting - did you mean grid?"),
         ("seeds: [a]", "expected int"),
-        ("protocols: [20nn]", "protocols.0"),
+        ("protocol: [20nn]", "protocol.0"),
         ("grid: [1]", "grid"),
         ("grid: {a: [1], a: [2]}", "line 1: a twice"),
         ("[]", "holds no"),
@@ -191,17 +191,17 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     }
     path.write_text(yaml.safe_dump(text))
     grid = read_grid(SweepOptions(sweep=str(path)))
-    assert (grid.name, grid.seeds, grid.protocols) == ("mine", (0,), ("knn", "knn-strong"))
+    assert (grid.name, grid.seeds, grid.protocol) == ("mine", (0,), ("knn-20", "knn-strong"))
     asked = SweepOptions(
         sweep=str(path), data="clipart", seeds=(3, 4), epochs=2, max_minutes=1.5, device="cpu",
-        protocols=("linear-fast",),
+        protocol=("logistic",),
     )  # fmt: skip
     grid = read_grid(asked)
     (first, _) = cells_of(grid, OUT)
     options = first.options
     assert (options.data.data, options.data.workers, options.epochs) == ("clipart", 0, 2)
     assert (options.max_minutes, options.device, options.seed) == (1.5, "cpu", 3)
-    assert grid.protocols == ("linear-fast",)
+    assert grid.protocol == ("logistic",)
     again = tmp_path / "sweep.yaml"  # what a sweep writes is a sweep's file
     again.write_text(grid.to_yaml())
     assert cells_of(read_grid(SweepOptions(sweep=str(again))), OUT) == cells_of(grid, OUT)
@@ -218,7 +218,7 @@ def test_only_the_same_rows_may_share_a_folder() -> None:
     free = FREE - {"recipe"}
     before = grid_of({"strong.rounds": [3, 5]})
     same = grid_of(
-        {"strong.rounds": [3, 5]}, seeds=[0, 1], protocols=["linear-fast"],
+        {"strong.rounds": [3, 5]}, seeds=[0, 1], protocol=["logistic"],
         base={"recipe": "clsa-small", "data": {"data": "elsewhere"}, "max_minutes": 1.0},
     )  # fmt: skip
     require_same(before, same, free, OUT)

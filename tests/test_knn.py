@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clsa.evaluate import knn as module
 from clsa.evaluate.knn import knn, knn_predict
+from clsa.protocols import CARDS
 
 
 def at_similarities(*similarities: float) -> Tensor:
@@ -94,6 +95,6 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measures_in_percent() -> None:
     bank, queries = blobs(1, 400, 3), blobs(2, 100, 3)
-    found = knn(bank, queries, 3, neighbours=20, temperature=0.07)
-    assert set(found) == {"top1", "balanced", "top1-plain", "top1-k200"}
+    found = {one.metric: one.value for one in knn(bank, queries, 3, CARDS["knn-20"])}
+    assert set(found) == {"top1", "balanced", "top1-plain"}
     assert all(50 < value <= 100 for value in found.values())

@@ -1,4 +1,4 @@
-from pathlib import Path
+import math
 
 import numpy as np
 import pytest
@@ -6,17 +6,20 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from clsa.command_options import EvaluateOptions
-from clsa.evaluate import linear_fast as module
+from clsa import rng
+from clsa.evaluate import logistic as module
 from clsa.evaluate.features import frozen
-from clsa.evaluate.linear import linear, lr_at, new_classifier
-from clsa.evaluate.linear_fast import fit_logistic, linear_fast, predict_logistic
-from clsa.evaluate.results import accuracies
+from clsa.evaluate.heads import new_layer
+from clsa.evaluate.linear import fitting, linear, rate_at
+from clsa.evaluate.linear_fast import fit, linear_fast
+from clsa.evaluate.logistic import fit_logistic, logistic, predict_logistic
+from clsa.evaluate.results import Found, accuracies
 from clsa.evaluate.split import hold_out
 from clsa.options import DataOptions
+from clsa.protocols import CARDS, FinetuneCard, LinearCard, LinearFastCard
 from clsa.sources import Pictures
 
-OPTIONS = EvaluateOptions(run=Path("unused"), linear_epochs=4, batch_size=16)
+CARD = LinearCard(about="", source="", epochs=4, batch_size=16, final_lr=0.01)
 
 
 def problem(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,17 +52,68 @@ def test_gradient_is_that_of_the_loss_in_chunks_or_not(monkeypatch: pytest.Monke
         torch.testing.assert_close(gradient, weights.grad)
 
 
-def test_fast_is_good_deterministic_and_deaf_to_scale_and_constants() -> None:
+def values(found: list[Found]) -> dict[str, float]:
+    return {one.metric: one.value for one in found}
+
+
+def test_logistic_is_good_deterministic_and_deaf_to_scale_and_constants() -> None:
     bank, (asked, labels) = problem(1, 400), problem(2, 200)
-    found = linear_fast(bank, (asked, labels), 4, seed=0)
-    assert found == linear_fast(bank, (asked, labels), 4, seed=0)
+    card = CARDS["logistic"]
+    found, layer = logistic(bank, (asked, labels), 4, card, seed=0)
+    assert found == logistic(bank, (asked, labels), 4, card, seed=0)[0]
     best = LogisticRegression().fit(bank[0].numpy(), bank[1].numpy())
-    assert abs(found["top1"] - 100 * best.score(asked.numpy(), labels.numpy())) < 4
+    top1 = values(found)["top1"]
+    assert abs(top1 - 100 * best.score(asked.numpy(), labels.numpy())) < 4
+    assert 100 * (layer(asked).argmax(1) == labels).float().mean() == pytest.approx(top1)
     stretched = torch.cat([bank[0] * 1000 + 7, torch.full((400, 1), 0.3)], 1), bank[1]
     asked = torch.cat([asked * 1000 + 7, torch.full((200, 1), 0.3)], 1)
-    assert linear_fast(stretched, (asked, labels), 4, seed=0)["top1"] == pytest.approx(
-        found["top1"], abs=1
+    again = values(logistic(stretched, (asked, labels), 4, card, seed=0)[0])["top1"]
+    assert again == pytest.approx(top1, abs=1)
+
+
+def slow_sgd(
+    bank: tuple[torch.Tensor, torch.Tensor], rate: float, card: LinearFastCard
+) -> nn.Linear:
+    """One rate at a time, by autograd and torch's optimiser."""
+    layer = new_layer(bank[0].shape[1], 4, seed=5)
+    optimizer = torch.optim.SGD(
+        layer.parameters(), lr=1.0, momentum=card.momentum, weight_decay=card.weight_decay
     )
+    for epoch in range(card.epochs):
+        order = torch.from_numpy(rng.permutation(5, epoch, len(bank[1])))
+        for start in range(0, len(order) - card.batch_size + 1, card.batch_size):
+            rows = order[start : start + card.batch_size]
+            optimizer.param_groups[0]["lr"] = (
+                rate / 2 * (1 + math.cos(math.pi * epoch / card.epochs))
+            )
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(layer(bank[0][rows]), bank[1][rows]).backward()
+            optimizer.step()
+    return layer
+
+
+def test_rates_learned_together_are_those_learned_one_by_one() -> None:
+    bank, rates = problem(1, 100), (0.1, 3.0)
+    card = LinearFastCard(about="", source="", epochs=3, batch_size=32, weight_decay=0.01)
+    weights, biases = fit(bank, 4, rates, card, seed=5)
+    for rate, found, bias in zip(rates, weights, biases, strict=True):
+        slow = slow_sgd(bank, rate, card)
+        torch.testing.assert_close(found, slow.weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bias, slow.bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rate_is_chosen_without_the_queries_and_suits_any_scale() -> None:
+    bank, queries = problem(1, 400), problem(2, 200)
+    card = CARDS["linear-fast"]
+    found, layer = linear_fast(bank, queries, 4, card, seed=0)
+    other = queries[0], (queries[1] + 1) % 4
+    assert torch.equal(linear_fast(bank, other, 4, card, seed=0)[1].weight, layer.weight)
+    reference = LogisticRegression().fit(bank[0].numpy(), bank[1].numpy())
+    best = 100 * reference.score(queries[0].numpy(), queries[1].numpy())
+    for scale in (0.1, 1.0, 10.0):
+        scaled = (bank[0] * scale, bank[1]), (queries[0] * scale, queries[1])
+        assert abs(values(linear_fast(*scaled, 4, card, seed=0)[0])["top1"] - best) < 5
+    assert {(one.chosen, one.epoch) for one in found} == {("last", 100)}
 
 
 def test_hold_out_is_a_fifth_and_the_rest() -> None:
@@ -76,17 +130,34 @@ def test_balanced_accuracy_weighs_classes_alike() -> None:
     assert found == {"top1": 80.0, "balanced": 50.0}
 
 
-def test_rate_falls_from_the_first_to_the_final_along_a_cosine() -> None:
-    options = EvaluateOptions(run=Path("unused"))
-    rates = [lr_at(epoch, options) for epoch in (0, 50, 100)]
+def test_rates_of_the_cards() -> None:
+    """CLSA's cosine from 10 to 0.01; MoCo's steps at epochs 60 and 80; SwAV's at 12 and 16."""
+    clsa, moco, tuning = CARDS["linear-clsa"], CARDS["linear-moco"], CARDS["finetune"]
+    assert isinstance(clsa, LinearCard) and isinstance(moco, LinearCard)
+    assert isinstance(tuning, FinetuneCard)
+    rates = [rate_at(epoch, clsa.lr, clsa) for epoch in (0, 50, 100)]
     assert rates == pytest.approx([10, 5.005, 0.01])
+    rates = [rate_at(epoch, moco.lr, moco) for epoch in (0, 59, 60, 79, 80, 99)]
+    assert rates == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
+    rates = [rate_at(epoch, 1.0, tuning) for epoch in (0, 11, 12, 15, 16, 19)]
+    assert rates == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04])
+    clim = CARDS["semi-10-clim"]
+    assert isinstance(clim, FinetuneCard)
+    rates = [rate_at(epoch, clim.lr, clim) for epoch in (19, 20, 39, 40)]
+    assert rates == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6])
+
+
+def test_batches_of_small_sets_can_be_shared() -> None:
+    assert [fitting(256, count) for count in (1, 7, 8, 21, 255, 256, 900)] == [
+        1, 7, 8, 16, 248, 256, 256,
+    ]  # fmt: skip
 
 
 def test_classifier_starts_small_whatever_the_global_generator() -> None:
     torch.manual_seed(1)
-    first = new_classifier(500, 100, seed=0)
+    first = new_layer(500, 100, seed=0)
     torch.manual_seed(2)
-    assert torch.equal(first.weight, new_classifier(500, 100, seed=0).weight)
+    assert torch.equal(first.weight, new_layer(500, 100, seed=0).weight)
     assert first.weight.std().item() == pytest.approx(0.01, rel=0.02) and not first.bias.any()
 
 
@@ -104,10 +175,13 @@ def test_the_papers_protocol_learns_and_repeats() -> None:
     source, encoder = colours()
     queries = torch.eye(3) - 0.5, torch.arange(3)
     with frozen(encoder):
-        found = linear(encoder, source, queries, 8, OPTIONS, DataOptions())
-        assert found == linear(encoder, source, queries, 8, OPTIONS, DataOptions())
-    assert set(found) == {"top1", "balanced", "top1-best", "balanced-best"}
-    assert found["top1-best"] == 100.0 >= found["top1"]
+        found, layer = linear(encoder, source, queries, 8, CARD, 0, DataOptions())
+        again, same = linear(encoder, source, queries, 8, CARD, 0, DataOptions())
+    assert found == again and torch.equal(layer.weight, same.weight)
+    by = {(one.metric, one.chosen): one for one in found}
+    assert set(by) == {(m, c) for m in ("top1", "balanced") for c in ("last", "best")}
+    assert by["top1", "best"].value == 100.0 >= by["top1", "last"].value
+    assert by["top1", "last"].epoch == 4 >= (by["top1", "best"].epoch or 9)
 
 
 def test_every_epoch_sees_fresh_crops() -> None:
@@ -115,7 +189,7 @@ def test_every_epoch_sees_fresh_crops() -> None:
     seen: list[torch.Tensor] = []
     encoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].clone()))
     with frozen(encoder):
-        whole = OPTIONS.model_copy(update={"batch_size": 48, "linear_epochs": 2})
-        linear(encoder, source, (torch.eye(3), torch.arange(3)), 8, whole, DataOptions())
+        whole = CARD.model_copy(update={"batch_size": 48, "epochs": 2})
+        linear(encoder, source, (torch.eye(3), torch.arange(3)), 8, whole, 0, DataOptions())
     first, second = (images.sum((1, 2, 3)).sort().values for images in seen)
     assert len(first) == 48 and (first - second).abs().max() > 1

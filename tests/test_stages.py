@@ -255,7 +255,7 @@ def test_from_the_command_line(
     assert main(["pretrain", "--config", str(tmp_path / "config.yaml"), "--out", out]) == 0
     printed = capsys.readouterr()
     assert "stage 2 of 3: 28 pictures, 6 exemplars" in printed.err and "random" in printed.out
-    assert main(["evaluate", out, "--protocols", "knn"]) == 0
+    assert main(["evaluate", out, "--protocol", "knn-20"]) == 0
     args = ["pretrain", "--config", str(tmp_path / "config.yaml"), "--out", out]
     assert main([*args, "--stages", "classes:2"]) == Exit.USAGE
     assert "holds another run (stages: " in capsys.readouterr().err

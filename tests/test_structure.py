@@ -16,7 +16,7 @@ ROOT = Path(clsa.__file__).parent
 # A file imports only from files that stand before it.
 ORDER = [
     "errors", "files", "host", "dist", "config", "method_options", "around_options", "options",
-    "command_options", "extras",
+    "protocols", "command_options", "extras",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
     "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
     "models", "bank",
@@ -27,8 +27,10 @@ ORDER = [
     "methods.around", "methods.clim", "methods.suncet", "methods.continual",
     "methods.stronger", "methods",
     "checkpoint", "evaluate", "evaluate.results", "evaluate.split", "evaluate.features",
-    "evaluate.on_disk", "evaluate.knn", "evaluate.linear_fast", "evaluate.linear",
-    "evaluate.finetune", "evaluate.run", "evaluate.embed",
+    "evaluate.on_disk", "evaluate.progress", "evaluate.heads", "evaluate.leaks", "evaluate.knn",
+    "evaluate.logistic", "evaluate.linear", "evaluate.linear_fast", "evaluate.finetune",
+    "evaluate.average_precision", "evaluate.voc07", "evaluate.voc07_released", "evaluate.svm",
+    "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed",
     "folder", "preview", "journal", "signals", "state", "judge", "train",
     "exemplars", "forgetting", "stages",
     "recipes.recipe", "recipes.imagenet", "recipes.cifar", "recipes.small",

@@ -51,7 +51,7 @@ def start(pictures: Path, tmp_path: Path) -> Start:
         data = {"data": str(pictures), "workers": 0}
         text = {
             "name": "tiny",
-            "protocols": ["knn"],
+            "protocol": ["knn-20"],
             "base": {**TINY, "data": data, **(base or {})},
             "grid": {"strong.rounds": list(rounds)},
         }
@@ -108,12 +108,12 @@ def test_a_sweep_runs_each_cell_once_and_goes_on_where_it_was(
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
     # one seed and one protocol more: trained are only the new ones
-    more: dict[str, Any] = {"seeds": (0, 1), "protocols": ("knn", "knn-strong")}
+    more: dict[str, Any] = {"seeds": (0, 1), "protocol": ("knn-20", "knn-strong")}
     weights = (out / "strong.rounds-3_seed-0" / "encoder.safetensors").read_bytes()
     start(**more)
     assert calls[:2] == ["+3_seed-0", "?3_seed-0"] and calls[4:6] == ["+3_seed-1", "?3_seed-1"]
     assert (out / "strong.rounds-3_seed-0" / "encoder.safetensors").read_bytes() == weights
-    titles = "| strong.rounds | knn | knn gain | knn-strong | knn-strong gain | seeds |"
+    titles = "| strong.rounds | knn-20 | knn-20 gain | knn-strong | knn-strong gain | seeds |"
     assert titles in (out / "table.md").read_text()
 
     # an encoder that is not the one that was judged

@@ -23,11 +23,14 @@ from clsa.tally import (
     write_tables,
 )
 
-GRID = Grid(name="s", about="why?", seeds=(0, 1, 2), protocols=("knn",), grid={"a": ["x", "y"]})
+GRID = Grid(name="s", about="why?", seeds=(0, 1, 2), protocol=("knn-20",), grid={"a": ["x", "y"]})
 
 
-def record(value: float, encoder: str, protocol: str = "knn", metric: str = "top1") -> Record:
-    return Record(protocol, metric, value, encoder, "val", 100, 0, "", encoder, "data")
+def record(value: float, encoder: str, protocol: str = "knn-20", metric: str = "top1") -> Record:
+    return Record(
+        protocol, "hash", "", metric, value, "", None, encoder, "val", 100, 0, encoder, encoder,
+        "data", None,
+    )  # fmt: skip
 
 
 def outcome(place: str, seed: int, trained: float, random: float, **over: Any) -> Outcome:
@@ -65,7 +68,7 @@ def test_the_table_by_hand() -> None:
     ]
     sheet = sheet_of(GRID, outcomes)
     assert sheet.titles == [
-        "a", "knn", "knn gain", "seeds", "ms per picture", "pictures seen", "note",
+        "a", "knn-20", "knn-20 gain", "seeds", "ms per picture", "pictures seen", "note",
     ]  # fmt: skip
     # x: gains 1, 4, 8; y: 5, 6. Deviations: sqrt(13), sqrt(37/3), sqrt(1/2); of 2, 4, 2: sqrt(4/3)
     assert sheet.lines == [
@@ -105,7 +108,7 @@ def test_nothing_run_yet_is_a_table_too(tmp_path: Path) -> None:
     sheet = sheet_of(GRID, outcomes)
     assert sheet.lines[0][:-1] == ["x", "", "", "0 of 3", "", ""] and sheet.best == set()
     write_tables(tmp_path, GRID, outcomes)
-    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["knn"] is None
+    assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["knn-20"] is None
 
 
 def test_odd_signs_stay_what_they_are() -> None:
@@ -133,8 +136,8 @@ def test_everything_is_read_back(tmp_path: Path) -> None:
     whole = json.loads((tmp_path / "table.json").read_text())
     assert whole["rows"][0] == {
         "row": {"a": "x"},
-        "knn": {"mean": 32.0, "deviation": None, "n": 1},
-        "knn gain": {"mean": 1.0, "deviation": None, "n": 1},
+        "knn-20": {"mean": 32.0, "deviation": None, "n": 1},
+        "knn-20 gain": {"mean": 1.0, "deviation": None, "n": 1},
     }
     assert whole["runs"][0]["records"][1] == record(32.0, "trained")._asdict()
     for damage in ("", "[]", '{"runs": 3}', '{"runs": [{"run": 3}]}', '{"runs": [3]}', "nul\0"):
@@ -162,4 +165,4 @@ def test_what_a_run_folder_tells(tmp_path: Path) -> None:
     seconds = 320 / 100 + 320 / 400 + 320 / 500  # slow intervals count by their length
     assert told.pictures_seen == 960
     assert told.ms_per_picture == pytest.approx(1000 * seconds / 960)
-    assert told.top1("knn") == 5.0 and told.gain("knn") is None
+    assert told.headline("knn-20") == 5.0 and told.gain("knn-20") is None

@@ -12,7 +12,7 @@ import numpy as np
 from clsa import checkpoint, dist, files, intake
 from clsa.command_options import EmbedOptions
 from clsa.evaluate.features import centre_views, encode, frozen
-from clsa.evaluate.run import data_of
+from clsa.evaluate.subject import data_of
 from clsa.host import keep_freed_memory
 from clsa.models import feature_dim
 

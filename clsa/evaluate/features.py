@@ -13,7 +13,7 @@ from clsa.cutting import Cuts
 from clsa.data import EVAL_CHUNK, eval_crops, eval_images
 from clsa.errors import ClsaError, Exit
 from clsa.host import upload
-from clsa.models import Network
+from clsa.models import Network, feature_dim
 from clsa.options import ViewOptions
 from clsa.sources import Source
 
@@ -66,6 +66,7 @@ def extract(
     device: torch.device,
     batch_size: int = EVAL_CHUNK,
     strong_seed: int | None = None,
+    shared: bool = False,
 ) -> tuple[Int64[np.ndarray, "m"], Float32[Tensor, "m F"]]:
     """Features of the given pictures, which should be extracted inside `frozen(encoder)`.
 
@@ -74,6 +75,7 @@ def extract(
         options: side and centre crop of the pictures, scale of strong crops.
         strong_seed: draw one strong view of each picture (`views.strong_eval_spec`, epoch 0)
             instead of its centre crop.
+        shared: all processes call this together; each encodes a share, all return the whole.
 
     Returns:
         Numbers of the pictures that could be read, in order, and their features on the device.
@@ -81,19 +83,46 @@ def extract(
     Raises:
         ClsaError: 65 when none of them can be read.
     """
+    own = _share(rows) if shared else rows
     if strong_seed is None:
-        images = centre_views(source, rows, options, device)
+        images = centre_views(source, own, options, device)
     else:
         spec = views.strong_eval_spec(options)
-        images = drawn_views(source, rows, spec, strong_seed, device)
-    kept, features = [], []
+        images = drawn_views(source, own, spec, strong_seed, device)
+    kept, features = [np.zeros(0, np.int64)], []
     for numbers, batch in images:
         kept.append(numbers)
         features.append(encode(encoder, batch, batch_size))
-    if not kept:
+    numbers = np.concatenate(kept)
+    found = torch.cat(features or [torch.zeros(0, feature_dim(encoder), device=device)])
+    if shared:
+        numbers, found = _gathered(numbers, found, len(_share(rows, rank=0)))
+    if not len(numbers):
         why = f"none of its {len(rows)} pictures can be read"
         raise ClsaError("nothing to evaluate", why, "check the data", Exit.BAD_DATA)
-    return np.concatenate(kept), torch.cat(features)
+    return numbers, found
+
+
+def _share(rows: Int64[np.ndarray, "n"], rank: int | None = None) -> Int64[np.ndarray, "b"]:
+    """A process's contiguous share, of whole chunks: batches are those of one process."""
+    chunks = -(-len(rows) // EVAL_CHUNK)
+    size = -(-chunks // dist.world_size()) * EVAL_CHUNK
+    return rows[(dist.rank() if rank is None else rank) * size :][:size]
+
+
+def _gathered(
+    numbers: Int64[np.ndarray, "b"], found: Float32[Tensor, "b F"], room: int
+) -> tuple[Int64[np.ndarray, "m"], Float32[Tensor, "m F"]]:
+    """The shares of all processes in order; `room` rows hold the largest."""
+    if dist.world_size() == 1:
+        return numbers, found
+    padded = found.new_zeros(room, found.shape[1])
+    padded[: len(found)] = found
+    places = torch.full((room,), -1, dtype=torch.int64)
+    places[: len(numbers)] = torch.from_numpy(numbers)
+    places = dist.all_gather(places.to(found.device)).cpu().numpy()
+    everything = dist.all_gather(padded)
+    return places[places >= 0], everything[torch.from_numpy(places >= 0).to(found.device)]
 
 
 def centre_views(

@@ -1,4 +1,4 @@
-"""Fine-tuning on few labels: all layers of a copy of the encoder, and a new linear layer."""
+"""Fine-tuning: all layers of a copy of the encoder, and a new linear layer."""
 
 import copy
 
@@ -7,18 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clsa import color, views
-from clsa.command_options import EvaluateOptions
+from clsa import dist, views
 from clsa.data import batches
 from clsa.evaluate.features import extract, frozen
-from clsa.evaluate.linear import MOMENTUM, SCALE, new_classifier
-from clsa.evaluate.results import accuracies
+from clsa.evaluate.heads import Head, new_layer
+from clsa.evaluate.linear import fitting, normalised, set_rates, sgd
+from clsa.evaluate.progress import watched
+from clsa.evaluate.results import Found, accuracies_of, last_and_best
 from clsa.evaluate.split import Split
+from clsa.models import group_norms
 from clsa.options import DataOptions, ViewOptions
 from clsa.order import Order
+from clsa.protocols import FinetuneCard
 
 VIEW = 1002
-DROPS, DROP = (0.6, 0.8), 0.2
 LEAST_STEPS = 8
 
 
@@ -26,61 +28,62 @@ def finetune(
     encoder: nn.Module,
     parts: Split,
     shown: ViewOptions,
-    options: EvaluateOptions,
+    card: FinetuneCard,
+    seed: int,
     data: DataOptions,
-) -> dict[str, float]:
-    """`top1`, `balanced` and, from five classes on, `top5` in percent after the last epoch.
+) -> tuple[list[Found], Head]:
+    """Accuracies after the last and the best epoch, and what was learned by the last.
 
-    The semi-supervised protocol of SwAV's code for 10 % of ImageNet: random crops (0.08 to 1 of
-    the area) and flips, SGD with momentum 0.9, no weight decay, 20 epochs, rates of 0.01 for the
-    encoder and 0.2 for the new layer, both to a fifth at epochs 12 and 16; batch norm learns too.
-    For 1 % it has 0.02 and 5.
+    The semi-supervised protocols of SwAV's code: random crops (0.08 to 1 of the area) and flips,
+    SGD with momentum 0.9, no weight decay, 20 epochs, for 10 % of ImageNet rates of 0.01 for the
+    encoder and 0.2 for the new layer, for 1 % 0.02 and 5, all to a fifth after 12 and 16 epochs;
+    batch norm learns too, over the batches of all processes. CLIM's: rates 1e-4 and 10, a tenth
+    after 20 and 40 of 60 epochs. The best epoch is chosen on the pictures it is judged on.
 
-    Departures: a batch is 256 pictures only where an epoch then has eight steps, else an eighth of
-    the labelled ones; no batch norm across processes; no best epoch, as it would be chosen on
-    the pictures it is judged on.
+    Departure: a batch is the card's only where an epoch then has eight steps, else an eighth of
+    the labelled pictures (rounded down to a multiple of 8).
 
     Args:
         encoder: left as it is; on the device.
         parts: bank to learn from, queries to be judged on.
         shown: side and centre crop of the pictures.
-        options: epochs, rates, seed, batch size.
+        card: schedule, rates and crops.
+        seed: of the layer, the order and the crops.
         data: how the pictures are read.
     """
     device = next(encoder.parameters()).device
     tuned = copy.deepcopy(encoder).train().requires_grad_(True)
+    group_norms(tuned, num_groups=1)
     bank, queries, _ = parts
     width = int(encoder.head_hidden_size)  # pyright: ignore[reportArgumentType]
-    classifier = new_classifier(width, len(bank.classes), options.seed).to(device)
+    layer = new_layer(width, len(bank.classes), seed).to(device)
     groups = [
-        {"params": list(tuned.parameters()), "lr": options.finetune_lr},
-        {"params": list(classifier.parameters()), "lr": options.finetune_head_lr},
+        {"params": list(tuned.parameters()), "lr": card.lr},
+        {"params": list(layer.parameters()), "lr": card.head_lr},
     ]
-    optimizer = torch.optim.SGD(groups, momentum=MOMENTUM)
-    first = [group["lr"] for group in optimizer.param_groups]
-    batch_size = min(options.batch_size, max(2, len(bank) // LEAST_STEPS), len(bank))
-    order = Order(len(bank), batch_size, options.seed)
-    spec = views.ViewSpec("finetune", shown.size, SCALE, VIEW)
-    last_step = options.finetune_epochs * order.steps_per_epoch
-    with torch.enable_grad():
-        for step, batch in enumerate(batches(bank, [spec], order, 0, last_step, device, data)):
-            share = step // order.steps_per_epoch / options.finetune_epochs
-            for group, lr in zip(optimizer.param_groups, first, strict=True):
-                group["lr"] = lr * DROP ** sum(share >= drop for drop in DROPS)
-            images = color.normalize(batch.crops[0].float() / 255, views.MEAN, views.STD)
-            images = images.contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(classifier(tuned(images).float()), batch.labels.to(device))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    with frozen(tuned):
-        rows, features = extract(
-            tuned, queries, np.arange(len(queries)), shown, device, options.batch_size
-        )
-        scores = classifier(features)
-    labels = torch.from_numpy(queries.labels[rows]).to(device)
-    found = accuracies(scores.argmax(1), labels)
-    if scores.shape[1] >= 5:
-        right = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
-        found["top5"] = 100 * right.double().mean().item()
-    return found
+    optimizer = sgd(groups, card)
+    asked = min(card.batch_size, max(2, len(bank) // LEAST_STEPS))
+    order = Order(len(bank), fitting(card.batch_size, min(asked, len(bank))), seed)
+    spec = views.ViewSpec("finetune", shown.size, card.scale, VIEW)
+    last_step = card.epochs * order.steps_per_epoch
+    measured: list[dict[str, float]] = []
+    stream = batches(bank, [spec], order, 0, last_step, device, data)
+    for step, batch in enumerate(watched(stream, last_step, "fine-tuning"), start=1):
+        set_rates(optimizer, (step - 1) // order.steps_per_epoch, card)
+        with torch.enable_grad():
+            scores = layer(tuned(normalised(batch)).float())
+            loss = F.cross_entropy(scores, batch.labels.to(device), reduction="sum")
+            (loss / order.batch_size).backward()
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = dist.all_sum(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % order.steps_per_epoch == 0:
+            with frozen(tuned):
+                everything = np.arange(len(queries))
+                rows, features = extract(tuned, queries, everything, shown, device, shared=True)
+                labels = torch.from_numpy(queries.labels[rows]).to(device)
+                measured.append(accuracies_of(layer(features), labels))
+    return last_and_best(measured), Head(layer, tuned.eval())

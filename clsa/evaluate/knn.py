@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from clsa.evaluate.results import accuracies
+from clsa.evaluate.results import Found, accuracies_of, told
+from clsa.protocols import KnnCard
 
 MAX_SIMILARITIES = 1 << 26
 
@@ -55,22 +56,17 @@ def knn(
     bank: tuple[Float[Tensor, "N F"], Int64[Tensor, "N"]],
     queries: tuple[Float[Tensor, "n F"], Int64[Tensor, "n"]],
     num_classes: int,
-    neighbours: int,
-    temperature: float,
-) -> dict[str, float]:
-    """`top1` and `balanced` in percent of weighted kNN; `top1-plain`, and `top1-k200` weighted.
+    card: KnnCard,
+) -> list[Found]:
+    """Accuracies of weighted votes, and `top1-plain` of plain ones.
 
     Args:
         bank, queries: features and labels.
     """
     features, labels = queries
-    measured = {}
-    for suffix, count, weighted in (
-        ("", neighbours, True),
-        ("-plain", neighbours, False),
-        ("-k200", 200, True),
-    ):
-        scores = knn_predict(features, *bank, num_classes, count, temperature, weighted)
-        found = accuracies(scores.argmax(1), labels)
-        measured |= found if not suffix else {f"top1{suffix}": found["top1"]}
-    return measured
+    weighted, plain = (
+        knn_predict(features, *bank, num_classes, card.neighbours, card.temperature, each)
+        for each in (True, False)
+    )
+    found = accuracies_of(weighted, labels)
+    return told(found | {"top1-plain": accuracies_of(plain, labels)["top1"]})

@@ -1,4 +1,4 @@
-"""The paper's linear evaluation: a classifier trained by SGD on crops seen by a frozen encoder."""
+"""The papers' linear evaluation: a classifier trained by SGD on crops seen by a frozen encoder."""
 
 import math
 
@@ -7,20 +7,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from clsa import color, views
-from clsa.command_options import EvaluateOptions
+from clsa import color, dist, views
+from clsa.cutting import Crops
 from clsa.data import batches
 from clsa.evaluate.features import encode
-from clsa.evaluate.results import accuracies
+from clsa.evaluate.heads import new_layer
+from clsa.evaluate.progress import watched
+from clsa.evaluate.results import Found, accuracies_of, last_and_best
 from clsa.options import DataOptions
 from clsa.order import Order
+from clsa.protocols import LinearCard, Schedule
 from clsa.sources import Source
 
-SCALE = (0.08, 1.0)
-MOMENTUM = 0.9
-FINAL_LR = 0.01
-INIT_STD = 0.01
 VIEW = 1001
+EIGHTH = 8
 
 
 def linear(
@@ -28,14 +28,15 @@ def linear(
     bank: Source,
     queries: tuple[Float[Tensor, "n F"], Int64[Tensor, "n"]],
     size: int,
-    options: EvaluateOptions,
+    card: LinearCard,
+    seed: int,
     data: DataOptions,
-) -> dict[str, float]:
-    """`top1` and `balanced` in percent after the last epoch; with `-best` those of the best one.
+) -> tuple[list[Found], nn.Linear]:
+    """Accuracies after the last and after the best epoch, and the layer after the last.
 
-    CLSA and its code: random crops (0.08 to 1 of the area) and flips, drawn anew each epoch; SGD
-    with momentum 0.9, no weight decay, batches of 256, rate from 10 to 0.01 along a cosine that
-    moves at every epoch, 100 epochs; weights from N(0, 0.01^2), biases 0. The best epoch is chosen
+    As in the codes of MoCo, CLSA and CLIM: random crops (0.08 to 1 of the area) and flips, drawn
+    anew each epoch; SGD with momentum 0.9, no weight decay, batches of 256, 100 epochs, the rate
+    moved at every epoch (`rate_at`); weights from N(0, 0.01^2), biases 0. The best epoch is chosen
     on the very pictures it is judged on, as published numbers often are; trust the last one.
 
     Departures: the last, partial batch of an epoch is left out; the centre crops of `queries` are
@@ -46,44 +47,69 @@ def linear(
         bank: labelled pictures to learn from.
         queries: features of centre crops, and labels.
         size: side of the crops in pixels.
-        options: epochs, rate, seed, batch size.
+        card: schedule, rates and crops.
+        seed: of the layer, the order and the crops.
         data: how the pictures are read.
     """
     features, labels = queries
     device = features.device
-    classifier = new_classifier(features.shape[1], len(bank.classes), options.seed).to(device)
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=options.linear_lr, momentum=MOMENTUM)
-    order = Order(len(bank), min(options.batch_size, len(bank)), options.seed)
-    spec = views.ViewSpec("linear", size, SCALE, VIEW)  # mirrored half of the time
-    last_step = options.linear_epochs * order.steps_per_epoch
+    layer = new_layer(features.shape[1], len(bank.classes), seed).to(device)
+    optimizer = sgd([{"params": list(layer.parameters()), "lr": card.lr}], card)
+    order = Order(len(bank), fitting(card.batch_size, len(bank)), seed)
+    spec = views.ViewSpec("linear", size, card.scale, VIEW)  # mirrored half of the time
+    last_step = card.epochs * order.steps_per_epoch
     measured: list[dict[str, float]] = []
     stream = batches(bank, [spec], order, 0, last_step, device, data)
-    for step, batch in enumerate(stream, start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at((step - 1) // order.steps_per_epoch, options)
-        images = color.normalize(batch.crops[0].float() / 255, views.MEAN, views.STD)
-        seen = encode(encoder, images, options.batch_size)
+    for step, batch in enumerate(watched(stream, last_step, "linear probe"), start=1):
+        set_rates(optimizer, (step - 1) // order.steps_per_epoch, card)
         with torch.enable_grad():
-            F.cross_entropy(classifier(seen), batch.labels.to(device)).backward()
+            loss = F.cross_entropy(
+                layer(dist.all_gather(encode(encoder, normalised(batch), order.batch_size))),
+                dist.all_gather(batch.labels.to(device)),
+            )
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % order.steps_per_epoch == 0:
-            measured.append(accuracies(classifier(features).argmax(1), labels))
-    best = max(measured, key=lambda epoch: epoch["top1"])
-    return measured[-1] | {f"{name}-best": value for name, value in best.items()}
+            measured.append(accuracies_of(layer(features), labels))
+    return last_and_best(measured), layer
 
 
-def lr_at(epoch: int, options: EvaluateOptions) -> float:
-    """0.01 + (lr - 0.01) (1 + cos(pi epoch / epochs)) / 2, epochs counted from 0."""
-    share = (1 + math.cos(math.pi * epoch / options.linear_epochs)) / 2
-    return FINAL_LR + (options.linear_lr - FINAL_LR) * share
+def normalised(batch: Crops) -> Float[Tensor, "b 3 S S"]:
+    """The first crops of a batch as an encoder takes them."""
+    images = color.normalize(batch.crops[0].float() / 255, views.MEAN, views.STD)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
-def new_classifier(features: int, num_classes: int, seed: int) -> nn.Linear:
-    """A linear layer with weights from N(0, 0.01^2) and no bias yet."""
-    layer = nn.Linear(features, num_classes)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        layer.weight.normal_(0, INIT_STD, generator=generator)
-        layer.bias.zero_()
-    return layer
+def fitting(batch_size: int, count: int) -> int:
+    """`batch_size`, or of a smaller set the largest multiple of 8, so that processes can share it.
+
+    It does not depend on their number: the numbers of an evaluation do not either.
+    """
+    return batch_size if count >= batch_size else max(count // EIGHTH * EIGHTH, min(count, EIGHTH))
+
+
+def sgd(groups: list[dict], card: Schedule) -> torch.optim.SGD:
+    """Plain SGD of groups of parameters, each with its rate."""
+    optimizer = torch.optim.SGD(groups, momentum=card.momentum, weight_decay=card.weight_decay)
+    for group in optimizer.param_groups:
+        group["first_lr"] = group["lr"]
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.SGD, epoch: int, card: Schedule) -> None:
+    """The rates of an epoch, counted from 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate_at(epoch, group["first_lr"], card)
+
+
+def rate_at(epoch: int, lr: float, card: Schedule) -> float:
+    """lr drop^(number of drops so far), or r + (lr - r) (1 + cos(pi epoch / epochs)) / 2.
+
+    Epochs count from 0; r is the card's `final_lr` where it has one, else 0.
+    """
+    share = epoch / card.epochs
+    if card.drops:
+        return lr * card.drop ** sum(share >= drop - 1e-9 for drop in card.drops)
+    final = card.final_lr if isinstance(card, LinearCard) else 0.0
+    return final + (lr - final) * (1 + math.cos(math.pi * share)) / 2

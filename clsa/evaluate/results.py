@@ -6,36 +6,59 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from rich.table import Table
 from torch import Tensor
 
 from clsa import files
 from clsa.errors import ClsaError, Exit
 
+MIN_CLASSES_TOP5 = 5
+
+
+class Found(NamedTuple):
+    """One number that a protocol found."""
+
+    metric: str
+    value: float
+    """In percent."""
+    chosen: str = ""
+    """last or best: which epoch's; nothing where there are no epochs."""
+    epoch: int | None = None
+    """Counted from 1."""
+
 
 class Record(NamedTuple):
     """One number and all that it depends on."""
 
     protocol: str
+    card: str
+    """Hash of the protocol's card (`Card.hash`), departures from it included."""
+    settings: str
+    """Departures from the card, as `field=value` words; nothing: as it stands."""
     metric: str
     value: float
     """In percent."""
+    chosen: str
+    """last or best: which epoch's; the best is chosen on the pictures it is judged on."""
+    epoch: int | None
     encoder: str
     """random: as the run started; trained: as it ended."""
     split: str
-    """val: the set's own test pictures; holdout: a fifth of the labelled ones."""
+    """val: the set's own test pictures; holdout: a fifth of the labelled ones; or a list's name."""
     n: int
     """Number of pictures judged."""
     seed: int
-    settings: str
-    """Options of the protocol, as `name=value` words."""
     encoder_digest: str
+    encoder_digest_after: str
+    """The same for frozen protocols."""
     data_digest: str
+    leaked: int | None
+    """How many of the judged pictures the run learned from; None: not looked."""
 
     def key(self) -> tuple:
-        """What makes two records answers to one question: all but value and n."""
-        return tuple(self._replace(value=0, n=0))
+        """What makes two records answers to one question: all but what was found."""
+        return tuple(self._replace(value=0, n=0, epoch=None, encoder_digest_after="", leaked=None))
 
 
 def accuracies(predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"]) -> dict[str, float]:
@@ -47,6 +70,27 @@ def accuracies(predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"]) -> dic
     _, place = labels.unique(return_inverse=True)
     balanced = torch.bincount(place, right) / torch.bincount(place)
     return {"top1": 100 * right.mean().item(), "balanced": 100 * balanced.mean().item()}
+
+
+def accuracies_of(scores: Float[Tensor, "n C"], labels: Int64[Tensor, "n"]) -> dict[str, float]:
+    """`accuracies` of the highest scores (of equals the first), and from five classes on `top5`."""
+    found = accuracies(scores.argmax(1), labels)
+    if scores.shape[1] >= MIN_CLASSES_TOP5:
+        right = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
+        found["top5"] = 100 * right.double().mean().item()
+    return found
+
+
+def told(values: dict[str, float], chosen: str = "", epoch: int | None = None) -> list[Found]:
+    """Numbers of one epoch, or of none."""
+    return [Found(metric, value, chosen, epoch) for metric, value in values.items()]
+
+
+def last_and_best(epochs: list[dict[str, float]], headline: str = "top1") -> list[Found]:
+    """Numbers after the last epoch, and after the first of those with the highest headline."""
+    best = max(range(len(epochs)), key=lambda place: epochs[place][headline])
+    last = told(epochs[-1], "last", len(epochs))
+    return last + told(epochs[best], "best", best + 1)
 
 
 def results_path(run: Path) -> Path:
@@ -78,18 +122,26 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
 
 def table(records: Iterable[Record]) -> Table:
     """Random against trained encoder, one row a metric, difference in percentage points."""
-    rows: dict[tuple[str, str, str], dict[str, Record]] = {}
+    rows: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
-        rows.setdefault((record.protocol, record.metric, record.split), {})[record.encoder] = record
+        name = f"{record.metric}, {record.chosen} epoch" if record.chosen else record.metric
+        key = (record.protocol, record.settings, name, record.split)
+        rows.setdefault(key, {})[record.encoder] = record
     result = Table("protocol", "metric", "pictures")
     for title in ("random %", "trained %", "difference"):
         result.add_column(title, justify="right")
-    for (protocol, metric, split), found in rows.items():
+    before = ""
+    for (protocol, settings, metric, split), found in rows.items():
         random, trained = (
             found[name].value if name in found else None for name in ("random", "trained")
         )
         difference = None if random is None or trained is None else f"{trained - random:+.2f}"
         shown = ["" if value is None else f"{value:.2f}" for value in (random, trained)]
         n = next(iter(found.values())).n
-        result.add_row(protocol, metric, f"{n} {split}", *shown, difference or "")
+        heading = f"{protocol} ({settings})" if settings else protocol
+        if heading != before:
+            result.add_section()
+        name = heading if heading != before else ""
+        result.add_row(name, metric, f"{n:,} {split}", *shown, difference or "")
+        before = heading
     return result

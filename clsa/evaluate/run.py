@@ -1,116 +1,150 @@
 """From a run folder to results.json: the trained encoder against its random initialisation."""
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from jaxtyping import Float32, Int64
-from torch import Tensor, nn
-
-from clsa import checkpoint, dist, intake
+from clsa import checkpoint, dist
 from clsa.command_options import EvaluateOptions
-from clsa.config import merge
-from clsa.evaluate.features import extract, frozen
+from clsa.evaluate.features import frozen
 from clsa.evaluate.finetune import finetune
-from clsa.evaluate.knn import knn, knn_predict
+from clsa.evaluate.heads import Head, HeadFacts, save_head
+from clsa.evaluate.knn import knn
 from clsa.evaluate.linear import linear
 from clsa.evaluate.linear_fast import linear_fast
-from clsa.evaluate.results import Record, accuracies, append_records, read_records, results_path
-from clsa.evaluate.split import Split, split, with_few_bank_labels
+from clsa.evaluate.logistic import logistic
+from clsa.evaluate.results import (
+    Found,
+    Record,
+    append_records,
+    read_records,
+    results_path,
+)
+from clsa.evaluate.split import Split
+from clsa.evaluate.subject import Exam, Subject
+from clsa.evaluate.svm import lowshot, voc07_svm
+from clsa.evaluate.voc07 import Lists, voc07
+from clsa.evaluate.voc07_released import voc07_released
 from clsa.host import keep_freed_memory
 from clsa.models import build_encoder
-from clsa.options import DataOptions, ViewOptions
-from clsa.sources import Source
-
-PROBE_BANK, PROBE_QUERIES, PROBE_NEIGHBOURS = 10_000, 2_000, 20
-
-
-class Labelled(NamedTuple):
-    """Features of pictures and what they show."""
-
-    features: Float32[Tensor, "n F"]
-    labels: Int64[Tensor, "n"]
-
-
-class Subject:
-    """One frozen encoder before one set of pictures; features are extracted once, when needed."""
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        split: Split,
-        views: ViewOptions,
-        data: DataOptions,
-        options: EvaluateOptions,
-        device: torch.device,
-    ):
-        self.encoder = encoder.to(device)
-        self.split, self.views, self.data, self.options = split, views, data, options
-        self.device, self.num_classes = device, len(split.bank.classes)
-
-    def _labelled(self, source: Source, strong_seed: int | None = None) -> Labelled:
-        everything = np.arange(len(source), dtype=np.int64)
-        size = self.options.batch_size
-        rows, features = extract(
-            self.encoder, source, everything, self.views, self.device, size, strong_seed
-        )
-        return Labelled(features, torch.from_numpy(source.labels[rows]).to(self.device))
-
-    @cached_property
-    def bank(self) -> Labelled:
-        """What classifiers learn from, centre crops."""
-        return self._labelled(self.split.bank)
-
-    @cached_property
-    def queries(self) -> Labelled:
-        """What they are judged on, centre crops."""
-        return self._labelled(self.split.queries)
-
-    def knn(self, strong: bool) -> dict[str, float]:
-        """Clean or strongly augmented queries against a clean bank."""
-        queries = self._labelled(self.split.queries, self.options.seed) if strong else self.queries
-        neighbours, temperature = self.options.neighbours, self.options.knn_temperature
-        return knn(self.bank, queries, self.num_classes, neighbours, temperature)
-
-    def linear_fast(self) -> dict[str, float]:
-        """Logistic regression."""
-        return linear_fast(self.bank, self.queries, self.num_classes, self.options.seed)
-
-    def linear(self) -> dict[str, float]:
-        """The paper's SGD."""
-        return linear(
-            self.encoder, self.split.bank, self.queries, self.views.size, self.options, self.data
-        )
-
-    def finetune(self) -> dict[str, float]:
-        """All layers of a copy, on few labels."""
-        return finetune(self.encoder, self.split, self.views, self.options, self.data)
+from clsa.protocols import (
+    Card,
+    FinetuneCard,
+    KnnCard,
+    LinearCard,
+    LinearFastCard,
+    LogisticCard,
+    LowshotCard,
+    SvmCard,
+    Voc07Card,
+    cards_of,
+    departures,
+)
 
 
-PROTOCOLS: dict[str, Callable[[Subject], dict[str, float]]] = {
-    "knn": lambda subject: subject.knn(strong=False),
-    "knn-strong": lambda subject: subject.knn(strong=True),
-    "linear-fast": Subject.linear_fast,
-    "linear": Subject.linear,
-    "finetune": Subject.finetune,
-}
-_KNN_SETTINGS = ("neighbours", "knn_temperature")
-SETTINGS = {
-    "knn": _KNN_SETTINGS,
-    "knn-strong": _KNN_SETTINGS,
-    "linear-fast": (),
-    "linear": ("linear_epochs", "linear_lr", "batch_size"),
-    "finetune": ("finetune_epochs", "finetune_lr", "finetune_head_lr", "batch_size"),
+class Verdict(NamedTuple):
+    """What one protocol found of one encoder."""
+
+    found: list[Found]
+    pictures: Split | Lists
+    """With the names of the classes, that of the split and a digest."""
+    n: int
+    """Number of pictures judged."""
+    head: Head | None = None
+
+
+def by_neighbours(subject: Subject, card: KnnCard) -> Verdict:
+    """Weighted and plain votes; strong queries against a clean bank, and against a strong one."""
+    parts, strong = subject.parts(card), card.queries == "strong"
+    queries, count = subject.seen(parts.queries, strong), len(parts.bank.classes)
+    found = knn(subject.seen(parts.bank), queries, count, card)
+    if strong:
+        against = knn(subject.seen(parts.bank, strong), queries, count, card)
+        found.append(against[0]._replace(metric="top1-strong-bank"))
+    return Verdict(found, parts, len(queries[1]))
+
+
+def by_logistic(subject: Subject, card: LogisticCard) -> Verdict:
+    """Logistic regression."""
+    parts = subject.parts(card)
+    bank, queries = subject.seen(parts.bank), subject.seen(parts.queries)
+    found, layer = logistic(bank, queries, len(parts.bank.classes), card, subject.options.seed)
+    return Verdict(found, parts, len(queries[1]), Head(layer))
+
+
+def by_linear_fast(subject: Subject, card: LinearFastCard) -> Verdict:
+    """A linear probe on features extracted once."""
+    parts = subject.parts(card)
+    bank, queries = subject.seen(parts.bank), subject.seen(parts.queries)
+    found, layer = linear_fast(bank, queries, len(parts.bank.classes), card, subject.options.seed)
+    return Verdict(found, parts, len(queries[1]), Head(layer))
+
+
+def by_linear(subject: Subject, card: LinearCard) -> Verdict:
+    """A linear probe on random crops."""
+    parts, seed = subject.parts(card), subject.options.seed
+    queries, size = subject.seen(parts.queries), subject.views.size
+    found, layer = linear(subject.encoder, parts.bank, queries, size, card, seed, subject.exam.data)
+    return Verdict(found, parts, len(queries[1]), Head(layer))
+
+
+def by_finetuning(subject: Subject, card: FinetuneCard) -> Verdict:
+    """All layers of a copy, and a linear one."""
+    parts, seed = subject.parts(card), subject.options.seed
+    queries = subject.seen(parts.queries)
+    found, head = finetune(subject.encoder, parts, subject.views, card, seed, subject.exam.data)
+    return Verdict(found, parts, len(queries[1]), head)
+
+
+def by_few_shots(subject: Subject, card: LowshotCard) -> Verdict:
+    """Support vector machines on few pictures of each class."""
+    parts = subject.parts(card)
+    bank, queries = subject.arrays(parts.bank), subject.arrays(parts.queries)
+    found = lowshot(bank, queries, len(parts.bank.classes), card, subject.options.seed)
+    return Verdict(found, parts, len(queries[1]))
+
+
+def by_voc07(subject: Subject, card: Voc07Card) -> Verdict:
+    """A linear layer on VOC07, as the paper tells it or as its code does."""
+    lists, seed, size = subject.exam.voc(card), subject.options.seed, subject.views.size
+    queries = subject.features(lists.queries)
+    if card.crops == "released":
+        found, head = voc07_released(subject.encoder, lists, size, card, seed)
+        return Verdict(found, lists, len(queries.rows), head)
+    asked = queries.features, queries.rows
+    found, layer = voc07(subject.encoder, lists, asked, size, card, seed, subject.options.data)
+    return Verdict(found, lists, len(queries.rows), Head(layer))
+
+
+def by_machines(subject: Subject, card: SvmCard) -> Verdict:
+    """A support vector machine a class of VOC07."""
+    lists = subject.exam.voc(card)
+    seen = []
+    for marked in (lists.train, lists.test):
+        features, _, rows = subject.features(marked.source)
+        seen.append((features.cpu().numpy(), marked.targets[rows]))
+    return Verdict(voc07_svm(seen[0], seen[1], card), lists, len(seen[1][1]))
+
+
+JUDGES: dict[type[Card], Callable[[Subject, Any], Verdict]] = {
+    KnnCard: by_neighbours,
+    LogisticCard: by_logistic,
+    LinearFastCard: by_linear_fast,
+    LinearCard: by_linear,
+    FinetuneCard: by_finetuning,
+    LowshotCard: by_few_shots,
+    Voc07Card: by_voc07,
+    SvmCard: by_machines,
 }
 
 
 def evaluate(options: EvaluateOptions) -> list[Record]:
     """Judge a run's encoder by every protocol of `options`, beside its random initialisation.
 
-    The records go to results.json too, in the run folder or beside the encoder's file. Weights and
-    batch-norm statistics are checked to be the same before and after.
+    The records go to results.json, in the run folder or beside the encoder's file, as soon as a
+    protocol has judged both; what the trained encoder's classifier learned, to heads/PROTOCOL.
+    On several processes (torchrun) each encodes a share of the pictures; the numbers are those of
+    one process. Weights and batch-norm statistics of the encoder are checked to be the same before
+    and after, whatever the protocol does to copies of it.
 
     Raises:
         ClsaError: without an encoder, without pictures, or without labels; 65 when there is a
@@ -118,71 +152,54 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
     """
     results = results_path(options.run)
     read_records(results)  # a damaged one is reported before the work, not after it
+    cards = cards_of(options.protocol, options.change)
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
     keep_freed_memory()
-    views, data = facts.views, data_of(options.data, facts)
-    train = intake.open_source(data.data, "train", data)
-    parts = split(train, intake.open_val(data, train.classes), options.seed)
-    if options.labels is not None:
-        parts = with_few_bank_labels(parts, options.labels, facts.seed)
-    encoders = {"trained": trained}
-    if options.random:
-        encoders = {"random": build_encoder(facts.model, facts.seed), **encoders}
-    data_digest = parts.digest()
-    records = []
-    for name, encoder in encoders.items():
-        encoder_digest = checkpoint.digest(encoder.state_dict())
-        subject = Subject(encoder, parts, views, data, options, device)
-        with frozen(encoder):
-            for protocol in options.protocols:
-                found = PROTOCOLS[protocol](subject)
-                named = (*SETTINGS[protocol], *(["labels"] if options.labels else []))
-                settings = " ".join(f"{key}={getattr(options, key)}" for key in named)
-                records += [
-                    Record(
-                        protocol, metric, value, name, parts.name, len(subject.queries.labels),
-                        options.seed, settings, encoder_digest, data_digest,
-                    )
-                    for metric, value in found.items()
-                ]  # fmt: skip
-    append_records(results, records)
+    exam = Exam(options, facts)
+    encoders = {"random": build_encoder(facts.model, facts.seed)} if options.random else {}
+    records: list[Record] = []
+    with dist.process_group(device):
+        subjects = {
+            name: Subject(encoder, exam, device)
+            for name, encoder in {**encoders, "trained": trained}.items()
+        }
+        for protocol, card in cards.items():
+            fresh: list[Record] = []
+            for name, subject in subjects.items():
+                before = checkpoint.digest(subject.encoder.state_dict())
+                with frozen(subject.encoder):
+                    verdict = JUDGES[type(card)](subject, card)
+                leaked = exam.leaked(verdict.pictures) if dist.rank() == 0 else None
+                after = (verdict.head and verdict.head.encoder) or subject.encoder
+                made = Record(
+                    protocol, card.hash(protocol), _settings(options, protocol, card),
+                    "", 0, "", None, name, verdict.pictures.name, verdict.n, options.seed,
+                    before, checkpoint.digest(after.state_dict()), verdict.pictures.digest(),
+                    leaked,
+                )  # fmt: skip
+                fresh += [made._replace(**found._asdict()) for found in verdict.found]
+                if name == "trained" and verdict.head and dist.rank() == 0:
+                    _keep(options, verdict, made, facts)
+            if dist.rank() == 0:
+                append_records(results, fresh)
+            records += fresh
     return records
 
 
-def data_of(given: DataOptions, facts: checkpoint.EncoderFacts) -> DataOptions:
-    """The pictures named on the command line, or else those that the run learned from.
-
-    In the second case options given beside them (`val`, `workers`, ...) win over the run's.
-    """
-    if given.data:
-        return given
-    values = merge(
-        facts.data.model_dump(mode="json"), given.model_dump(mode="json", exclude_defaults=True)
-    )
-    return DataOptions.parse(values, "encoder.safetensors: data")
+def _settings(options: EvaluateOptions, protocol: str, card: Card) -> str:
+    labels = f"labels={options.labels}" if options.labels else ""
+    return " ".join(filter(None, [labels, departures(protocol, card)]))
 
 
-def probe(encoder: nn.Module, parts: Split, views: ViewOptions, device: torch.device) -> float:
-    """Top-1 in percent of weighted 20-NN on centre crops, cheap enough for every epoch.
-
-    At most 10,000 pictures in the bank and 2,000 queries, spread evenly over the set: always the
-    same ones.
-
-    Args:
-        encoder: in any mode; left as it was.
-    """
-    bank, queries, _ = parts
-    with frozen(encoder):
-        rows, known = extract(encoder, bank, _spread(len(bank), PROBE_BANK), views, device)
-        asked, features = extract(
-            encoder, queries, _spread(len(queries), PROBE_QUERIES), views, device
-        )
-    labels = torch.from_numpy(bank.labels[rows]).to(device)
-    scores = knn_predict(features, known, labels, len(bank.classes), PROBE_NEIGHBOURS)
-    return accuracies(scores.argmax(1).cpu(), torch.from_numpy(queries.labels[asked]))["top1"]
-
-
-def _spread(count: int, limit: int) -> Int64[np.ndarray, "n"]:
-    """At most `limit` of the numbers below `count`, evenly spaced."""
-    return np.arange(count) if count <= limit else np.arange(limit) * count // limit
+def _keep(
+    options: EvaluateOptions, verdict: Verdict, made: Record, facts: checkpoint.EncoderFacts
+) -> None:
+    """Save what the trained encoder's classifier learned."""
+    assert verdict.head
+    told = HeadFacts(
+        protocol=made.protocol, card=made.card, settings=made.settings,
+        classes=tuple(verdict.pictures.classes), several=verdict.pictures.several,
+        encoder_digest=made.encoder_digest, model=facts.model, views=facts.views,
+    )  # fmt: skip
+    save_head(options.run, verdict.head, told)

@@ -24,6 +24,14 @@ class Split(NamedTuple):
     """val: `queries` are the set's own; holdout: they are a fifth of the labelled pictures;
     val-holdout: the same of `--val`, the training pictures having no labels."""
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return self.bank.classes
+
+    several = False
+    """A picture is of one class."""
+
     def digest(self) -> str:
         """One sha256 for both parts."""
         return checkpoint.digest([self.bank.digest(), self.queries.digest()])

@@ -1,0 +1,201 @@
+"""VOC07 as multi-label classification: a linear layer on a frozen encoder, judged by mean AP."""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from clsa import checkpoint, dist, views
+from clsa.annotations import Annotated, read_voc
+from clsa.data import batches
+from clsa.errors import ClsaError
+from clsa.evaluate.average_precision import average_precision
+from clsa.evaluate.features import encode
+from clsa.evaluate.heads import new_layer
+from clsa.evaluate.linear import fitting, normalised, sgd
+from clsa.evaluate.progress import watched
+from clsa.evaluate.results import Found, last_and_best
+from clsa.options import DataOptions
+from clsa.order import Order
+from clsa.protocols import Voc07Card
+from clsa.sources import Folder
+
+VIEW = 1003
+YEAR = "2007"
+THERE, ABSENT, DIFFICULT = 1, 0, -1
+NEEDS = "the voc07 protocols need VOC's folders (JPEGImages, Annotations, ImageSets)"
+
+
+class Marked(NamedTuple):
+    """Pictures and what is in each.
+
+    Attributes:
+        targets: a row a picture, a column a class: 1 there, 0 not, -1 only as difficult objects.
+    """
+
+    source: Folder
+    targets: Int64[np.ndarray, "n C"]
+
+
+class Lists(NamedTuple):
+    """Pictures of VOC07 to learn from, to select an epoch on, and to be judged on."""
+
+    train: Marked
+    select: Marked | None
+    test: Marked
+    classes: list[str]
+    name: str = "test"
+    several: bool = True
+    """A picture may be of several classes."""
+
+    @property
+    def queries(self) -> Folder:
+        """The pictures that are judged."""
+        return self.test.source
+
+    def digest(self) -> str:
+        """One sha256 of names, sizes and targets of all lists."""
+        parts = [part for part in (self.train, self.select, self.test) if part]
+        sources = [part.source.digest() for part in parts]
+        return checkpoint.digest([*sources, *(part.targets.tolist() for part in parts)])
+
+
+def read_lists(data: DataOptions, train: str, select: str | None) -> Lists:
+    """The lists of a VOC2007 folder, or of the VOCdevkit that holds it; `test` is judged on.
+
+    Raises:
+        ClsaError: without `--data`, or as `annotations.read_voc`.
+    """
+    if not data.data:
+        raise ClsaError("no --data", NEEDS, "give VOCdevkit, or its VOC2007")
+    root = Path(data.data)
+    if not root.is_dir():
+        raise ClsaError(data.data, f"no such folder; {NEEDS}", "give VOCdevkit, or its VOC2007")
+    first = read_voc(root, [(YEAR, train)])
+    marked = {train: _marked(first)}
+    for name in filter(None, (select, "test")):
+        marked[name] = _marked(read_voc(root, [(YEAR, name)], first.classes))
+    chosen = marked[select] if select else None
+    return Lists(marked[train], chosen, marked["test"], first.classes)
+
+
+def _marked(read: Annotated) -> Marked:
+    targets = np.full((len(read.things), len(read.classes)), ABSENT, np.int64)
+    for row, things in zip(targets, read.things, strict=True):
+        row[[thing.label for thing in things if thing.difficult]] = DIFFICULT
+        row[[thing.label for thing in things if not thing.difficult]] = THERE
+    return Marked(read.source, targets)
+
+
+def mean_ap(
+    scores: Float[np.ndarray, "n C"],
+    targets: Int64[np.ndarray, "n C"],
+    points: str,
+    dropped: bool,
+) -> float:
+    """Mean over the classes of average precision over the pictures, in percent.
+
+    A class that no picture shows is left out. Of equal scores the earlier picture comes first.
+
+    Args:
+        points: "all" or "11" (see `average_precision`).
+        dropped: leave pictures out for the classes of which they show only difficult objects, as
+            VOC does; else these count as absent.
+    """
+    found = []
+    for column in range(targets.shape[1]):
+        kept = targets[:, column] != DIFFICULT if dropped else np.full(len(targets), True)
+        there = targets[kept, column] == THERE
+        order = np.argsort(-scores[kept, column], kind="stable")
+        if there.any():
+            found.append(average_precision(there[order], int(there.sum()), points))  # pyright: ignore
+    return 100 * float(np.mean(found))
+
+
+def per_picture_ap(
+    scores: Float[np.ndarray, "n C"], there: Bool[np.ndarray, "n C"]
+) -> float:
+    """Mean over the pictures of average precision over the classes, in percent.
+
+    What CLSA's released code computes: of each class shown, the share of shown classes among those
+    with at least its score, averaged. A picture that shows nothing is left out. It is no mAP: it
+    compares classes with each other, not pictures, and is far higher.
+    """
+    shown = there.any(1)
+    scores, there = scores[shown], there[shown]
+    above = scores[:, None, :] >= scores[:, :, None]
+    precision = (above & there[:, None, :]).sum(2) / above.sum(2)
+    return 100 * float(((precision * there).sum(1) / there.sum(1)).mean())
+
+
+def measured(
+    scores: Float[Tensor, "n C"], targets: Int64[np.ndarray, "n C"], card: Voc07Card
+) -> dict[str, float]:
+    """The card's metric; beside the average precision of pictures, `map` too."""
+    values, dropped = scores.double().cpu().numpy(), card.test_difficult == "dropped"
+    if card.metric == "per-image":
+        found = per_picture_ap(values, targets == THERE)
+        return {"per-image-ap": found, "map": mean_ap(values, targets, "all", dropped)}
+    return {"map": mean_ap(values, targets, card.metric, dropped)}
+
+
+def voc07(
+    encoder: nn.Module,
+    lists: Lists,
+    queries: tuple[Float[Tensor, "n F"], Int64[np.ndarray, "n"]],
+    size: int,
+    card: Voc07Card,
+    seed: int,
+    data: DataOptions,
+) -> tuple[list[Found], nn.Linear]:
+    """Mean AP after the last and the best epoch, and the layer after the last.
+
+    CLSA's text: a layer on `trainval`, tested on `test`; 100 epochs of SGD, rate 0.05, momentum
+    0.9, no weight decay, batches of 256. What the text leaves open is chosen as in the linear
+    probe: random crops and flips, batch norm in evaluation mode, centre crops at the test, the
+    last partial batch left out. The loss is the cross-entropy of one sigmoid a class, summed over
+    the classes, its mean over the batch. Classes of which a picture shows only difficult objects
+    count neither in the loss nor in the test.
+
+    Args:
+        encoder: inside `features.frozen`.
+        queries: features of the test pictures' centre crops, and which rows of the list they are.
+        size: side of the crops in pixels.
+    """
+    features, rows = queries
+    device = features.device
+    layer = new_layer(features.shape[1], len(lists.classes), seed).to(device)
+    optimizer = sgd([{"params": list(layer.parameters()), "lr": card.lr}], card)
+    bank = copy.copy(lists.train.source)
+    bank.labels = np.arange(len(bank))  # so that a batch names the pictures it shows
+    targets = torch.from_numpy(lists.train.targets).to(device)
+    order = Order(len(bank), fitting(card.batch_size, len(bank)), seed)
+    spec = views.ViewSpec("voc07", card.size or size, (0.08, 1.0), VIEW)
+    last_step = card.epochs * order.steps_per_epoch
+    epochs: list[dict[str, float]] = []
+    stream = batches(bank, [spec], order, 0, last_step, device, data)
+    for step, batch in enumerate(watched(stream, last_step, "linear layer"), start=1):
+        wanted = targets[dist.all_gather(batch.labels.to(device))]
+        seen = dist.all_gather(encode(encoder, normalised(batch), order.batch_size))
+        with torch.enable_grad():
+            loss_of(layer(seen), wanted, card).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % order.steps_per_epoch == 0:
+            epochs.append(measured(layer(features), lists.test.targets[rows], card))
+    return last_and_best(epochs, card.headline), layer
+
+
+def loss_of(
+    logits: Float[Tensor, "b C"], targets: Int64[Tensor, "b C"], card: Voc07Card
+) -> Float[Tensor, ""]:
+    """Cross-entropy of sigmoids, summed over classes; mean or sum over the batch."""
+    kept = targets != DIFFICULT if card.train_difficult == "dropped" else torch.ones_like(logits)
+    wanted = (targets == THERE).to(logits.dtype)
+    total = F.binary_cross_entropy_with_logits(logits, wanted, kept.to(logits.dtype), reduction="sum")
+    return total if card.loss == "sum" else total / len(logits)

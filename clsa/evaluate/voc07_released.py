@@ -1,0 +1,160 @@
+"""What CLSA's released code computes on VOC07: neither a frozen probe nor a mean AP of classes.
+
+It is here so that its figures can be compared with others; for a probe take `voc07-map`.
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as pixels
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor, nn
+
+from clsa import color, rng
+from clsa.cutting import Cut, Cuts, whole
+from clsa.data import eval_crops
+from clsa.evaluate.features import encode
+from clsa.evaluate.heads import Head, new_layer
+from clsa.evaluate.progress import watched
+from clsa.evaluate.results import Found, told
+from clsa.evaluate.voc07 import Lists, Marked, loss_of, measured
+from clsa.order import Order
+from clsa.protocols import Voc07Card
+from clsa.sources import Source
+
+MEAN = (0.457342265910642, 0.4387686270106377, 0.4073427106250871)
+STD = (0.26753769276329037, 0.2638145880487105, 0.2776826934044154)
+VIEW, SLOTS = 1004, np.arange(5)
+LARGER = 330 / 300
+BRIGHTNESS, GRAY, FLIP, DEGREES = 0.2, 0.25, 0.25, 25.0
+PLACES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
+
+
+def voc07_released(
+    encoder: nn.Module, lists: Lists, size: int, card: Voc07Card, seed: int
+) -> tuple[list[Found], Head]:
+    """Numbers after the last epoch and after the best on `val`, and what was learned by the last.
+
+    As the code, and against the paper's text: whole pictures distorted to a square, brightness
+    changed by up to a fifth or, for half of them, a quarter made gray, a quarter mirrored, all
+    turned by up to 25 degrees; batches of 16 and the loss summed, so that the rate is 16 times what
+    it seems; a rate that goes up and down along a cosine of period 24; another mean and deviation
+    of pixels than in pretraining; batch norm in training mode, so that the encoder's statistics
+    move; tested by the mean of five crops. All processes compute all of it.
+
+    Args:
+        encoder: copied, as its statistics move.
+        size: side of the crops where the card names none.
+    """
+    side = card.size or size
+    device = next(encoder.parameters()).device
+    moved = copy.deepcopy(encoder)
+    width = int(encoder.head_hidden_size)  # pyright: ignore[reportArgumentType]
+    layer = new_layer(width, len(lists.classes), seed).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=card.lr, momentum=card.momentum)
+    rows, pictures = squares(lists.train.source, side)
+    targets = torch.from_numpy(lists.train.targets[rows]).to(device)
+    order = Order(len(rows), min(card.batch_size, len(rows)), seed)
+    best, kept = -1.0, (0, copy.deepcopy(moved), copy.deepcopy(layer))
+    for epoch in watched(range(card.epochs), card.epochs, "released protocol"):
+        optimizer.param_groups[0]["lr"] = rate_at(epoch, card)
+        moved.train(card.moving_statistics)
+        for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+            index = order.indices(step)
+            seen = distorted(pictures[torch.from_numpy(index)], index, epoch, seed)
+            images = color.normalize(seen.to(device) / 255, MEAN, STD)
+            features = encode(moved, images, len(images))
+            with torch.enable_grad():
+                loss_of(layer(features), targets[torch.from_numpy(index)], card).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.eval()
+        if lists.select is not None:
+            value = judged(moved, layer, lists.select, side, card, PLACES[-1:])[card.headline]
+            if value > best:
+                best, kept = value, (epoch + 1, copy.deepcopy(moved), copy.deepcopy(layer))
+    last = judged(moved, layer, lists.test, side, card, PLACES)
+    found = told(last, "last", card.epochs)
+    if lists.select is not None:
+        epoch, *then = kept
+        found += told(judged(*then, lists.test, side, card, PLACES), "best", epoch)
+    return found, Head(layer, moved)
+
+
+def rate_at(epoch: int, card: Voc07Card) -> float:
+    """lr (1 + cos(pi epoch / period)) / 2, which rises again; constant without a period."""
+    if card.cosine_period is None:
+        return card.lr
+    return card.lr * (1 + math.cos(math.pi * epoch / card.cosine_period)) / 2
+
+
+def squares(
+    source: Source, side: int
+) -> tuple[Int64[np.ndarray, "m"], UInt8[Tensor, "m 3 side side"]]:
+    """The readable pictures, whole, distorted to squares, with their numbers; on the CPU."""
+    found = list(eval_crops(source, np.arange(len(source)), side, whole, torch.device("cpu")))
+    numbers = np.concatenate([rows for rows, _ in found])
+    return numbers, torch.cat([images.round().byte() for _, images in found])
+
+
+def distorted(
+    images: UInt8[Tensor, "b 3 S S"], index: Int64[np.ndarray, "b"], epoch: int, seed: int
+) -> Float32[Tensor, "b 3 S S"]:
+    """Training views of squares, in [0, 255]; drawn from (seed, epoch, picture)."""
+    drawn = rng.uniforms(seed, epoch, index, VIEW, SLOTS)
+    views = []
+    for image, (which, amount, gray, flip, turn) in zip(images, drawn.tolist(), strict=True):
+        if which < 0.5:
+            image = pixels.adjust_brightness(image, 1 + BRIGHTNESS * (2 * amount - 1))
+        elif gray < GRAY:
+            image = pixels.rgb_to_grayscale(image, num_output_channels=3)
+        if flip < FLIP:
+            image = pixels.horizontal_flip(image)
+        views.append(pixels.rotate(image, DEGREES * (2 * turn - 1)))
+    return torch.stack(views).float()
+
+
+def judged(
+    encoder: nn.Module,
+    layer: nn.Linear,
+    marked: Marked,
+    side: int,
+    card: Voc07Card,
+    places: tuple[tuple[float, float], ...],
+) -> dict[str, float]:
+    """The card's metric of mean logits over crops of pictures whose short side is 1.1 times theirs.
+
+    Args:
+        places: of the crops, as shares of the room there is below and to the right.
+    """
+    device = layer.weight.device
+    logits, numbers = [], np.zeros(0, np.int64)
+    rows = np.arange(len(marked.source))
+    for place in places:
+        parts: list[Float[Tensor, "b C"]] = []
+        seen = []
+        for numbers, images in eval_crops(marked.source, rows, side, crop_at(*place), device):
+            images = color.normalize(images / 255, MEAN, STD)
+            parts.append(layer(encode(encoder, images, card.batch_size)))
+            seen.append(numbers)
+        logits.append(torch.cat(parts))
+        numbers = np.concatenate(seen)
+    return measured(torch.stack(logits).mean(0), marked.targets[numbers], card)
+
+
+def crop_at(down: float, right: float) -> Cut:
+    """A square of 1/1.1 of the short side at a share of the room below and to the right."""
+
+    def cut(
+        index: Int64[np.ndarray, "b"],
+        heights: Int64[np.ndarray, "b"],
+        widths: Int64[np.ndarray, "b"],
+    ) -> Cuts:
+        sides = np.rint(np.minimum(heights, widths) / LARGER).astype(np.int64)
+        tops = np.rint(down * (heights - sides)).astype(np.int64)
+        lefts = np.rint(right * (widths - sides)).astype(np.int64)
+        return np.stack([tops, lefts, sides, sides], axis=1), np.zeros(len(index), bool)
+
+    return cut
