@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 import clsa
-from clsa import command_options, checkpoint, options
+from clsa import checkpoint, command_options, options
 from clsa.archives import CLIPART
 from clsa.cli import COMMANDS, main
 from clsa.config import Config

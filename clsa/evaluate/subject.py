@@ -123,9 +123,7 @@ class Subject:
         """`features` and labels alone."""
         return self.features(source, strong)[:2]
 
-    def arrays(
-        self, source: Source
-    ) -> tuple[Float32[np.ndarray, "n F"], Int64[np.ndarray, "n"]]:
+    def arrays(self, source: Source) -> tuple[Float32[np.ndarray, "n F"], Int64[np.ndarray, "n"]]:
         """`seen` of centre crops, for NumPy."""
         features, labels = self.seen(source)
         return features.cpu().numpy(), labels.cpu().numpy()

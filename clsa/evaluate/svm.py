@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int64
 
 from clsa import rng
 from clsa.evaluate.results import Found
-from clsa.evaluate.voc07 import DIFFICULT, THERE, Lists, mean_ap
+from clsa.evaluate.voc07 import DIFFICULT, THERE, mean_ap
 from clsa.extras import require
 from clsa.protocols import LowshotCard, SvmCard
 
@@ -114,7 +114,7 @@ def drawn(
     slots = np.array([draw], np.int64)
     rows = np.arange(len(labels), dtype=np.int64)
     order = np.argsort(rng.uniforms(seed, 0, rows, rng.LOWSHOT, slots)[:, 0], kind="stable")
-    chosen: list[Bool[np.ndarray, "n"]] = []
+    chosen: list[Bool[np.ndarray, n]] = []
     for place in np.unique(labels):
         chosen.append(order[labels[order] == place][:shots])
     return np.sort(np.concatenate(chosen))

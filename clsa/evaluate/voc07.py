@@ -117,9 +117,7 @@ def mean_ap(
     return 100 * float(np.mean(found))
 
 
-def per_picture_ap(
-    scores: Float[np.ndarray, "n C"], there: Bool[np.ndarray, "n C"]
-) -> float:
+def per_picture_ap(scores: Float[np.ndarray, "n C"], there: Bool[np.ndarray, "n C"]) -> float:
     """Mean over the pictures of average precision over the classes, in percent.
 
     What CLSA's released code computes: of each class shown, the share of shown classes among those
@@ -195,7 +193,8 @@ def loss_of(
     logits: Float[Tensor, "b C"], targets: Int64[Tensor, "b C"], card: Voc07Card
 ) -> Float[Tensor, ""]:
     """Cross-entropy of sigmoids, summed over classes; mean or sum over the batch."""
-    kept = targets != DIFFICULT if card.train_difficult == "dropped" else torch.ones_like(logits)
-    wanted = (targets == THERE).to(logits.dtype)
-    total = F.binary_cross_entropy_with_logits(logits, wanted, kept.to(logits.dtype), reduction="sum")
+    wanted, kept = (targets == THERE).to(logits.dtype), torch.ones_like(logits)
+    if card.train_difficult == "dropped":
+        kept = (targets != DIFFICULT).to(logits.dtype)
+    total = F.binary_cross_entropy_with_logits(logits, wanted, kept, reduction="sum")
     return total if card.loss == "sum" else total / len(logits)

@@ -57,7 +57,7 @@ def voc07_released(
     rows, pictures = squares(lists.train.source, side)
     targets = torch.from_numpy(lists.train.targets[rows]).to(device)
     order = Order(len(rows), min(card.batch_size, len(rows)), seed)
-    best, kept = -1.0, (0, copy.deepcopy(moved), copy.deepcopy(layer))
+    highest, kept = -1.0, (0, copy.deepcopy(moved), copy.deepcopy(layer))
     for epoch in watched(range(card.epochs), card.epochs, "released protocol"):
         optimizer.param_groups[0]["lr"] = rate_at(epoch, card)
         moved.train(card.moving_statistics)
@@ -73,13 +73,14 @@ def voc07_released(
         moved.eval()
         if lists.select is not None:
             value = judged(moved, layer, lists.select, side, card, PLACES[-1:])[card.headline]
-            if value > best:
-                best, kept = value, (epoch + 1, copy.deepcopy(moved), copy.deepcopy(layer))
+            if value > highest:
+                highest, kept = value, (epoch + 1, copy.deepcopy(moved), copy.deepcopy(layer))
     last = judged(moved, layer, lists.test, side, card, PLACES)
     found = told(last, "last", card.epochs)
     if lists.select is not None:
-        epoch, *then = kept
-        found += told(judged(*then, lists.test, side, card, PLACES), "best", epoch)
+        epoch, then, its_layer = kept
+        best = judged(then, its_layer, lists.test, side, card, PLACES)
+        found += told(best, "best", epoch)
     return found, Head(layer, moved)
 
 
