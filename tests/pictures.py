@@ -51,3 +51,40 @@ def clipart_folder(root: Path, classes: int, each: int) -> Path:
                 assert stream is not None
                 (root / name / file[-1]).write_bytes(stream.read())
     return root
+
+
+def voc_folder(root: Path, counts: dict[str, int], size: int = 40) -> Path:
+    """VOC2007's layout: gray noise with red, green or blue squares, some of them difficult.
+
+    Of every list in `counts`, picture i shows colour i modulo 3, every second one the next colour
+    too, and every fifth one a third that is difficult. `trainval` holds `train` and `val`.
+    """
+    top = root / "VOC2007"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (top / name).mkdir(parents=True)
+    listed: dict[str, list[str]] = {}
+    for part, (split, count) in enumerate(counts.items()):
+        for i in range(count):
+            name = f"{part}{i:05d}"
+            listed.setdefault(split, []).append(name)
+            pixels = np.random.default_rng([part, i]).integers(60, 190, (size, size, 1))
+            image = np.repeat(pixels, 3, 2).astype(np.uint8)
+            shown = [(i % 3, 0)] + [((i + 1) % 3, 0)] * (i % 2) + [((i + 2) % 3, 1)] * (i % 5 == 0)
+            objects = ""
+            for place, (colour, difficult) in enumerate(shown):
+                low, side = place * size // 3, size // 4
+                image[low : low + side, low : low + side] = np.eye(3)[colour] * 255
+                first, last = low + 1, low + side
+                box = f"<xmin>{first}</xmin><ymin>{first}</ymin>"
+                box += f"<xmax>{last}</xmax><ymax>{last}</ymax>"
+                objects += (
+                    f"<object><name>{('red', 'green', 'blue')[colour]}</name>"
+                    f"<difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
+                )
+            (top / "JPEGImages" / f"{name}.jpg").write_bytes(encoded(image, "JPEG", quality=95))
+            text = f"<annotation><filename>{name}.jpg</filename>{objects}</annotation>"
+            (top / "Annotations" / f"{name}.xml").write_text(text)
+    listed["trainval"] = listed.get("train", []) + listed.get("val", [])
+    for split, names in listed.items():
+        (top / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return root

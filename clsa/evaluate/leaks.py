@@ -16,7 +16,7 @@ from clsa.data import eval_crops
 from clsa.sources import Source
 
 SIDE = 16
-NEAR = 0.985
+NEAR = 0.98
 MIN_DEVIATION = 2.0
 LIMIT = 50_000
 CHUNK, MAX_NAMED = 1 << 12, 3
@@ -39,12 +39,14 @@ class Leaks(NamedTuple):
 
 
 def find_leaks(pretraining: UInt8[Tensor, "N d"], judged: UInt8[Tensor, "n d"]) -> Leaks:
-    """Compare thumbnails: near where their correlation is at least 0.985.
+    """Compare thumbnails: near where their correlation is at least 0.98.
 
     The correlation is that of all pixels and colours, so that brightness, contrast, size and
-    compression hardly matter; a mirrored, cropped or turned copy goes unseen. Measured on the
-    embedded drawings: copies as JPEGs of quality 50 at half the size correlate by 0.99 and more.
-    Thumbnails of nearly one colour (deviation under 2 of 255) are compared for equality only.
+    compression hardly matter; a mirrored, cropped or turned copy goes unseen. Measured on the 667
+    drawings of the embedded test split: their copies as JPEGs of quality 50 correlate by 0.987 and
+    more, at half the size by 0.992, with less light and contrast by 0.999; no drawing of the
+    training split, from which near duplicates were kept away, by more than 0.967. Thumbnails of
+    nearly one colour (deviation under 2 of 255) are compared for equality only.
     """
     bank, queries = _centred(pretraining), _centred(judged)
     twins, best = [], []

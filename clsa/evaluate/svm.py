@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 
 from clsa import rng
 from clsa.evaluate.results import Found
@@ -114,7 +114,5 @@ def drawn(
     slots = np.array([draw], np.int64)
     rows = np.arange(len(labels), dtype=np.int64)
     order = np.argsort(rng.uniforms(seed, 0, rows, rng.LOWSHOT, slots)[:, 0], kind="stable")
-    chosen: list[Bool[np.ndarray, n]] = []
-    for place in np.unique(labels):
-        chosen.append(order[labels[order] == place][:shots])
+    chosen = [order[labels[order] == place][:shots] for place in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
