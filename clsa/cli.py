@@ -47,9 +47,14 @@ def pretrain(args: list[str]) -> None:
     say_next(run(options))
 
 
+def is_first() -> bool:
+    """Whether this process speaks for all that torchrun started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def say_next(out: Path) -> None:
     """What to do with a run, for its owner."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         name = shlex.quote(str(out))
         staged = (out / "stage-1").exists()
         sheet, board = "stage-1/views.png" if staged else "views.png", out / "tensorboard"
@@ -64,11 +69,17 @@ def say_next(out: Path) -> None:
 def evaluate(args: list[str]) -> None:
     """Judge a run's encoder beside its random initialisation; writes results.json."""
     options = _parse("evaluate", EvaluateOptions, args)
+    from clsa.evaluate.heads import heads_folder
     from clsa.evaluate.results import results_path
     from clsa.evaluate.run import evaluate as run
 
-    _print_table(run(options))
-    print(f"All records: {results_path(options.run)}")
+    records = run(options)
+    if is_first():
+        _print_table(records)
+        print(f"All records: {results_path(options.run)}")
+        if heads_folder(options.run).is_dir():
+            name = shlex.quote(str(options.run))
+            print(f"Next: clsa predict {name} IMAGES    labels pictures by what it learned")
 
 
 def protocols(args: list[str]) -> None:
@@ -78,12 +89,22 @@ def protocols(args: list[str]) -> None:
         close = nearest(name, list(CARDS))
         hint = f"did you mean {close}?" if close else "see clsa protocols"
         raise ClsaError(f"protocol {name}", "there is no such card", hint)
-    for each in [name] if name else CARDS:
-        card = CARDS[each]
-        told = "" if card.frozen else "; the encoder, or its statistics, learn too"
-        print(f"{each:19} {card.about} [{card.source}{told}]")
     if name:
-        print(f"hash {CARDS[name].hash(name)}\n\n{to_yaml(CARDS[name].settings())}", end="")
+        card = CARDS[name]
+        print(f"{name}: {card.about} [{card.source}]\nhash {card.hash(name)}\n")
+        print(to_yaml(card.settings()), end="")
+        return
+    kinds = {
+        "classes": "Pictures of one class each (--data as for pretraining):",
+        "voc": "VOC07's folders, several classes a picture (--data VOCdevkit):",
+    }
+    for kind, heading in kinds.items():
+        print(heading)
+        for each, card in CARDS.items():
+            if card.pictures == kind:
+                star = "" if card.frozen else " *"
+                print(f"  {each:19} {card.about} ({card.source}){star}")
+    print("* the encoder's copy learns too. clsa protocols NAME shows all that a card fixes.")
 
 
 def predict(args: list[str]) -> None:

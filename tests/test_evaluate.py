@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from clsa.command_options import EvaluateOptions
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate import subject as subject_module
 from clsa.evaluate.features import centre_views, extract, frozen, projections
+from clsa.evaluate.heads import load_head
 from clsa.evaluate.results import Record, append_records, read_records, table
 from clsa.evaluate.run import evaluate
 from clsa.evaluate.split import split, without_held_out_labels
@@ -281,3 +285,46 @@ def test_records_replace_their_own_kind(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ClsaError, match="not a list of results"):
         append_records(path, [old])
+
+
+def launch(
+    run: Path, processes: int, protocols: tuple[str, ...], *changes: str
+) -> dict[tuple[str, ...], float]:
+    """Judge by the command under torchrun; every number by what it is of."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words += ["-m", "clsa", "evaluate", str(run), "--device", "cpu", "--workers", "0"]
+    words += ["--protocol", *protocols, "--change", "epochs=3", "batch_size=16", *changes]
+    (run / "results.json").unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=250,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("All records:") == 1
+    records = read_records(run / "results.json")
+    return {(r.protocol, r.metric, r.chosen, r.encoder, r.data_digest): r.value for r in records}
+
+
+def test_two_processes_find_what_one_finds(run: Path) -> None:
+    frozen_ones = ("knn-20", "knn-strong", "logistic", "linear-fast", "linear-clsa")
+    one, two = (launch(run, count, frozen_ones) for count in (1, 2))
+    assert one == two and len(one) > 20
+
+
+def test_two_processes_fine_tune_as_one_does(run: Path) -> None:
+    """Batch norm sums over the processes in another order: the weights differ by rounding.
+
+    At low rates, as a few pictures at high ones amplify rounding from step to step.
+    """
+    weights = []
+    for count in (1, 2):
+        found = launch(run, count, ("finetune",), "lr=1e-5", "head_lr=1e-3")
+        encoder = checkpoint.load_encoder(run)
+        head, _ = load_head(run, "finetune", encoder)
+        assert head.encoder is not None
+        weights.append((found, head.layer.weight.detach(), *head.encoder.parameters()))
+    (one, *first), (two, *second) = weights
+    assert one.keys() == two.keys()
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert max(abs(one[key] - two[key]) for key in one) <= 100 / 12 + 1e-9  # one of 12 pictures

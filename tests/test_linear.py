@@ -148,8 +148,8 @@ def test_rates_of_the_cards() -> None:
 
 
 def test_batches_of_small_sets_can_be_shared() -> None:
-    assert [fitting(256, count) for count in (1, 7, 8, 21, 255, 256, 900)] == [
-        1, 7, 8, 16, 248, 256, 256,
+    assert [fitting(256, count) for count in (1, 3, 7, 8, 21, 255, 256, 900)] == [
+        1, 2, 4, 8, 16, 248, 256, 256,
     ]  # fmt: skip
 
 

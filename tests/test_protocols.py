@@ -95,7 +95,7 @@ def test_a_wrong_change_is_told_in_a_line(change: str, told: str) -> None:
 def test_the_command_lists_cards_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["protocols"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in CARDS) and listed.count("\n") == len(CARDS)
+    assert all(name in listed for name in CARDS)
     assert main(["protocols", "linear-moco"]) == 0
     shown = capsys.readouterr().out
     assert CARDS["linear-moco"].hash("linear-moco") in shown and "lr: 30.0" in shown

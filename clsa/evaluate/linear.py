@@ -82,11 +82,13 @@ def normalised(batch: Crops) -> Float[Tensor, "b 3 S S"]:
 
 
 def fitting(batch_size: int, count: int) -> int:
-    """`batch_size`, or of a smaller set the largest multiple of 8, so that processes can share it.
+    """`batch_size`, or of a smaller set the largest multiple of 8 or, under 8, power of 2.
 
-    It does not depend on their number: the numbers of an evaluation do not either.
+    So that processes can share it: it does not depend on their number, nor do the numbers found.
     """
-    return batch_size if count >= batch_size else max(count // EIGHTH * EIGHTH, min(count, EIGHTH))
+    if count >= batch_size:
+        return batch_size
+    return count // EIGHTH * EIGHTH or 1 << (count.bit_length() - 1)
 
 
 def sgd(groups: list[dict], card: Schedule) -> torch.optim.SGD:

@@ -124,7 +124,7 @@ def table(records: Iterable[Record]) -> Table:
     """Random against trained encoder, one row a metric, difference in percentage points."""
     rows: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
-        name = f"{record.metric}, {record.chosen} epoch" if record.chosen else record.metric
+        name = f"{record.metric} ({record.chosen})" if record.chosen else record.metric
         key = (record.protocol, record.settings, name, record.split)
         rows.setdefault(key, {})[record.encoder] = record
     result = Table("protocol", "metric", "pictures")
