@@ -5,10 +5,12 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from rich.console import Console
 from torch import nn
 
@@ -328,3 +330,64 @@ def test_two_processes_fine_tune_as_one_does(run: Path) -> None:
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert max(abs(one[key] - two[key]) for key in one) <= 100 / 12 + 1e-9  # one of 12 pictures
+
+
+def test_few_labels_are_the_cards_share_or_the_commands(run: Path) -> None:
+    def judged(**over: Any) -> list[Record]:
+        options = {"run": run, "device": "cpu", "random": False, "leaks": "off", **over}
+        return evaluate(EvaluateOptions(**{"change": ("epochs=2",), **options}))
+
+    semi = judged(protocol=("semi-1", "semi-10", "semi-10-clim"))
+    assert {r.settings for r in semi} == {"epochs=2"}
+    assert len({(r.protocol, r.data_digest) for r in semi}) == 3
+    assert all(r.encoder_digest_after != r.encoder_digest for r in semi)
+    share = judged(protocol=("semi-1",), labels="50%")
+    assert {r.settings for r in share} == {"labels=50% epochs=2"}
+    assert {r.data_digest for r in share}.isdisjoint({r.data_digest for r in semi})
+
+
+def test_pictures_the_run_learned_from_are_told(
+    run: Path, drawings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of the evaluation pictures are copies of training pictures, compressed anew."""
+    folder = tmp_path / "judged"
+    for place, path in enumerate(sorted(drawings.glob("*/*"))):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        image = Image.open(path).convert("RGB")
+        if place % 2:
+            image = ImageOps.mirror(image).rotate(15)
+        image.save(folder / path.parent.name / f"{place:03}.jpg", quality=60)
+    options = EvaluateOptions(
+        run=run, data=DataOptions(val=str(folder)), protocol=("knn-20",), device="cpu"
+    )
+    records = evaluate(options)
+    (leaked,) = {record.leaked for record in records}
+    assert leaked is not None and 28 <= leaked <= 34
+    assert f"{leaked} of 60 evaluation pictures were pretrained on" in caplog.text
+    assert (run / "thumbnails.npy").exists()
+    caplog.clear()
+    off = evaluate(options.model_copy(update={"leaks": "off"}))
+    assert {r.leaked for r in off} == {None} and not caplog.text
+    assert [r.value for r in off] == [r.value for r in records]
+
+
+def test_moved_training_pictures_only_end_the_search_for_leaks(
+    run: Path, drawings: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder, facts = checkpoint.load_encoder_facts(run)
+    gone = facts.model_copy(update={"data": DataOptions(data="/nowhere/at/all")})
+    checkpoint.save_encoder(run / "encoder.safetensors", encoder, gone)
+    data = DataOptions(data=str(drawings))
+    records = evaluate(EvaluateOptions(run=run, data=data, protocol=("knn-20",), device="cpu"))
+    assert {r.leaked for r in records} == {None}
+    assert "leaks not looked for" in caplog.text and "/nowhere/at/all" in caplog.text
+
+
+def test_without_scikit_learn_the_extra_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
+    options = EvaluateOptions(run=run, protocol=("knn-20", "lowshot"), device="cpu")
+    with pytest.raises(ClsaError, match=r"sklearn is not installed.*clsa\[evaluation\]"):
+        evaluate(options)
+    assert {r.protocol for r in read_records(run / "results.json")} == {"knn-20"}  # kept

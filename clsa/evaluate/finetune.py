@@ -21,7 +21,7 @@ from clsa.order import Order
 from clsa.protocols import FinetuneCard
 
 VIEW = 1002
-LEAST_STEPS = 8
+LEAST_STEPS, LEAST_BATCH = 8, 16
 
 
 def finetune(
@@ -41,7 +41,7 @@ def finetune(
     after 20 and 40 of 60 epochs. The best epoch is chosen on the pictures it is judged on.
 
     Departure: a batch is the card's only where an epoch then has eight steps, else an eighth of
-    the labelled pictures (rounded down to a multiple of 8).
+    the labelled pictures (rounded down to a multiple of 8), but not under 16.
 
     Args:
         encoder: left as it is; on the device.
@@ -62,7 +62,7 @@ def finetune(
         {"params": list(layer.parameters()), "lr": card.head_lr},
     ]
     optimizer = sgd(groups, card)
-    asked = min(card.batch_size, max(2, len(bank) // LEAST_STEPS))
+    asked = min(card.batch_size, max(LEAST_BATCH, len(bank) // LEAST_STEPS))
     order = Order(len(bank), fitting(card.batch_size, min(asked, len(bank))), seed)
     spec = views.ViewSpec("finetune", shown.size, card.scale, VIEW)
     last_step = card.epochs * order.steps_per_epoch

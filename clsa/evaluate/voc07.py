@@ -25,7 +25,7 @@ from clsa.order import Order
 from clsa.protocols import Voc07Card
 from clsa.sources import Folder
 
-VIEW = 1003
+VIEW = 1005
 YEAR = "2007"
 THERE, ABSENT, DIFFICULT = 1, 0, -1
 NEEDS = "the voc07 protocols need VOC's folders (JPEGImages, Annotations, ImageSets)"
