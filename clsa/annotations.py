@@ -41,6 +41,7 @@ class Thing(NamedTuple):
         difficult: VOC's flag: when judging, neither to be found nor wrong to find.
         crowd: COCO's flag: one box around many of them.
         segmentation: COCO's polygons (x, y, x, y, ... in pixels) or run lengths; None without.
+        area: of the object in pixels, as COCO's file says; None without.
     """
 
     box: Box
@@ -48,6 +49,7 @@ class Thing(NamedTuple):
     difficult: bool = False
     crowd: bool = False
     segmentation: Segmentation | None = None
+    area: float | None = None
 
 
 class Annotated(NamedTuple):
@@ -247,7 +249,8 @@ def _coco_thing(item: dict[str, Any], label: int) -> Thing:
     elif outline:
         outline = [[_number(value) for value in polygon] for polygon in outline]
     crowd = int(item.get("iscrowd", 0)) == 1
-    return Thing((x, y, x + wide, y + high), label, False, crowd, outline or None)
+    area = _number(item["area"]) if "area" in item else None
+    return Thing((x, y, x + wide, y + high), label, False, crowd, outline or None, area)
 
 
 def _positions(classes: Sequence[str], found: set[str], path: Path) -> dict[str, int]:
