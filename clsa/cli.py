@@ -19,6 +19,7 @@ from clsa.command_options import (
     PredictOptions,
     PreviewOptions,
     ProtocolsOptions,
+    ScenesOptions,
     SweepOptions,
 )
 from clsa.config import Config, merge, nearest, read_yaml, to_yaml
@@ -210,6 +211,16 @@ def digest(args: list[str]) -> None:
     print(run_digest(options.run))
 
 
+def scenes(args: list[str]) -> None:
+    """Compose scenes with known objects from the embedded drawings, to try detection on."""
+    options = _parse("scenes", ScenesOptions, args)
+    from clsa.scenes import scenes as run
+
+    found = run(options)
+    print(f"{options.out}: {found.scenes} scenes, {found.things} objects", end="")
+    print(f", {found.hidden} of them hidden by more than half")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
@@ -222,6 +233,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep": sweep,
     "recipes": recipes,
     "digest": digest,
+    "scenes": scenes,
 }
 
 

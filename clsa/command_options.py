@@ -155,3 +155,27 @@ class DemoOptions(Config):
     """Passes over the drawings."""
     seed: Seed = 0
     """Of everything random."""
+
+
+class ScenesOptions(Config):
+    """Scenes with known objects, made of the embedded drawings."""
+
+    out: Path = Path("scenes")
+    """Folder to write, new or empty."""
+    layout: Literal["coco", "voc"] = "coco"
+    """coco: train/, val/ and annotations/ with boxes and masks; voc: VOCdevkit/VOC2007 with boxes
+    and, for objects hidden by more than half, the flag `difficult`."""
+    size: Annotated[int, pydantic.Field(ge=32, le=512)] = 128
+    """Side of a scene in pixels; its objects are 0.19 to 0.5 of it."""
+    train: Count = 400
+    """Scenes to learn from, of the train drawings."""
+    test: Count = 200
+    """Scenes to judge on, of the val drawings."""
+    classes: Annotated[int, pydantic.Field(ge=1, le=10)] = 8
+    """The first so many of flag, people, vehicle, card, mammal, arrow, tool, fruit-veg, plant,
+    music: those of the most drawings first."""
+    backgrounds: str | None = None
+    """Photographs to cut the grounds from, in any form that `clsa pretrain --data` takes (default:
+    seeded textures)."""
+    seed: Seed = 0
+    """Of what is pasted where, and of the textures."""

@@ -19,7 +19,7 @@ ORDER = [
     "protocols", "command_options", "extras",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
     "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
-    "annotations",
+    "annotations", "scenes",
     "models", "bank",
     "losses", "mixing", "assignments", "clustering", "neighbours", "optim",
     "methods.method", "methods.moco", "methods.simclr", "methods.byol", "methods.simsiam",
