@@ -13,6 +13,7 @@ import tyro
 from clsa import __version__
 from clsa.command_options import (
     DemoOptions,
+    DiagnoseOptions,
     EmbedOptions,
     EvaluateOptions,
     PackOptions,
@@ -163,6 +164,21 @@ def digest(args: list[str]) -> None:
     print(run_digest(options.run))
 
 
+def diagnose(args: list[str]) -> None:
+    """Look into a run: positives, classes, spread, distortions; numbers and figures."""
+    options = _parse("diagnose", DiagnoseOptions, args)
+    from rich.console import Console
+
+    from clsa.diagnose import diagnose as run
+    from clsa.diagnose import table
+
+    findings, numbers, figures = run(options)
+    Console().print(table(findings))
+    print(f"All numbers: {numbers}")
+    if figures:
+        print(f"Figures: {', '.join(path.name for path in figures)} in {numbers.parent}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
@@ -173,6 +189,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sweep": sweep,
     "recipes": recipes,
     "digest": digest,
+    "diagnose": diagnose,
 }
 
 

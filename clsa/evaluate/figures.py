@@ -167,7 +167,7 @@ def tsne(features: Float[np.ndarray, "n F"], seed: int) -> Float[np.ndarray, "n 
 def maps(
     places: Mapping[str, Float[np.ndarray, "n 2"]],
     labels: Int64[np.ndarray, " n"],
-    classes: Sequence[str],
+    classes: list[str],
     note: str,
 ) -> bytes:
     """t-SNE, a panel an encoder, coloured by class: the `MAX_NAMED` largest, the others gray.
@@ -310,7 +310,9 @@ def operation_maps(
     for axis, (name, effects) in zip(axes, found.items(), strict=True):
         image = axis.imshow(grids[name], cmap=colors, vmin=0, vmax=top or 1.0, aspect="auto")
         for each in effects:
-            _write_cell(axis, each, getattr(each, field), image, width)
+            value = getattr(each, field)
+            text = f"{value:.0f}" if field == "retrieved" else f"{value:.2f}"
+            _write_cell(axis, each, text, image.cmap(image.norm(value)), width)
         axis.set_yticks(range(len(OPERATIONS)), OPERATIONS, fontsize=9)
         axis.set_xticks(range(width), ["weakest", *[""] * (width - 2), "strongest"], fontsize=9)
         axis.tick_params(length=0)
@@ -321,13 +323,16 @@ def operation_maps(
     return _png(figure)
 
 
-def _write_cell(axis: Any, effect: Effect, value: float, image: Any, width: int) -> None:
+def _write_cell(
+    axis: Any, effect: Effect, text: str, color: tuple[float, float, float, float], width: int
+) -> None:
     """The value, and below it the magnitude; black on light, white on dark."""
-    red, green, blue, _ = image.cmap(image.norm(value))
+    red, green, blue, _ = color
     ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
     switch = effect.operation in SWITCHES
-    place = ((width - 1) / 2 if switch else effect.strength, OPERATIONS.index(effect.operation))
-    text = f"{value:.0f}" if effect.divergence != value else f"{value:.2f}"
+    column = (width - 1) / 2 if switch else effect.strength
+    row = OPERATIONS.index(effect.operation)
     told = "on" if switch else effect.told()
-    axis.text(place[0], place[1] - 0.14, text, ha="center", va="center", color=ink, fontsize=9)
-    axis.text(place[0], place[1] + 0.28, told, ha="center", va="center", color=ink, fontsize=6.5)
+    middle = {"ha": "center", "va": "center", "color": ink}
+    axis.text(column, row - 0.14, text, fontsize=9, **middle)
+    axis.text(column, row + 0.28, told, fontsize=6.5, **middle)
