@@ -21,32 +21,26 @@ from clsa.networks import Opened
 NUMBERS = "diagnostics.json"
 # What the table shows: part, number, its name for people, and what is good of it.
 SHOWN = (
-    ("similarity", "P+ weak quantile 0.5", "P+ of weak queries, median", "far above chance"),
-    ("similarity", "P+ strong quantile 0.5", "P+ of strong queries, median", "near the weak one"),
-    (
-        "similarity", "P+ distance of weak and strong curve",
-        "P+ curves of weak and strong, distance", "0: alike; 1: apart",
-    ),
-    (
-        "similarity", "Var- distance of weak and strong curve",
-        "Var- curves of weak and strong, distance", "0: alike; 1: apart",
-    ),
-    ("similarity", "entropy weak", "entropy over the bank, nats", "below ln(bank), not 0"),
-    ("similarity", "KL weak strong", "KL(weak || strong), nats", "low, retrieval being high"),
-    ("similarity", "retrieval weak", "own key found by weak query, %", "high"),
-    ("similarity", "retrieval strong", "own key found by strong query, %", "near the weak one"),
-    ("neighbours", "20-NN clean", "20-NN of centre crops, %", "high"),
-    ("neighbours", "20-NN strong", "20-NN of strong queries, %", "near that of centre crops"),
-    ("classes", "within classes", "cosine within classes", "high, those between being low"),
+    ("similarity", "P+ weak quantile 0.5", "P+ weak, median", "far above chance"),
+    ("similarity", "P+ strong quantile 0.5", "P+ strong, median", "near weak"),
+    ("similarity", "P+ distance", "P+ weak/strong distance", "0 alike, 1 apart"),
+    ("similarity", "Var- distance", "Var- weak/strong distance", "0 alike, 1 apart"),
+    ("similarity", "entropy weak", "entropy over bank, nats", "below ln(bank)"),
+    ("similarity", "KL weak strong", "KL(weak || strong), nats", "low, keys being found"),
+    ("similarity", "retrieval weak", "own key found by weak, %", "high"),
+    ("similarity", "retrieval strong", "own key found by strong, %", "near weak"),
+    ("neighbours", "20-NN clean", "20-NN centre crops, %", "high"),
+    ("neighbours", "20-NN strong", "20-NN strong queries, %", "near centre crops"),
+    ("classes", "within classes", "cosine within classes", "far above between"),
     ("classes", "between classes", "cosine between classes", "low"),
-    ("spread", "alignment of features", "alignment of features", "low, uniformity being low"),
-    ("spread", "uniformity of features", "uniformity of features", "low: -4 is all over; 0: equal"),
-    ("spread", "rank of features", "RankMe of features", "high: directions in use"),
+    ("spread", "alignment of features", "alignment of features", "low, if spread"),
+    ("spread", "uniformity of features", "uniformity of features", "low (0: collapsed)"),
+    ("spread", "rank of features", "RankMe of features", "high"),
     ("spread", "rank of projections", "RankMe of projections", "high"),
-    ("spread", "spread of features", "deviation of features", "near 1; 0: collapsed"),
-    ("operations", "mean retrieval", "found again when distorted, %", "high"),
-    ("operations", "mean KL", "KL(clean || distorted), nats", "low, retrieval being high"),
-)  # fmt: skip
+    ("spread", "spread of features", "deviation of features", "near 1 (0: collapsed)"),
+    ("operations", "mean retrieval", "found again distorted, %", "high"),
+    ("operations", "mean KL", "KL(clean || distorted)", "low, if found again"),
+)
 
 
 def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]:

@@ -68,7 +68,7 @@ def similarity(bench: Bench) -> Part:
             add(f"retrieval {kind}", 100 * stand.retrieved.double().mean().item(), "%")
         for name, field in (("P+", "positive"), ("Var-", "variance")):
             apart = diagnostics.curve_distance(*(getattr(each, field) for each in stands.values()))
-            add(f"{name} distance of weak and strong curve", apart, "")
+            add(f"{name} distance", apart, "")
         add("KL weak strong", diagnostics.divergence(weak, strong, bank, T).mean().item(), "nats")
         curves = [[_array(getattr(stand, field)) for stand in stands.values()]
                   for field in ("positive", "variance")]  # fmt: skip

@@ -25,7 +25,7 @@ MARKERS = ("o", "s", "^")
 MAX_NAMED = 12
 MAX_BARS = 24
 MAX_TSNE = 2000
-NUM_BINS = 60
+MOST_BINS = 60
 DPI = 110
 
 
@@ -108,7 +108,7 @@ def _histograms(axis: Any, curve: Curve) -> None:
     low, high = np.quantile(np.concatenate([weak, strong]), [0.001, 1.0])
     if high < low * 1.01:  # a single value
         low, high = low / 1.1, high * 1.1
-    edges = np.geomspace(low, high, NUM_BINS)
+    edges = np.geomspace(low, high, int(np.clip(1.5 * len(weak) ** 0.5, 12, MOST_BINS)))
     for values, color, name in ((weak, WEAK, "weak"), (strong, STRONG, "strong")):
         shown = np.clip(values, low, high)
         axis.hist(shown, edges, histtype="stepfilled", color=color, alpha=0.3)
@@ -118,7 +118,7 @@ def _histograms(axis: Any, curve: Curve) -> None:
     axis.set_xscale("log")
     if high < 10 * low:  # too narrow for powers of ten: numbers as they are
         ticks = np.geomspace(low, high, 4)
-        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
+        axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
         axis.set_xticks([], minor=True)
 
 
@@ -205,7 +205,7 @@ def maps(
 def class_bars(
     found: Mapping[str, Mapping[str, float]], between: Mapping[str, float], note: str
 ) -> bytes:
-    """Mean cosine within each class, bars by encoder; a line at the mean between classes.
+    """Mean cosine within each class, as bars from the mean cosine between classes.
 
     Args:
         found: by encoder, then by name of the class; of more than `MAX_BARS` classes an even
@@ -213,24 +213,23 @@ def class_bars(
         between: of two classes, by encoder.
         note: small print.
     """
-    title = "Are pictures of a class more alike than others? (bars well above the dashed line)"
-    figure = _figure(4.6 * len(found), 5.2, title, note)
+    title = "Are pictures of a class more alike than others? (bars to the right = they are)"
+    figure = _figure(4.8 * len(found), 5.4, title, note)
     last = found[list(found)[-1]]
     order = sorted(last, key=lambda name: last[name])
     if len(order) > MAX_BARS:
-        chosen = np.linspace(0, len(order) - 1, MAX_BARS).round().astype(int)
-        order = [order[i] for i in chosen]
-    axes = _axes(figure, 1, len(found), sharey=True)[0]
+        order = [order[i] for i in np.linspace(0, len(order) - 1, MAX_BARS).round().astype(int)]
+    axes = _axes(figure, 1, len(found), sharex=True, sharey=True)[0]
     for axis, (name, values) in zip(axes, found.items(), strict=True):
-        color = RANDOM if name == "random" else TRAINED
-        axis.barh(order, [values[each] for each in order], color=color)
-        mean = float(np.mean(list(values.values())))
-        axis.axvline(mean, color="black", linewidth=1, label=f"mean within {mean:.3f}")
-        label = f"mean between {between[name]:.3f}"
-        axis.axvline(between[name], color=STRONG, linestyle="--", linewidth=1.2, label=label)
+        start, mean = between[name], float(np.mean(list(values.values())))
+        start = 0.0 if np.isnan(start) else start  # there is one class
+        lengths = [values[each] - start for each in order]
+        axis.barh(order, lengths, left=start, color=RANDOM if name == "random" else TRAINED)
+        axis.axvline(start, color=STRONG, linestyle="--", linewidth=1.2)
+        axis.axvline(mean, color="black", linewidth=1)
         axis.set_title(f"{name} encoder", fontsize=10, loc="left")
-        axis.set_xlabel("mean cosine of two pictures of the class", fontsize=9)
-        axis.legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none", loc="lower right")
+        told = f"dashed: between classes {between[name]:.3f}, line: within {mean:.3f}"
+        axis.set_xlabel(f"mean cosine of two pictures of the class\n{told}", fontsize=9)
     return _png(figure)
 
 
@@ -248,7 +247,7 @@ def spread(found: Sequence[Spread], note: str) -> bytes:
         values = [getattr(each, name) for each in found]
         colors = [RANDOM if each.name.startswith("random") else TRAINED for each in found]
         bars = axis.bar(range(len(found)), values, 0.6, color=colors)
-        axis.bar_label(bars, fmt=form, fontsize=8)
+        axis.bar_label(bars, fmt=form, fontsize=8, padding=2)
         of = [f"\n(of {each.width})" if name == "rank" else "" for each in found]
         ticks = [each.name.replace(" ", "\n") + more for each, more in zip(found, of, strict=True)]
         axis.set_xticks(range(len(found)), ticks, fontsize=8)

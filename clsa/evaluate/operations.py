@@ -45,6 +45,7 @@ class Effect(NamedTuple):
         if self.operation in SWITCHES:
             return ""
         sign = "±" if self.operation in geometry.AFFINE_OPS else ""
+        sign = "≥" if self.operation == "Solarize" else sign
         return f"{sign}{self.amount:.3g}{UNITS.get(self.operation, '')}"
 
 
