@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clsa.bench import LEAST, Bench, Part, spread_over
@@ -165,31 +166,39 @@ def classes(bench: Bench) -> Part:
 def spread(bench: Bench) -> Part:
     """Alignment, uniformity, RankMe and singular values of features, and of projections."""
     specs, rows = bench.specs(), spread_over(len(bench.source), bench.options.num_pictures)
-    encoders = {f"{each.name} features": (each, each.encoder) for each in bench.subjects}
-    heads = {f"{each.name} projections": (each, each.query) for each in bench.subjects}
-    subjects = encoders | {name: (each, head) for name, (each, head) in heads.items() if head}
-    modules = [module for _, module in subjects.values() if module is not None]
+    encoders = [each.encoder for each in bench.subjects]
     images = centre_views(bench.source, rows, bench.views, bench.device)
-    kept, centres = bench.through(images, modules)
-    first, second = (bench.encoded(specs[kind], kept, modules)[1] for kind in ("key", "weak"))
+    kept, centres = bench.through(images, encoders)
+    first, second = (bench.encoded(specs[kind], kept, encoders)[1] for kind in ("key", "weak"))
+    seen = [
+        (f"{subject.name} features", subject, three)
+        for subject, *three in zip(bench.subjects, centres, first, second, strict=True)
+    ]
+    seen += [
+        (
+            f"{subject.name} projections",
+            subject,
+            [_projected(subject.query, each) for each in three],
+        )
+        for _, subject, three in seen
+        if subject.query is not None
+    ]
     found, spectra, findings, n = [], {}, [], len(kept)
-    for k, (name, (subject, _)) in enumerate(subjects.items()):
+    for name, subject, (centre, one, other) in seen:
         values = {
-            "alignment": diagnostics.alignment(first[k], second[k]),
-            "uniformity": diagnostics.uniformity(centres[k]),
-            "rank": diagnostics.rankme(centres[k]),
-            "spread": diagnostics.feature_spread(centres[k]),
+            "alignment": diagnostics.alignment(one, other),
+            "uniformity": diagnostics.uniformity(centre),
+            "rank": diagnostics.rankme(centre),
+            "spread": diagnostics.feature_spread(centre),
         }
         kind = name.removeprefix(f"{subject.name} ")
         for what, value in values.items():
             findings.append(
                 bench.finding("spread", f"{what} of {kind}", value, "", subject, n, kind)
             )
-        width = centres[k].shape[1]
-        found.append(
-            figures.Spread(name, values["alignment"], values["uniformity"], values["rank"], width)
-        )
-        spectra[name] = _array(diagnostics.singular_values(centres[k]))
+        shown = (values["alignment"], values["uniformity"], values["rank"], centre.shape[1])
+        found.append(figures.Spread(name, *shown))
+        spectra[name] = _array(diagnostics.singular_values(centre))
     note = bench.note(n)
     draw = {
         "spread": lambda: figures.spread(found, note),
@@ -240,6 +249,12 @@ PARTS: dict[str, Callable[[Bench], Part]] = {
     "operations": distortions,
 }
 NEEDS_LABELS = ("neighbours", "classes")
+
+
+@torch.no_grad()
+def _projected(network: Network, features: Tensor) -> Tensor:
+    """Unit projections from the features of the network's encoder."""
+    return F.normalize(network.projector(features).float(), dim=1)
 
 
 def _quantiles(values: Tensor) -> list[float]:
