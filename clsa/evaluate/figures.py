@@ -214,11 +214,12 @@ def class_bars(
         note: small print.
     """
     title = "Are pictures of a class more alike than others? (bars to the right = they are)"
-    figure = _figure(4.8 * len(found), 5.4, title, note)
     last = found[list(found)[-1]]
     order = sorted(last, key=lambda name: last[name])
     if len(order) > MAX_BARS:
+        note += f" · {MAX_BARS} of {len(order)} classes, from the most to the least alike"
         order = [order[i] for i in np.linspace(0, len(order) - 1, MAX_BARS).round().astype(int)]
+    figure = _figure(4.8 * len(found), 5.4, title, note)
     axes = _axes(figure, 1, len(found), sharex=True, sharey=True)[0]
     for axis, (name, values) in zip(axes, found.items(), strict=True):
         start, mean = between[name], float(np.mean(list(values.values())))
@@ -279,7 +280,7 @@ def spectrum(found: Mapping[str, Float[np.ndarray, " r"]], note: str) -> bytes:
 
 
 RETRIEVED = ("retrieved", "share of pictures found again in percent", "cividis")
-DIVERGENCE = ("divergence", "mean KL(clean || distorted) in nats", "cividis_r")
+DIVERGENCE = ("divergence", "KL in nats", "cividis_r")
 
 
 def operation_maps(
@@ -294,7 +295,8 @@ def operation_maps(
     """
     field, label, colors = measure
     verb = "break retrieval" if field == "retrieved" else "change similarities"
-    title = f"Which distortions {verb}? (dark = it does; left weakest, right strongest)"
+    scale = "" if field == "retrieved" else f"; {label}; a scale each"
+    title = f"Which distortions {verb}? (dark = it does; left weakest, right strongest{scale})"
     figure = _figure(5.6 * len(found) + 1.2, 6.4, title, note)
     axes = _axes(figure, 1, len(found), sharey=True)[0]
     width = 1 + max(each.strength for effects in found.values() for each in effects)
@@ -304,21 +306,23 @@ def operation_maps(
         for each in effects:
             row, value = OPERATIONS.index(each.operation), getattr(each, field)
             grids[name][row, slice(None) if each.operation in SWITCHES else each.strength] = value
-    top = 100.0 if field == "retrieved" else max(np.nanmax(grid) for grid in grids.values())
-    image = None
+    image, share = None, field == "retrieved"
     for axis, (name, effects) in zip(axes, found.items(), strict=True):
-        image = axis.imshow(grids[name], cmap=colors, vmin=0, vmax=top or 1.0, aspect="auto")
+        top = 100.0 if share else np.nanmax(grids[name]) or 1.0
+        image = axis.imshow(grids[name], cmap=colors, vmin=0, vmax=top, aspect="auto")
         for each in effects:
             value = getattr(each, field)
-            text = f"{value:.0f}" if field == "retrieved" else f"{value:.2f}"
+            text = f"{value:.0f}" if share else f"{value:.2g}"
             _write_cell(axis, each, text, image.cmap(image.norm(value)), width)
         axis.set_yticks(range(len(OPERATIONS)), OPERATIONS, fontsize=9)
         axis.set_xticks(range(width), ["weakest", *[""] * (width - 2), "strongest"], fontsize=9)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set_title(f"{name} encoder", fontsize=10, loc="left")
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.8, pad=0.01)
-    bar.set_label(label, fontsize=9)
+        if not share:  # an untrained encoder's are a hundredth of a trained one's
+            figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02).ax.tick_params(labelsize=8)
+    if share:
+        figure.colorbar(image, ax=list(axes), shrink=0.8, pad=0.01).set_label(label, fontsize=9)
     return _png(figure)
 
 
