@@ -227,7 +227,8 @@ def distortions(bench: Bench) -> Part:
             findings.append(bench.finding("operations", name, value, unit, of, n, settings))
 
         for effect in effects:
-            name = f"{effect.operation} {effect.told()}".strip()
+            level = f" v={effect.level} {effect.told()}" if effect.level else ""
+            name = f"{effect.operation}{level}"
             add(f"{name} retrieval", effect.retrieved, "%")
             add(f"{name} KL", effect.divergence, "nats")
             add(f"{name} cosine", effect.cosine, "cosine")

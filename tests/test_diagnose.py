@@ -103,6 +103,7 @@ def test_numbers_are_written_with_what_they_depend_on(
     random = Network(open_run(run).facts.model, seed=0).encoder
     assert digests["random"] == checkpoint.digest(random.state_dict())
     assert {"step 3"} == set(digests) - {"random", "trained"}
+    assert len(by_name(findings)) == len(findings)  # no name twice
     assert all(each.seed == 0 and each.n > 0 and each.data_digest for each in findings)
     assert all(np.isfinite(each.value) for each in findings)
 
@@ -303,6 +304,8 @@ def test_the_table_has_a_word_for_each_number(
 def test_figures_take_what_is_odd() -> None:
     same = np.full(5, 0.25)
     curve = Curve("random", same, same)
+    wide = Curve("trained", np.geomspace(1e-7, 2e-6, 5), np.geomspace(1e-6, 1, 5))
+    assert similarity([wide], [wide], 3, "").startswith(b"\x89PNG")
     assert similarity([curve], [Curve("random", 0 * same, 0 * same)], 3, "").startswith(b"\x89PNG")
     assert neighbours({"random": (0.0, 0.0)}, "").startswith(b"\x89PNG")
     places = {"trained": np.arange(8.0).reshape(4, 2)}

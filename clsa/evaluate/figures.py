@@ -116,7 +116,8 @@ def _histograms(axis: Any, curve: Curve) -> None:
         label = f"{name}, median {np.median(values):.2g}"
         axis.axvline(np.median(values), color=color, linewidth=1.2, linestyle="--", label=label)
     axis.set_xscale("log")
-    if high < 10 * low:  # too narrow for powers of ten: numbers as they are
+    axis.tick_params(which="minor", labelbottom=False)
+    if high < 30 * low:  # too narrow for powers of ten: numbers as they are
         ticks = np.geomspace(low, high, 4)
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
         axis.set_xticks([], minor=True)
