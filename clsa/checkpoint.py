@@ -104,6 +104,15 @@ def load_newest(folder: Path) -> Saved | None:
     return None
 
 
+def load_each(folder: Path) -> Iterator[Saved]:
+    """Every whole checkpoint but the copies of the best, oldest first, one at a time."""
+    for manifest in reversed(_numbered(folder, STEP)):
+        try:
+            yield Saved(_load_verified(manifest), manifest.with_suffix(".ckpt"), [])
+        except (OSError, ValueError):
+            continue
+
+
 def _load_verified(manifest: Path) -> dict[str, Any]:
     path = manifest.with_suffix(".ckpt")
     with open(path, "rb") as file:

@@ -13,6 +13,7 @@ import tyro
 from clsa import __version__
 from clsa.command_options import (
     DemoOptions,
+    DiagnoseOptions,
     EmbedOptions,
     EvaluateOptions,
     PackOptions,
@@ -221,19 +222,35 @@ def scenes(args: list[str]) -> None:
     print(f", {found.hidden} of them hidden by more than half")
 
 
+def diagnose(args: list[str]) -> None:
+    """Look into a run: positives, classes, spread, distortions; numbers and figures."""
+    options = _parse("diagnose", DiagnoseOptions, args)
+    from rich.console import Console
+
+    from clsa.diagnose import diagnose as run
+    from clsa.diagnose import table
+
+    findings, numbers, figures = run(options)
+    Console().print(table(findings))
+    print(f"All numbers: {numbers}")
+    if figures:
+        print(f"Figures: {', '.join(path.name for path in figures)} in {numbers.parent}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "protocols": protocols,
     "predict": predict,
+    "diagnose": diagnose,
     "embed": embed,
     "preview": preview,
+    "scenes": scenes,
     "pack": pack,
     "sweep": sweep,
     "recipes": recipes,
     "digest": digest,
-    "scenes": scenes,
 }
 
 

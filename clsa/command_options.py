@@ -10,6 +10,8 @@ from clsa.config import Config, Count, Positive
 from clsa.options import DataOptions, Seed
 from clsa.protocols import Name
 
+Diagnosis = Literal["similarity", "neighbours", "classes", "spread", "operations"]
+
 
 class EvaluateOptions(Config):
     """How features are judged: protocol cards (`clsa protocols` lists them)."""
@@ -142,6 +144,35 @@ class SweepOptions(Config):
     """auto, cpu, cuda or cuda:N."""
     dry_run: bool = False
     """Check everything and list the runs; run nothing."""
+
+
+class DiagnoseOptions(Config):
+    """What a run's networks make of pictures, beside their random start."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder (of a run in stages, one of its stage-N), or an encoder.safetensors."""
+    data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
+    out: Path | None = None
+    """Folder of diagnostics.json and the figures (default: diagnostics in the run folder)."""
+    only: tuple[Diagnosis, ...] = ()
+    """Parts (default: all). similarity: probability of positives and variance of negatives, weak
+    and strong queries; neighbours: 20-NN of centre crops and strong queries, kept checkpoints too;
+    classes: cosines within and between classes, t-SNE; spread: alignment, uniformity, RankMe;
+    operations: which distortions at which magnitude break retrieval."""
+    num_pictures: Annotated[int, pydantic.Field(ge=4)] = 2000
+    """Pictures, spread over the set, of neighbours, classes and spread."""
+    queries: Annotated[int, pydantic.Field(ge=4)] = 2000
+    """Pictures, spread over the set, whose weak and strong views are queries of similarity."""
+    bank: Annotated[int, pydantic.Field(ge=4)] = 65536
+    """Keys of other pictures that they are compared with, at most what the set has."""
+    num_distorted: Annotated[int, pydantic.Field(ge=4)] = 500
+    """Pictures, spread over the set, of operations."""
+    seed: Seed = 0
+    """Of the views, of t-SNE and, where there are no test pictures, of the hold-out."""
+    batch_size: Count = 256
+    """Pictures at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
 
 
 class DemoOptions(Config):
