@@ -24,6 +24,8 @@ from clsa.diagnose import diagnose, table
 from clsa.errors import Exit
 from clsa.evaluate.figures import Curve, Spread, maps, neighbours, similarity, tsne
 from clsa.evaluate.run import evaluate
+from clsa.methods import build_method
+from clsa.methods.method import Extent
 from clsa.models import Network
 from clsa.networks import kept_encoders, open_run
 from clsa.options import DataOptions, RunOptions
@@ -204,6 +206,44 @@ def test_methods_without_keys_without_bank_and_with_labels(
     assert json.loads(numbers.read_text("utf-8"))["temperature"] == temperature
     assert all(np.isfinite(each.value) for each in findings)
     assert [path.stem for path in written] == ["similarity", "spread", "spectrum"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "over", "prefix"),
+    [
+        ("continual-small", {"stages": ["classes:3"], "stronger": True}, "base.base."),
+        ("continual-small", {"stages": ["classes:3"]}, "base."),
+        ("clim-small", {"mixture": {"num_clusters": 4}}, "base."),
+        ("moco-v2-small", {}, ""),
+    ],
+)
+def test_networks_are_those_of_the_innermost_method(
+    recipe: str, over: dict, prefix: str, drawings: Path, tmp_path: Path
+) -> None:
+    """Not, for one, the teacher of continual pretraining."""
+    small = {
+        "recipe": recipe,
+        "out": str(tmp_path),
+        "data": {"data": str(drawings)},
+        "views": {"size": 16},
+        "strong": {"sizes": (16,)},
+    }
+    options = resolve(merge(small, over))
+    method = build_method(options, Extent(48, 3, 1, 1, np.zeros(48, np.int64)))
+    state = method.state_dict()
+    for name in state:
+        if state[name].is_floating_point():
+            state[name] = torch.randn(state[name].shape, generator=torch.Generator().manual_seed(7))
+            if name.startswith(prefix + "key_network."):
+                state[name] += 1
+    (tmp_path / "config.yaml").write_text(options.to_yaml())
+    saved = {"method": state, "step": 1, "data_digest": ""}
+    checkpoint.save(tmp_path / "checkpoints", "step-000001", saved, {"step": 1})
+    _, trained = open_run(tmp_path).subjects
+    assert trained.query is not None and trained.key is not None
+    for network, name in ((trained.query, "network"), (trained.key, "key_network")):
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, state[f"{prefix}{name}.{key}"])
 
 
 # ---- what is left out, and what is refused
