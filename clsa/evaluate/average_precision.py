@@ -1,0 +1,45 @@
+"""Average precision of a ranking, by both of VOC's conventions."""
+
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+Points = Literal["all", "11"]
+
+
+def average_precision(
+    right: Bool[np.ndarray, " n"], num_positives: int, points: Points = "all"
+) -> float:
+    """Average precision, in [0, 1], of answers that are ranked by falling score.
+
+    With P(k) and R(k) the precision and the recall of the first k answers: "all" (VOC from 2010 on)
+    sums (R(k) - R(k-1)) max_{j >= k} P(j); "11" (VOC 2007) is the mean over r in {0, 0.1, ..., 1}
+    of max {P(k): R(k) >= r}, 0 where no R(k) reaches r. The ranking right, wrong, right of two
+    positives has 0.8333 and 0.8485.
+
+    Args:
+        right: whether each answer is right, the surest first.
+        num_positives: how many there were to find, found or not.
+        points: which convention.
+
+    Returns:
+        NaN without positives.
+    """
+    if num_positives == 0:
+        return float("nan")
+    precision, recall = curve(right, num_positives)
+    best = np.maximum.accumulate(precision[::-1])[::-1]  # of this and all later answers
+    if points == "all":
+        return float(np.sum(np.diff(recall, prepend=0.0) * best))
+    # counts, not shares, are compared: 0.1 * 3 is not 0.3
+    needed = np.searchsorted(np.cumsum(right) * 10, np.arange(11) * num_positives)
+    return float(np.append(best, 0.0)[needed].mean())
+
+
+def curve(
+    right: Bool[np.ndarray, " n"], num_positives: int
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Precision and recall of the first 1, 2, ... answers."""
+    found = np.cumsum(right)
+    return found / np.arange(1, len(right) + 1), found / num_positives
