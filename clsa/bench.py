@@ -13,8 +13,8 @@ from clsa import dist, views
 from clsa.command_options import DiagnoseOptions
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import drawn_views, encode
-from clsa.evaluate.subject import data_of
 from clsa.evaluate.split import Split, split
+from clsa.evaluate.subject import data_of
 from clsa.intake import open_source, open_val
 from clsa.networks import Subject, open_run
 from clsa.views import ViewSpec

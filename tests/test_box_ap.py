@@ -1,169 +1,208 @@
-import json
-from pathlib import Path
+"""Average precision: hand values, scikit-learn, pycocotools, and a slow copy of VOC's rule."""
+
+import contextlib
+import io
 
 import numpy as np
 import pytest
 
-from clsa.annotations import Annotated, Thing
-from clsa.evaluate.box_ap import Detections, coco_ap, overlaps, voc_ap
-from clsa.sources import Folder
+from clsa.annotations import Thing
+from clsa.evaluate.average_precision import average_precision
+from clsa.evaluate.box_ap import (
+    Detections,
+    coco_ap,
+    overlaps,
+    pack_mask,
+    voc_ap,
+    voc_matches,
+)
+from clsa.scenes import run_lengths
+
+NAN = float("nan")
 
 
-def found(*entries: tuple[float, tuple[float, float, float, float], int]) -> Detections:
-    """(score, box, label) of one picture."""
-    boxes = np.array([box for _, box, _ in entries], float).reshape(-1, 4)
-    scores = np.array([score for score, _, _ in entries], float)
-    return Detections(boxes, scores, np.array([label for _, _, label in entries], np.int64))
+@pytest.mark.parametrize(
+    ("right", "positives", "every", "eleven"),
+    [
+        ([1, 0, 1], 2, 0.833333, 0.848485),
+        ([1, 1], 2, 1.0, 1.0),
+        ([0, 0], 3, 0.0, 0.0),
+        ([], 3, 0.0, 0.0),
+        ([1], 2, 0.5, 6 / 11),  # recall 0.5 answers 0, .1, ..., .5
+        ([0, 1], 1, 0.5, 0.5),
+        ([1, 1, 1], 10, 0.3, 4 / 11),  # recall 0.3 is reached, though 3 * 0.1 > 0.3 in floats
+        ([1, 0], 0, NAN, NAN),
+    ],
+)
+def test_hand_values(right: list[int], positives: int, every: float, eleven: float) -> None:
+    flags = np.array(right, bool)
+    assert average_precision(flags, positives, "all") == pytest.approx(every, abs=1e-6, nan_ok=True)
+    assert average_precision(flags, positives, "11") == pytest.approx(eleven, abs=1e-6, nan_ok=True)
 
 
-def annotated(things: list[list[Thing]], classes: int = 1) -> Annotated:
-    names = [f"{i}.jpg" for i in range(len(things))]
-    source = Folder("/", names, np.full(len(names), -1, np.int64), [])
-    return Annotated(source, [f"c{k}" for k in range(classes)], things, list(range(len(things))))
+def test_where_precision_only_falls_it_is_scikit_learns() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    for right in ([1, 1, 0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1]):
+        theirs = metrics.average_precision_score(right, -np.arange(len(right)))
+        ours = average_precision(np.array(right, bool), sum(right))
+        assert ours == pytest.approx(theirs)
+    right = np.array([0, 1, 1, 0, 1], bool)  # where it rises, the envelope lies above
+    assert average_precision(right, 3) > metrics.average_precision_score(right, -np.arange(5))
 
 
-BOX, FAR = (0.0, 0.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0)
+def test_overlap_counts_pixels_as_vocs_code_does() -> None:
+    # inclusive pixels 1..10 and 6..15 there: 5 x 10 shared of 150
+    boxes, others = np.array([[0, 0, 10, 10.0]]), np.array([[5, 0, 15, 10.0], [10, 0, 20, 10.0]])
+    assert overlaps(boxes, others).tolist() == [[pytest.approx(1 / 3), 0.0]]
+    assert overlaps(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0.0]]
 
 
-def test_overlap_counts_pixels() -> None:
-    """VOC's boxes 1..10 and 6..15 share 5 of 15 columns; as edges (0, 10) and (5, 15)."""
-    pair = overlaps(np.array([BOX]), np.array([(5.0, 0.0, 15.0, 10.0), FAR, BOX]))
-    assert pair.tolist() == [[pytest.approx(1 / 3), 0.0, 1.0]]
+def detections(*rows: tuple[float, ...]) -> Detections:
+    """Rows of x1, y1, x2, y2, score, label."""
+    table = np.array(rows, float).reshape(-1, 6)
+    return Detections(table[:, :4], table[:, 4], table[:, 5].astype(int))
 
 
-def test_the_hand_computed_ranking() -> None:
-    """Right, wrong, right with two to find: 0.8333 of all points, 0.8485 of eleven."""
-    things = [[Thing(BOX, 0), Thing(FAR, 0)]]
-    answers = found((0.9, BOX, 0), (0.8, (20, 20, 30, 30), 0), (0.7, FAR, 0))
-    values = voc_ap([answers], things, 1)
-    assert values["AP50"] == pytest.approx(83.3333, abs=1e-4)
-    assert values["AP50-11pt"] == pytest.approx(84.8485, abs=1e-4)
-    assert values["AP75"] == values["AP"] == values["AP50"]
-
-
-def test_the_second_to_find_an_object_is_wrong() -> None:
-    things = [[Thing(BOX, 0)]]
-    twice = voc_ap([found((0.9, BOX, 0), (0.8, BOX, 0))], things, 1)
-    assert twice["AP50"] == 100.0
-    shifted = found((0.9, (0, 0, 9, 10), 0), (0.8, BOX, 0))  # the surer one has it
-    assert voc_ap([shifted], things, 1)["AP50"] == 100.0
-    assert voc_ap([shifted], things, 1)["AP"] < 100.0
-
-
-def test_difficult_objects_count_for_nothing() -> None:
-    things = [[Thing(BOX, 0, difficult=True), Thing(FAR, 0)]]
-    answers = found((0.9, BOX, 0), (0.8, FAR, 0))
-    assert voc_ap([answers], things, 1)["AP50"] == 100.0
-    plain = [[Thing(BOX, 0), Thing(FAR, 0)]]
-    assert voc_ap([found((0.9, BOX, 0))], plain, 1)["AP50"] == 50.0
-    assert voc_ap([found((0.9, BOX, 0), (0.8, BOX, 0), (0.7, FAR, 0))], things, 1)["AP50"] == 100.0
-
-
-def test_half_overlap_is_not_enough() -> None:
-    """More than .5, as in the devkit's Python and in detectron2."""
-    assert voc_ap([found((0.9, (0, 0, 5, 10), 0))], [[Thing(BOX, 0)]], 1)["AP50"] == 0.0
-    assert voc_ap([found((0.9, (0, 0, 5.1, 10), 0))], [[Thing(BOX, 0)]], 1)["AP50"] == 100.0
-
-
-def test_classes_are_averaged_and_empty_ones_left_out() -> None:
-    things = [[Thing(BOX, 0)], [Thing(FAR, 2)]]
-    answers = [found((0.9, BOX, 0), (0.8, BOX, 1)), found()]
-    assert voc_ap(answers, things, 4)["AP50"] == 50.0
-    assert voc_ap([found(), found()], things, 4)["AP50"] == 0.0
-    assert voc_ap([found((0.9, BOX, 2)), found()], [[], []], 4)["AP"] == 0.0
-
-
-def random_case(seed: int) -> tuple[list[Detections], Annotated]:
-    """Noisy detections of random squares, some missed, some invented; three sizes, crowds."""
-    drawn = np.random.default_rng(seed)
-    things, answers = [], []
-    for _ in range(12):
-        here, entries = [], []
-        for _ in range(drawn.integers(0, 5)):
-            side = drawn.choice([12, 50, 120])
-            x, y = drawn.integers(0, 60, 2)
-            label = int(drawn.integers(0, 3))
-            box = (float(x), float(y), float(x + side), float(y + side * 0.8))
-            here.append(Thing(box, label, crowd=bool(drawn.random() < 0.1)))
-            if drawn.random() < 0.8:
-                shaken = tuple((np.array(box) + drawn.normal(0, side * 0.06, 4)).tolist())
-                entries.append((float(drawn.random()), shaken, label))
-            if drawn.random() < 0.4:
-                entries.append((float(drawn.random()) / 2, (5, 5, 40, 30), int(drawn.integers(3))))
-        things.append(here)
-        answers.append(found(*entries))
-    return answers, annotated(things, 3)
-
-
-def test_coco_equals_pycocotools_on_files(tmp_path: Path) -> None:
-    """The same case written as COCO's own files and judged by pycocotools alone."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    answers, truth = random_case(3)
-    entries, results = [], []
-    for i, things in enumerate(truth.things):
-        for thing in things:
-            x1, y1, x2, y2 = thing.box
-            box = [x1, y1, x2 - x1, y2 - y1]
-            entries.append(
-                {"id": len(entries) + 1, "image_id": i, "category_id": 10 + thing.label,
-                 "bbox": box, "area": box[2] * box[3], "iscrowd": int(thing.crowd)}
-            )  # fmt: skip
-        each = answers[i]
-        for box, score, label in zip(each.boxes, each.scores, each.labels, strict=True):
-            x1, y1, x2, y2 = box.tolist()
-            results.append(
-                {"image_id": i, "category_id": 10 + int(label), "score": float(score),
-                 "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            )  # fmt: skip
-    whole = {
-        "images": [{"id": i} for i in range(12)],
-        "annotations": entries,
-        "categories": [{"id": 10 + k, "name": str(k)} for k in range(3)],
-    }
-    (tmp_path / "truth.json").write_text(json.dumps(whole))
-    (tmp_path / "found.json").write_text(json.dumps(results))
-    coco = COCO(str(tmp_path / "truth.json"))
-    judged = COCOeval(coco, coco.loadRes(str(tmp_path / "found.json")), "bbox")
-    judged.evaluate()
-    judged.accumulate()
-    judged.summarize()
-    values = coco_ap(answers, truth)
-    wanted = dict(zip(("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L"), judged.stats, strict=False))
-    assert values == {name: pytest.approx(100 * value) for name, value in wanted.items()}
-    assert 5 < values["AP"] < values["AP50"] < 100
-
-
-def test_voc_and_coco_agree_where_their_rules_do() -> None:
-    """Perfect, empty and disjoint answers; elsewhere COCO samples precision at 101 recalls."""
-    things = [[Thing(BOX, 0), Thing(FAR, 1)], [Thing(FAR, 0)]]
-    truth = annotated(things, 2)
-    perfect = [found((0.9, BOX, 0), (0.8, FAR, 1)), found((0.7, FAR, 0))]
-    assert voc_ap(perfect, things, 2)["AP"] == 100.0
-    assert coco_ap(perfect, truth)["AP"] == pytest.approx(100)
-    assert coco_ap([found(), found()], truth) == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-    answers, truth = random_case(5)
-    bare = [[thing for thing in each if not thing.crowd] for each in truth.things]
-    voc = voc_ap(answers, bare, 3)["AP50"]
-    coco = coco_ap(answers, truth._replace(things=bare))["AP50"]
-    assert voc == pytest.approx(coco, abs=1.5)
-
-
-def test_masks_are_judged_by_their_pixels() -> None:
-    mask = np.zeros((64, 64), bool)
-    mask[:10, :10] = True
-    outline = [[0.0, 0.0, 10.0, 0.0, 10.0, 10.0, 0.0, 10.0]]
-    truth = annotated([[Thing(BOX, 0, segmentation=outline)], []])
-    box = np.array([BOX])
-    right = Detections(box, np.array([0.9]), np.array([0]), mask[None])
-    none = Detections(
-        np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64), np.zeros((0, 64, 64), bool)
+def test_each_object_is_found_once_and_difficult_ones_count_neither_way() -> None:
+    plain, hard = Thing((0, 0, 10, 10), 0), Thing((20, 0, 30, 10), 0, difficult=True)
+    found = detections(
+        (20, 0, 30, 10, 0.95, 0),  # the difficult one: left out
+        (0, 0, 10, 10, 0.9, 0),
+        (0, 0, 10, 9, 0.8, 0),  # a second time: wrong
+        (50, 50, 60, 60, 0.7, 0),
+        (0, 0, 10, 10, 0.99, 1),  # another class
     )
-    values = coco_ap([right, none], truth, masks=True)
-    for name in ("AP", "mask-AP", "mask-AP_S"):
-        assert values[name] == pytest.approx(100)
-    half = mask.copy()
-    half[5:] = False
-    wrong = coco_ap([right._replace(masks=half[None]), none], truth, masks=True)
-    assert wrong["AP"] == pytest.approx(100) and wrong["mask-AP"] == pytest.approx(10)  # .5 only
+    right, positives = voc_matches([found], [[plain, hard]], 0, 0.5)
+    assert right.tolist() == [True, False, False] and positives == 1
+    half = detections((0, 0, 10, 5, 0.9, 0))  # an overlap of exactly 0.5 is enough
+    assert voc_matches([half], [[plain]], 0, 0.5)[0].tolist() == [True]
+
+
+def test_a_detection_is_not_passed_on_to_the_next_best_object() -> None:
+    things = [Thing((0, 0, 10, 10), 0), Thing((0, 0, 10, 8), 0)]
+    found = detections((0, 0, 10, 10, 0.9, 0), (0, 0, 10, 9.5, 0.8, 0))
+    assert voc_matches([found], [things], 0, 0.5)[0].tolist() == [True, False]
+
+
+def test_voc_means_over_the_classes_that_there_are() -> None:
+    things = [[Thing((0, 0, 10, 10), 0)], [Thing((0, 0, 10, 10), 0), Thing((0, 0, 8, 8), 2)]]
+    found = [
+        detections((0, 0, 10, 10, 0.9, 0), (0, 0, 5, 5, 0.2, 1)),
+        detections((40, 40, 50, 50, 0.8, 0), (0, 0, 10, 7, 0.7, 0)),
+    ]
+    values = voc_ap(found, things, 3)
+    # class 0 ranks right, wrong, right; class 2 is never found; class 1 has nothing to find
+    assert values["AP50"] == pytest.approx(100 * 0.833333 / 2, abs=1e-3)
+    assert values["AP50-11pt"] == pytest.approx(100 * 0.848485 / 2, abs=1e-3)
+    assert values["AP75"] == pytest.approx(100 * 0.5 / 2)
+    # an overlap of 0.7 counts at .5, .55, .6, .65, .7
+    assert values["AP"] == pytest.approx(100 * (0.833333 * 5 + 0.5 * 5) / 10 / 2, abs=1e-3)
+    assert np.isnan(voc_ap([detections()], [[]], 3)["AP50"])
+
+
+def random_case(seed: int) -> tuple[list[Detections], list[list[Thing]], list[tuple[int, int]]]:
+    draw = np.random.default_rng(seed)
+    found, things = [], []
+    for _ in range(12):
+        truth, rows, masks = [], [], []
+        for _ in range(draw.integers(0, 5)):
+            x, y = draw.integers(0, 60, 2)
+            wide, high = draw.integers(5, 130, 2)
+            label, mask = int(draw.integers(3)), np.zeros((200, 200), bool)
+            mask[y : y + high, x : x + wide] = True
+            mask[y : y + high // 3, x : x + wide // 3] = False
+            crowd = bool(draw.random() < 0.1)
+            box = (float(x), float(y), float(x + wide), float(y + high))
+            truth.append(Thing(box, label, False, crowd, run_lengths(mask)))
+            for _ in range(draw.integers(0, 3)):
+                moved = np.array(truth[-1].box) + draw.integers(-6, 7, 4)
+                rows.append((*np.clip(moved, 0, 200), draw.random(), label))
+                masks.append(np.roll(mask, draw.integers(-5, 6), 1))
+        each = detections(*rows)
+        things.append(truth)
+        found.append(each._replace(masks=[pack_mask(mask) for mask in masks]))
+    return found, things, [(200, 200)] * 12
+
+
+def test_coco_is_what_pycocotools_says_of_its_own_files() -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    judge = pytest.importorskip("pycocotools.cocoeval")
+    pixels = pytest.importorskip("pycocotools.mask")
+    found, things, sizes = random_case(0)
+    ours = coco_ap(found, things, 3, sizes, masks=True)
+    truths, answers = [], []
+    for number, (each, truth) in enumerate(zip(found, things, strict=True)):
+        for thing in truth:
+            x1, y1, x2, y2 = thing.box
+            runs = pixels.frPyObjects(thing.segmentation, 200, 200)
+            truths.append({"id": len(truths) + 1, "image_id": number, "category_id": thing.label,
+                           "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": int(thing.crowd),
+                           "area": int(pixels.area(runs)), "segmentation": runs})  # fmt: skip
+        assert each.masks is not None
+        for row, box in enumerate(each.boxes):
+            x1, y1, x2, y2 = box.tolist()
+            runs = each.masks[row]
+            answers.append({"image_id": number, "category_id": int(each.labels[row]),
+                            "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(each.scores[row]),
+                            "segmentation": runs})  # fmt: skip
+    for kind, prefix in (("bbox", ""), ("segm", "mask-")):
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth_set = coco.COCO()
+            pictures = [{"id": n, "height": 200, "width": 200} for n in range(12)]
+            kinds = [{"id": n} for n in range(3)]
+            truth_set.dataset = {"images": pictures, "annotations": truths, "categories": kinds}
+            truth_set.createIndex()
+            keys = ("image_id", "category_id", "score")
+            keys += ("bbox",) if kind == "bbox" else ("segmentation",)
+            sent = [{key: answer[key] for key in keys} for answer in answers]
+            run = judge.COCOeval(truth_set, truth_set.loadRes(sent), kind)
+            run.evaluate()
+            run.accumulate()
+            run.summarize()
+        names = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
+        for name, value in zip(names, run.stats[:6], strict=True):
+            expected = 100 * value if value >= 0 else NAN
+            assert ours[prefix + name] == pytest.approx(expected, nan_ok=True), (kind, name)
+    assert 5 < ours["AP"] < 95 and 5 < ours["mask-AP"] < 95
+
+
+def test_coco_of_perfect_and_of_no_detections() -> None:
+    pytest.importorskip("pycocotools")
+    things = [[Thing((0, 0, 20, 20), 0), Thing((0, 0, 60, 60), 1)], []]
+    perfect = [detections((0, 0, 20, 20, 0.9, 0), (0, 0, 60, 60, 0.9, 1)), detections()]
+    values = coco_ap(perfect, things, 2, [(100, 100)] * 2)
+    assert values["AP"] == values["AP_S"] == values["AP_M"] == pytest.approx(100)
+    assert np.isnan(values["AP_L"])
+    assert coco_ap([detections()] * 2, things, 2, [(100, 100)] * 2)["AP"] == 0
+    assert np.isnan(coco_ap([detections()] * 2, [[], []], 2, [(9, 9)] * 2)["AP"])
+
+
+def test_voc_on_many_detections_is_its_slow_rule() -> None:
+    found, things, _ = random_case(4)
+    for label in range(3):
+        ranked = sorted(
+            (-float(score), place, row)
+            for place, each in enumerate(found)
+            for row, score in enumerate(each.scores)
+            if each.labels[row] == label
+        )
+        used, right = set(), []
+        for _, place, row in ranked:
+            box, best, at = found[place].boxes[row], -1.0, -1
+            for number, thing in enumerate(things[place]):
+                if thing.label != label:
+                    continue
+                # VOC's own arithmetic on inclusive pixels
+                a, b = (np.add(each, [1, 1, 0, 0]) for each in (box, thing.box))
+                wide = min(a[2], b[2]) - max(a[0], b[0]) + 1
+                high = min(a[3], b[3]) - max(a[1], b[1]) + 1
+                if wide > 0 and high > 0:
+                    areas = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)]
+                    iou = wide * high / (sum(areas) - wide * high)
+                    if iou > best:
+                        best, at = iou, number
+            good = best >= 0.5 and (place, at) not in used
+            right.append(good)
+            if good:
+                used.add((place, at))
+        assert voc_matches(found, things, label, 0.5)[0].tolist() == right

@@ -1,32 +1,45 @@
-"""Average precision of a ranking, by the two conventions of VOC."""
+"""Average precision of a ranking, by both of VOC's conventions."""
 
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
-RECALLS = np.arange(11) / 10
+Points = Literal["all", "11"]
 
 
 def average_precision(
-    right: Bool[np.ndarray, " n"], num_positives: int, points: Literal["all", "11"]
+    right: Bool[np.ndarray, " n"], num_positives: int, points: Points = "all"
 ) -> float:
-    """Average precision in [0, 1] of answers sorted from the surest on.
+    """Average precision, in [0, 1], of answers that are ranked by falling score.
 
-    With recall R_i and precision P_i after i answers and the envelope E(r) = max over R_i >= r of
-    P_i (0 where there is none): "all" (VOC from 2010 on, and the scripts of VISSL and PCL) is the
-    area under E, sum_i (R_i - R_(i-1)) E(R_i); "11" (VOC 2007) the mean of E(0), E(0.1), ..., E(1).
-    Of the ranking (+, -, +) with 2 positives they are 0.8333 and 0.8485.
+    With P(k) and R(k) the precision and the recall of the first k answers: "all" (VOC from 2010 on)
+    sums (R(k) - R(k-1)) max_{j >= k} P(j); "11" (VOC 2007) is the mean over r in {0, 0.1, ..., 1}
+    of max {P(k): R(k) >= r}, 0 where no R(k) reaches r. The ranking right, wrong, right of two
+    positives has 0.8333 and 0.8485.
 
     Args:
         right: whether each answer is right, the surest first.
-        num_positives: all that there was to find, at least 1.
+        num_positives: how many there were to find, found or not.
+        points: which convention.
+
+    Returns:
+        NaN without positives.
     """
-    hits = np.cumsum(right)
-    recall = hits / num_positives
-    precision = hits / np.arange(1, len(right) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    if num_positives == 0:
+        return float("nan")
+    precision, recall = curve(right, num_positives)
+    best = np.maximum.accumulate(precision[::-1])[::-1]  # of this and all later answers
     if points == "all":
-        return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
-    first = np.searchsorted(hits, RECALLS * num_positives - 1e-9)  # of recall r or more
-    return float(np.sum(envelope[first[first < len(right)]]) / len(RECALLS))
+        return float(np.sum(np.diff(recall, prepend=0.0) * best))
+    # counts, not shares, are compared: 0.1 * 3 is not 0.3
+    needed = np.searchsorted(np.cumsum(right) * 10, np.arange(11) * num_positives)
+    return float(np.append(best, 0.0)[needed].mean())
+
+
+def curve(
+    right: Bool[np.ndarray, " n"], num_positives: int
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Precision and recall of the first 1, 2, ... answers."""
+    found = np.cumsum(right)
+    return found / np.arange(1, len(right) + 1), found / num_positives

@@ -1,187 +1,233 @@
-"""Average precision of detected objects, as VOC and as COCO compute it."""
+"""Average precision of detections: VOC's rule in NumPy, COCO's through pycocotools.
+
+Both work on boxes of edges (x1, y1, x2, y2), as `clsa.annotations` has them. VOC's code counts
+pixels, `xmax - xmin + 1` across for the first and last pixel inside; that is x2 - x1 of edges, so
+the overlaps here are VOC's own.
+"""
 
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int
 
-from clsa.annotations import Annotated, Thing
-from clsa.evaluate.average_precision import average_precision
+from clsa.annotations import Thing
+from clsa.evaluate.average_precision import Points, average_precision
 from clsa.extras import require
 
-OVERLAPS = np.arange(10, 20) / 20
+OVERLAPS = tuple(n / 100 for n in range(50, 100, 5))
 COCO_NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 
 
 class Detections(NamedTuple):
-    """What was found in one picture.
+    """What was found in one picture, in any order.
 
     Attributes:
-        boxes: (x1, y1, x2, y2), edges in pixels as `annotations` has them.
-        scores: the higher the surer.
+        boxes: edges in pixels of the picture.
+        scores: the surer, the larger.
         labels: positions of the classes.
-        masks: pixels of each object; of a picture without objects still (0, H, W). None: no masks.
+        masks: of each object, as `pack_mask` makes them; None where only boxes are predicted.
     """
 
     boxes: Float[np.ndarray, "n 4"]
     scores: Float[np.ndarray, " n"]
-    labels: Int64[np.ndarray, " n"]
-    masks: Bool[np.ndarray, "n H W"] | None = None
+    labels: Int[np.ndarray, " n"]
+    masks: list[dict[str, Any]] | None = None
 
 
 def overlaps(
     boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]
 ) -> Float[np.ndarray, "n m"]:
-    """Intersection over union.
-
-    VOC adds a pixel to each side, as its corners are the first and the last pixel; boxes here are
-    edges (see `annotations`), so that their difference is the number of pixels already.
-    """
+    """Intersection over union of each pair."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    common = np.prod(np.clip(high - low, 0, None), axis=2)
-    sizes = [np.prod(each[:, 2:] - each[:, :2], axis=1) for each in (boxes, others)]
-    return common / (sizes[0][:, None] + sizes[1][None] - common)
+    shared = np.clip(high - low, 0, None).prod(2)
+    areas = [(each[:, 2:] - each[:, :2]).prod(1) for each in (boxes, others)]
+    union = areas[0][:, None] + areas[1] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def voc_ap(
-    found: Sequence[Detections], things: Sequence[Sequence[Thing]], num_classes: int
-) -> dict[str, float]:
-    """Mean over the classes of VOC's average precision, in percent.
-
-    `AP50` is the area under the envelope (VOC from 2010 on), `AP50-11pt` the mean at 11 recalls,
-    as VOC 2007 and detectron2's evaluator for it have it; `AP75` and `AP` (mean over the overlaps
-    .50, .55, ..., .95) are areas. Classes without an object to find are left out.
-
-    Args:
-        found: one a picture, in the order of `things`.
-        things: the objects of each picture.
-    """
-    values: dict[str, list[float]] = {"AP50": [], "AP50-11pt": [], "AP75": [], "AP": []}
-    for label in range(num_classes):
-        matches = [_matched(found, things, label, overlap) for overlap in OVERLAPS]
-        right, positives = matches[0]
-        if not positives:
-            continue
-        areas = [average_precision(each, count, "all") for each, count in matches]
-        values["AP50"].append(areas[0])
-        values["AP50-11pt"].append(average_precision(right, positives, "11"))
-        values["AP75"].append(areas[5])
-        values["AP"].append(float(np.mean(areas)))
-    return {name: 100 * float(np.mean(each)) if each else 0.0 for name, each in values.items()}
-
-
-def _matched(
-    found: Sequence[Detections], things: Sequence[Sequence[Thing]], label: int, overlap: float
+def voc_matches(
+    found: Sequence[Detections], things: Sequence[list[Thing]], label: int, least: float
 ) -> tuple[Bool[np.ndarray, " n"], int]:
-    """Whether each detection of a class is right, the surest first; how many there are to find.
+    """Which detections of one class are right, the surest first, and how many there were to find.
 
-    A detection belongs to the object of its class that it overlaps most. By more than `overlap` it
-    is right, unless a surer one had that object; a difficult object makes it count for nothing.
+    VOC's rule: each detection goes to the object of its class that it overlaps most; it is right
+    where that overlap is at least `least` and no surer detection has taken the object. Later ones
+    of a taken object are wrong. Difficult objects are not to be found, and detections that go to
+    them are left out. Equal scores keep the order of the pictures.
     """
-    own = [each.labels == label for each in found]
-    picture = np.repeat(np.arange(len(found)), [mine.sum() for mine in own])
-    pairs = list(zip(found, own, strict=True))
-    boxes = np.concatenate([np.zeros((0, 4)), *(each.boxes[mine] for each, mine in pairs)])
-    scores = np.concatenate([np.zeros(0), *(each.scores[mine] for each, mine in pairs)])
-    wanted = [[thing for thing in each if thing.label == label] for each in things]
-    taken = [np.zeros(len(each), bool) for each in wanted]
+    truths = [[thing for thing in each if thing.label == label] for each in things]
+    positives = sum(not thing.difficult for each in truths for thing in each)
+    scores, pictures, targets, best = [], [], [], []
+    for place, (each, truth) in enumerate(zip(found, truths, strict=True)):
+        mine = each.labels == label
+        count = int(mine.sum())
+        scores.append(each.scores[mine])
+        pictures.append(np.full(count, place))
+        if truth:
+            iou = overlaps(each.boxes[mine], np.array([thing.box for thing in truth], float))
+            targets.append(iou.argmax(1))
+            best.append(iou.max(1))
+        else:
+            targets.append(np.zeros(count, int))
+            best.append(np.full(count, -1.0))
+    order = np.argsort(-np.concatenate([*scores, np.zeros(0)]), kind="stable")
+    picture, target, overlap = (
+        np.concatenate([*parts, np.zeros(0)])[order] for parts in (pictures, targets, best)
+    )
+    taken: set[tuple[int, int]] = set()
     right = []
-    for k in np.argsort(-scores, kind="stable").tolist():
-        here = wanted[picture[k]]
-        shared = overlaps(boxes[k : k + 1], np.array([thing.box for thing in here]).reshape(-1, 4))
-        best = int(shared.argmax()) if here else -1
-        if best < 0 or shared[0, best] <= overlap:
+    for i, j, iou in zip(picture.astype(int), target.astype(int), overlap, strict=True):
+        if iou < least:
             right.append(False)
-        elif not here[best].difficult:
-            right.append(not taken[picture[k]][best])
-            taken[picture[k]][best] = True
-    positives = sum(not thing.difficult for each in wanted for thing in each)
+        elif not truths[i][j].difficult:
+            right.append((i, j) not in taken)
+            taken.add((i, j))
     return np.array(right, bool), positives
 
 
-def coco_ap(
-    found: Sequence[Detections], annotated: Annotated, masks: bool = False
+def voc_ap(
+    found: Sequence[Detections], things: Sequence[list[Thing]], num_classes: int
 ) -> dict[str, float]:
-    """COCO's average precisions in percent, by pycocotools: of boxes, and `mask-` of masks.
-
-    AP is the mean over the overlaps .50, .55, ..., .95; S, M and L are objects under 32 x 32, under
-    96 x 96 and over. What there is no object for is left out.
+    """Mean average precision over the classes that there are to find, in percent.
 
     Args:
-        found: one a picture, in the order of the pictures.
-        masks: judge masks too; all detections and objects then have one.
+        found: one a picture.
+        things: objects of the same pictures.
 
-    Raises:
-        ClsaError: without pycocotools, which the extra `evaluation` brings.
+    Returns:
+        AP50 (all points) and AP50-11pt at an overlap of 0.5, AP75, and AP, the mean over overlaps
+        of 0.5 to 0.95 (both all points). NaN where there is nothing to find.
     """
-    values = _coco(found, annotated, "bbox")
-    if masks:
-        values |= {f"mask-{name}": v for name, v in _coco(found, annotated, "segm").items()}
+    matches = {
+        least: [voc_matches(found, things, label, least) for label in range(num_classes)]
+        for least in OVERLAPS
+    }
+
+    def mean(least: float, points: Points) -> float:
+        values = [average_precision(*match, points) for match in matches[least] if match[1]]
+        return 100 * float(np.mean(values)) if values else float("nan")
+
+    every = [mean(least, "all") for least in OVERLAPS]
+    return {
+        "AP50": every[0],
+        "AP50-11pt": mean(0.5, "11"),
+        "AP75": every[OVERLAPS.index(0.75)],
+        "AP": float(np.mean(every)),
+    }
+
+
+def coco_ap(
+    found: Sequence[Detections],
+    things: Sequence[list[Thing]],
+    num_classes: int,
+    sizes: Sequence[tuple[int, int]],
+    masks: bool = False,
+) -> dict[str, float]:
+    """COCO's average precision of boxes and, if asked, of masks, in percent, by pycocotools.
+
+    Objects are small under 32^2, large over 96^2 pixels of area: the one that COCO's file says, or
+    that of their mask, or else of their box. Difficult objects count as crowds: not to be found.
+
+    Args:
+        found: one a picture.
+        things: objects of the same pictures.
+        sizes: height and width of the pictures.
+
+    Returns:
+        AP, AP50, AP75, AP_S, AP_M, AP_L; of masks with `mask-` before. NaN where there is nothing
+        of a kind to find.
+    """
+    coco = require("pycocotools.coco", "evaluation", "COCO average precision")
+    judge = require("pycocotools.cocoeval", "evaluation", "COCO average precision")
+    pixels = require("pycocotools.mask", "evaluation", "COCO average precision")
+    truth, truths = coco.COCO(), []
+    for place, (each, size) in enumerate(zip(things, sizes, strict=True), 1):
+        for thing in each:
+            runs = packed(thing, size)
+            area = float(pixels.area(runs)) if thing.segmentation else _area(thing.box)
+            area = area if thing.area is None else thing.area
+            crowd = int(thing.crowd or thing.difficult)
+            truths.append(
+                _item(place, thing.label, thing.box)
+                | {"id": len(truths) + 1, "area": area, "iscrowd": crowd, "segmentation": runs}
+            )
+    pictures = [
+        {"id": place, "height": size[0], "width": size[1]} for place, size in enumerate(sizes, 1)
+    ]
+    kinds = [{"id": label + 1} for label in range(num_classes)]
+    truth.dataset = {"images": pictures, "annotations": truths, "categories": kinds}
+    values: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        for kind in ("bbox", "segm") if masks else ("bbox",):
+            answers = _answers(found, kind, pixels)
+            stats = np.full(6, -1.0)
+            if answers and truths:
+                run = judge.COCOeval(truth, _index(coco, truth, answers), kind)
+                run.evaluate()
+                run.accumulate()
+                run.summarize()
+                stats = run.stats[:6]
+            elif truths:  # pycocotools refuses an empty list
+                stats = np.zeros(6)
+            for name, value in zip(COCO_NAMES, stats, strict=True):
+                prefix = "" if kind == "bbox" else "mask-"
+                values[prefix + name] = 100 * float(value) if value >= 0 else float("nan")
     return values
 
 
-def _coco(found: Sequence[Detections], annotated: Annotated, kind: str) -> dict[str, float]:
-    purpose = "COCO average precision"
-    coco = require("pycocotools.coco", "evaluation", purpose).COCO
-    evaluation = require("pycocotools.cocoeval", "evaluation", purpose).COCOeval
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco()
-        truth.dataset = _truth(found, annotated, kind)
-        truth.createIndex()
-        answers = [
-            entry
-            for place, each in enumerate(found)
-            for entry in _entries(each, place + 1, annotated.classes, kind)
-        ]
-        if not answers:
-            there = {"AP", "AP50", "AP75"} if truth.dataset["annotations"] else set()
-            return dict.fromkeys(sorted(there), 0.0)
-        judged = evaluation(truth, truth.loadRes(answers), kind)
-        judged.evaluate()
-        judged.accumulate()
-        judged.summarize()
-    values = zip(COCO_NAMES, judged.stats[: len(COCO_NAMES)].tolist(), strict=True)
-    return {name: 100 * value for name, value in values if value >= 0}
+def pack_mask(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+    """A mask as pycocotools' packed run lengths, their letters as text."""
+    pixels = require("pycocotools.mask", "evaluation", "masks")
+    runs = pixels.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": runs["counts"].decode()}
 
 
-def _truth(found: Sequence[Detections], annotated: Annotated, kind: str) -> dict[str, Any]:
-    """The set as pycocotools wants it; pictures and classes are numbered from 1."""
-    entries: list[dict[str, Any]] = []
-    for place, things in enumerate(annotated.things):
-        for thing in things:
-            x1, y1, x2, y2 = thing.box
-            entry = {
-                "id": len(entries) + 1, "image_id": place + 1, "category_id": thing.label + 1,
-                "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": int(thing.crowd),
-                "area": (x2 - x1) * (y2 - y1) if thing.area is None else thing.area,
-            }  # fmt: skip
+def packed(thing: Thing, size: tuple[int, int]) -> Any:
+    """Its mask as pycocotools' packed run lengths; the box where it has none."""
+    pixels = require("pycocotools.mask", "evaluation", "masks")
+    outline: Any = thing.segmentation
+    if outline is None:
+        x1, y1, x2, y2 = thing.box
+        outline = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+    if isinstance(outline, list):
+        return pixels.merge(pixels.frPyObjects(outline, *size))
+    if isinstance(outline["counts"], list):
+        return pixels.frPyObjects(outline, *outline["size"])
+    return outline
+
+
+def _answers(found: Sequence[Detections], kind: str, pixels: Any) -> list[dict[str, Any]]:
+    answers = []
+    for place, each in enumerate(found, 1):
+        for row, (box, score) in enumerate(zip(each.boxes, each.scores, strict=True)):
+            item = _item(place, int(each.labels[row]), box) | {"score": float(score)}
             if kind == "segm":
-                entry["segmentation"] = thing.segmentation
-            entries.append(entry)
-    pictures: list[dict[str, Any]] = [{"id": place + 1} for place in range(len(found))]
-    for picture, each in zip(pictures, found, strict=True):
-        if each.masks is not None:
-            picture["height"], picture["width"] = each.masks.shape[1:]
-    kinds = [{"id": k + 1, "name": name} for k, name in enumerate(annotated.classes)]
-    return {"images": pictures, "annotations": entries, "categories": kinds}
+                item["segmentation"] = cast(list[Any], each.masks)[row]
+                item["area"] = float(pixels.area(item["segmentation"]))
+            else:
+                item["area"] = _area(box)
+            answers.append(item | {"id": len(answers) + 1, "iscrowd": 0})
+    return answers
 
 
-def _entries(each: Detections, picture: int, classes: list[str], kind: str) -> list[dict[str, Any]]:
-    entries = []
-    for k, (box, score, label) in enumerate(
-        zip(each.boxes.tolist(), each.scores.tolist(), each.labels.tolist(), strict=True)
-    ):
-        entry = {"image_id": picture, "category_id": label + 1, "score": score}
-        if kind == "bbox":
-            x1, y1, x2, y2 = box
-            entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
-        else:
-            assert each.masks is not None
-            encode = require("pycocotools.mask", "evaluation", "COCO average precision").encode
-            entry["segmentation"] = encode(np.asfortranarray(each.masks[k].astype(np.uint8)))
-        entries.append(entry)
-    return entries
+def _index(coco: Any, truth: Any, answers: list[dict[str, Any]]) -> Any:
+    """What `COCO.loadRes` makes of a list, without its checks of files."""
+    result = coco.COCO()
+    result.dataset = {**truth.dataset, "annotations": answers}
+    result.createIndex()
+    return result
+
+
+def _item(place: int, label: int, box: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    x1, y1, x2, y2 = map(float, box)
+    return {"image_id": place, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+
+
+def _area(box: Sequence[float] | np.ndarray) -> float:
+    x1, y1, x2, y2 = map(float, box)
+    return (x2 - x1) * (y2 - y1)
