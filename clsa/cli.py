@@ -16,6 +16,7 @@ from clsa.command_options import (
     DiagnoseOptions,
     EmbedOptions,
     EvaluateOptions,
+    ExportOptions,
     PackOptions,
     PredictOptions,
     PreviewOptions,
@@ -204,6 +205,16 @@ class _Run(Config):
     """Run folder."""
 
 
+def export(args: list[str]) -> None:
+    """Write the encoder for another library: detectron2, with the papers' configurations."""
+    options = _parse("export", ExportOptions, args)
+    from clsa.export import export as run
+
+    out = shlex.quote(str(run(options)))
+    print(f"{out} holds the weights. Where detectron2 is installed:")
+    print(f"  cd {out} && python train_net.py --config-file voc-c4-24k.yaml --num-gpus 8")
+
+
 def digest(args: list[str]) -> None:
     """One sha256 over model, key network, bank, optimiser and step of a run."""
     options = _parse("digest", _Run, args)
@@ -250,6 +261,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pack": pack,
     "sweep": sweep,
     "recipes": recipes,
+    "export": export,
     "digest": digest,
 }
 

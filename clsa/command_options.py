@@ -175,6 +175,17 @@ class DiagnoseOptions(Config):
     """auto, cpu, cuda or cuda:N."""
 
 
+class ExportOptions(Config):
+    """An encoder for another library."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or an encoder.safetensors."""
+    to: Literal["detectron2"] = "detectron2"
+    """The library: weights, configurations of the papers, and the script that trains them."""
+    out: Path = Path("exported")
+    """Folder to write to."""
+
+
 class DemoOptions(Config):
     """Pretrain on the embedded drawings, then compare random and trained encoder."""
 

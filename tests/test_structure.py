@@ -33,7 +33,7 @@ ORDER = [
     "evaluate.logistic", "evaluate.linear", "evaluate.linear_fast", "evaluate.finetune",
     "evaluate.average_precision", "evaluate.box_ap", "evaluate.voc07", "evaluate.voc07_released",
     "evaluate.svm",
-    "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed",
+    "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed", "export",
     "folder", "preview", "networks", "bench", "diagnosis", "diagnose",
     "journal", "signals", "state", "judge", "train",
     "exemplars", "forgetting", "stages",
