@@ -141,7 +141,11 @@ def test_overview_names_every_command(command: Command) -> None:
 KINDS: dict[str, type[Config]] = {
     "pretrain": options.RunOptions,
     "evaluate": command_options.EvaluateOptions,
+    "predict": command_options.PredictOptions,
+    "diagnose": command_options.DiagnoseOptions,
     "embed": command_options.EmbedOptions,
+    "scenes": command_options.ScenesOptions,
+    "export": command_options.ExportOptions,
     "pack": command_options.PackOptions,
     "sweep": command_options.SweepOptions,
     "demo": command_options.DemoOptions,
@@ -174,7 +178,7 @@ def test_every_option_is_explained(
     code, out, _ = command(name, "--help")
     shown = "".join(out.replace("│", "").split())
     for option, words in explained(KINDS[name]):
-        flag = {"run": "PATH", "sweep": "STR"}.get(option, option.replace("_", "-"))
+        flag = {"run": "PATH", "sweep": "STR", "images": "STR"}.get(option, option.replace("_", "-"))
         assert words and "".join(words.split()) in shown and flag in shown, option
     assert code == 0 and (COMMANDS[name].__doc__ or "?") in out
 
