@@ -100,6 +100,7 @@ def protocols(args: list[str]) -> None:
     kinds = {
         "classes": "Pictures of one class each (--data as for pretraining):",
         "voc": "VOC07's folders, several classes a picture (--data VOCdevkit):",
+        "boxes": "Objects in VOC's or COCO's folders (--data VOCdevkit or COCO):",
     }
     for kind, heading in kinds.items():
         print(heading)

@@ -60,14 +60,20 @@ class OverRanks:
             return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
         wide, dims = x.float(), [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * dist.world_size()
-        mean = dist.all_sum(wide.sum(dims)) / count
+        own = wide.new_full(
+            (1,), x.numel() // x.shape[1]
+        )  # pictures differ in size, RoIs in number
+        total = dist.all_sum(torch.cat([wide.sum(dims), own]))
+        count = total[-1].detach()
+        mean = total[:-1] / count
         centred = wide - mean.view(shape)
         variance = dist.all_sum(centred.square().sum(dims)) / count
         with torch.no_grad():
             momentum = float(cast(float, norm.momentum))
             cast(Tensor, norm.running_mean).lerp_(mean, momentum)
-            cast(Tensor, norm.running_var).lerp_(variance * (count / max(count - 1, 1)), momentum)
+            cast(Tensor, norm.running_var).lerp_(
+                variance * (count / (count - 1).clamp(min=1)), momentum
+            )
             cast(Tensor, norm.num_batches_tracked).add_(1)
         scaled = centred * torch.rsqrt(variance + norm.eps).view(shape)
         if norm.weight is not None:

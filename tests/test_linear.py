@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from clsa import rng
+from clsa.cards import FinetuneCard, LinearCard, LinearFastCard
 from clsa.evaluate import logistic as module
 from clsa.evaluate.features import frozen
 from clsa.evaluate.heads import new_layer
@@ -16,7 +17,7 @@ from clsa.evaluate.logistic import fit_logistic, logistic, predict_logistic
 from clsa.evaluate.results import Found, accuracies
 from clsa.evaluate.split import hold_out
 from clsa.options import DataOptions
-from clsa.protocols import CARDS, FinetuneCard, LinearCard, LinearFastCard
+from clsa.protocols import CARDS
 from clsa.sources import Pictures
 
 CARD = LinearCard(about="", source="", epochs=4, batch_size=16, final_lr=0.01)

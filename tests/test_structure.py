@@ -16,7 +16,7 @@ ROOT = Path(clsa.__file__).parent
 # A file imports only from files that stand before it.
 ORDER = [
     "errors", "files", "host", "dist", "config", "method_options", "around_options", "options",
-    "protocols", "command_options", "extras",
+    "cards", "detect_cards", "protocols", "command_options", "extras",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
     "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
     "annotations", "scenes",
@@ -31,8 +31,8 @@ ORDER = [
     "evaluate.on_disk", "evaluate.progress", "evaluate.heads", "evaluate.leaks", "evaluate.knn",
     "evaluate.diagnostics", "evaluate.operations", "evaluate.figures",
     "evaluate.logistic", "evaluate.linear", "evaluate.linear_fast", "evaluate.finetune",
-    "evaluate.average_precision", "evaluate.box_ap", "evaluate.voc07", "evaluate.voc07_released",
-    "evaluate.svm",
+    "evaluate.average_precision", "evaluate.box_ap", "evaluate.detector", "evaluate.detect",
+    "evaluate.voc07", "evaluate.voc07_released", "evaluate.svm",
     "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed", "export",
     "folder", "preview", "networks", "bench", "diagnosis", "diagnose",
     "journal", "signals", "state", "judge", "train",

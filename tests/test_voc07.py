@@ -10,6 +10,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from clsa import checkpoint, models
+from clsa.cards import LowshotCard, SvmCard, Voc07Card
 from clsa.command_options import EvaluateOptions
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.run import evaluate
@@ -17,7 +18,7 @@ from clsa.evaluate.svm import chosen_cost, drawn, lowshot, scaled, voc07_svm
 from clsa.evaluate.voc07 import Lists, loss_of, mean_ap, read_lists, voc07
 from clsa.evaluate.voc07_released import crop_at, distorted, rate_at, squares, voc07_released
 from clsa.options import DataOptions, ModelOptions, ViewOptions
-from clsa.protocols import CARDS, LowshotCard, SvmCard, Voc07Card
+from clsa.protocols import CARDS
 
 MODEL = ModelOptions(encoder="resnet10-w32")
 VIEWS = ViewOptions(size=32)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clsa import dist, views
+from clsa.cards import FinetuneCard
 from clsa.data import batches
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.heads import Head, new_layer
@@ -18,7 +19,6 @@ from clsa.evaluate.split import Split
 from clsa.models import group_norms
 from clsa.options import DataOptions, ViewOptions
 from clsa.order import Order
-from clsa.protocols import FinetuneCard
 
 VIEW = 1002
 LEAST_STEPS, LEAST_BATCH = 8, 16

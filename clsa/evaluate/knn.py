@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from clsa.cards import KnnCard
 from clsa.evaluate.results import Found, accuracies_of, told
-from clsa.protocols import KnnCard
 
 MAX_SIMILARITIES = 1 << 26
 

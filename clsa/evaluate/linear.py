@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from clsa import color, dist, views
+from clsa.cards import LinearCard, Schedule
 from clsa.cutting import Crops
 from clsa.data import batches
 from clsa.evaluate.features import encode
@@ -16,7 +17,6 @@ from clsa.evaluate.progress import watched
 from clsa.evaluate.results import Found, accuracies_of, last_and_best
 from clsa.options import DataOptions
 from clsa.order import Order
-from clsa.protocols import LinearCard, Schedule
 from clsa.sources import Source
 
 VIEW = 1001

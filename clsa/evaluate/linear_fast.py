@@ -6,11 +6,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from clsa import rng
+from clsa.cards import LinearFastCard
 from clsa.evaluate.heads import layer_of, new_layer
 from clsa.evaluate.linear import fitting, rate_at
 from clsa.evaluate.results import Found, accuracies_of, told
 from clsa.evaluate.split import hold_out
-from clsa.protocols import LinearFastCard
 
 HOLDOUT_SLOT = 1
 Labelled = tuple[Float[Tensor, "n F"], Int64[Tensor, "n"]]

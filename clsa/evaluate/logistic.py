@@ -7,10 +7,10 @@ import torch.nn.functional as functional
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from clsa.cards import LogisticCard
 from clsa.evaluate.heads import layer_of
 from clsa.evaluate.results import Found, accuracies_of, told
 from clsa.evaluate.split import hold_out
-from clsa.protocols import LogisticCard
 
 MAX_STEPS = 1000
 CHUNK = 1 << 15

@@ -4,7 +4,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from clsa import checkpoint, dist
+from clsa.cards import (
+    Card,
+    FinetuneCard,
+    KnnCard,
+    LinearCard,
+    LinearFastCard,
+    LogisticCard,
+    LowshotCard,
+    SvmCard,
+    Voc07Card,
+)
 from clsa.command_options import EvaluateOptions
+from clsa.detect_cards import DetectCard
+from clsa.evaluate.detect import Boxes, detect
 from clsa.evaluate.features import frozen
 from clsa.evaluate.finetune import finetune
 from clsa.evaluate.heads import Head, HeadFacts, save_head
@@ -18,6 +31,7 @@ from clsa.evaluate.results import (
     append_records,
     read_records,
     results_path,
+    told,
 )
 from clsa.evaluate.split import Split
 from clsa.evaluate.subject import Exam, Subject
@@ -26,26 +40,14 @@ from clsa.evaluate.voc07 import Lists, voc07
 from clsa.evaluate.voc07_released import voc07_released
 from clsa.host import keep_freed_memory
 from clsa.models import build_encoder
-from clsa.protocols import (
-    Card,
-    FinetuneCard,
-    KnnCard,
-    LinearCard,
-    LinearFastCard,
-    LogisticCard,
-    LowshotCard,
-    SvmCard,
-    Voc07Card,
-    cards_of,
-    departures,
-)
+from clsa.protocols import cards_of, departures
 
 
 class Verdict(NamedTuple):
     """What one protocol found of one encoder."""
 
     found: list[Found]
-    pictures: Split | Lists
+    pictures: Split | Lists | Boxes
     """With the names of the classes, that of the split and a digest."""
     n: int
     """Number of pictures judged."""
@@ -125,6 +127,16 @@ def by_machines(subject: Subject, card: SvmCard) -> Verdict:
     return Verdict(voc07_svm(seen[0], seen[1], card), lists, len(seen[1][1]))
 
 
+def by_detection(subject: Subject, card: DetectCard) -> Verdict:
+    """A detector around the encoder, or around a copy of it."""
+    boxes = subject.exam.boxes(card)
+    found = detect(
+        subject.encoder, boxes.train, boxes.test, card, subject.options.seed, subject.device
+    )
+    known = {name: value for name, value in found.items() if value == value}  # not NaN
+    return Verdict(told(known, "last"), boxes, len(boxes.test.things))
+
+
 JUDGES: dict[type[Card], Callable[[Subject, Any], Verdict]] = {
     KnnCard: by_neighbours,
     LogisticCard: by_logistic,
@@ -134,6 +146,7 @@ JUDGES: dict[type[Card], Callable[[Subject, Any], Verdict]] = {
     LowshotCard: by_few_shots,
     Voc07Card: by_voc07,
     SvmCard: by_machines,
+    DetectCard: by_detection,
 }
 
 

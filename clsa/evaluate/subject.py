@@ -10,16 +10,18 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from clsa import checkpoint, intake
+from clsa.cards import Card, SvmCard, Voc07Card
 from clsa.command_options import EvaluateOptions
 from clsa.config import merge
+from clsa.detect_cards import DetectCard
 from clsa.errors import ClsaError
 from clsa.evaluate import leaks
+from clsa.evaluate.detect import Boxes, read_boxes
 from clsa.evaluate.features import extract
 from clsa.evaluate.results import results_path
 from clsa.evaluate.split import Split, split, with_few_bank_labels
 from clsa.evaluate.voc07 import Lists, read_lists
 from clsa.options import DataOptions
-from clsa.protocols import Card, SvmCard, Voc07Card
 from clsa.sources import Source
 
 
@@ -45,6 +47,7 @@ class Exam:
         self.data = data_of(options.data, facts)
         self._few: dict[str, Split] = {}
         self._lists: dict[tuple[str, str | None], Lists] = {}
+        self._boxes: dict[tuple[str, tuple[str, ...]], Boxes] = {}
         self._leaked: dict[int, int | None] = {}
 
     @cached_property
@@ -76,14 +79,21 @@ class Exam:
             self._lists[key] = read_lists(self.options.data, *key)
         return self._lists[key]
 
-    def leaked(self, parts: Split | Lists) -> int | None:
+    def boxes(self, card: DetectCard) -> Boxes:
+        """Pictures of VOC or COCO with boxes."""
+        key = card.measure, card.years
+        if key not in self._boxes:
+            self._boxes[key] = read_boxes(self.options.data, card)
+        return self._boxes[key]
+
+    def leaked(self, parts: Split | Lists | Boxes) -> int | None:
         """How many of the judged pictures the run learned from, told once; None: not looked."""
         key = id(parts.queries)
         if key not in self._leaked:
             self._leaked[key] = self._look(parts) if self.options.leaks != "off" else None
         return self._leaked[key]
 
-    def _look(self, parts: Split | Lists) -> int | None:
+    def _look(self, parts: Split | Lists | Boxes) -> int | None:
         log, data = logging.getLogger("clsa"), self.facts.data
         try:
             learned = intake.open_source(data.data, "train", data)

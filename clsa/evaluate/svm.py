@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from clsa import rng
+from clsa.cards import LowshotCard, SvmCard
 from clsa.evaluate.results import Found
 from clsa.evaluate.voc07 import DIFFICULT, THERE, mean_ap
 from clsa.extras import require
-from clsa.protocols import LowshotCard, SvmCard
 
 EPSILON = 1e-5
 FALLBACK = 0.5

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clsa import checkpoint, dist, views
 from clsa.annotations import Annotated, read_voc
+from clsa.cards import Voc07Card
 from clsa.data import batches
 from clsa.errors import ClsaError
 from clsa.evaluate.average_precision import average_precision
@@ -22,7 +23,6 @@ from clsa.evaluate.progress import watched
 from clsa.evaluate.results import Found, last_and_best
 from clsa.options import DataOptions
 from clsa.order import Order
-from clsa.protocols import Voc07Card
 from clsa.sources import Folder
 
 VIEW = 1005

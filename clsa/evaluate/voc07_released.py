@@ -13,6 +13,7 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from clsa import color, rng
+from clsa.cards import Voc07Card
 from clsa.cutting import Cut, Cuts, whole
 from clsa.data import eval_crops
 from clsa.evaluate.features import encode
@@ -21,7 +22,6 @@ from clsa.evaluate.progress import watched
 from clsa.evaluate.results import Found, told
 from clsa.evaluate.voc07 import Lists, Marked, loss_of, measured
 from clsa.order import Order
-from clsa.protocols import Voc07Card
 from clsa.sources import Source
 
 MEAN = (0.457342265910642, 0.4387686270106377, 0.4073427106250871)
