@@ -5,14 +5,39 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from clsa import checkpoint, dist
 from clsa.annotations import read_coco
 from clsa.detect_cards import DetectCard
 from clsa.evaluate.detect import find, fit, gathered
 from clsa.evaluate.detector import build_detector
-from clsa.models import build_encoder
+from clsa.models import build_encoder, group_norms
 from clsa.options import ModelOptions
+
+
+def normalised() -> dict[str, list]:
+    """Batch norm of 8 rows, of which this rank has the first 3 or the other 5."""
+    norm, rows = shared_norm(), uneven_rows()
+    mine = (rows[:3] if dist.rank() == 0 else rows[3:]).clone().requires_grad_(True)
+    out = norm(mine)
+    out.pow(3).sum().backward()
+    assert mine.grad is not None and norm.running_var is not None and norm.running_mean is not None
+    return {
+        "out": out.tolist(),
+        "grad": mine.grad.tolist(),
+        "statistics": [norm.running_mean.tolist(), norm.running_var.tolist()],
+    }
+
+
+def uneven_rows() -> torch.Tensor:
+    return torch.rand(8, 4, 3, 5, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def shared_norm() -> nn.BatchNorm2d:
+    norm = nn.Sequential(nn.BatchNorm2d(4))
+    group_norms(norm, 1)
+    return norm[0]
 
 
 def main(scenes: str, out: str, settings: str) -> None:
@@ -26,6 +51,7 @@ def main(scenes: str, out: str, settings: str) -> None:
         fit(detector, train, chosen, 0, device, lambda line: None)
         found, sizes = find(detector, test, chosen, device)
         result = {
+            "norm": normalised(),
             "digest": checkpoint.digest(detector.state_dict()),
             "boxes": [each.boxes.tolist() for each in found],
             "masks": [each.masks for each in found],

@@ -8,18 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detecting import uneven_rows
 from torch import nn
 
 from clsa import checkpoint
 from clsa.annotations import Annotated, Thing, read_coco
-from clsa.command_options import ScenesOptions
-from clsa.detect_cards import DetectCard
+from clsa.command_options import EvaluateOptions, ScenesOptions
+from clsa.detect_cards import DETECT_CARDS, DetectCard
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.box_ap import Detections, coco_ap, pack_mask, packed, voc_ap
 from clsa.evaluate.detect import Drawn, ahead, detect, drawn, find, fit, lr_at, sampling, shown
 from clsa.evaluate.detector import build_detector
+from clsa.evaluate.run import evaluate
 from clsa.models import autocast, build_encoder
-from clsa.options import ModelOptions
+from clsa.options import DataOptions, ModelOptions, ViewOptions
 from clsa.scenes import scenes
 
 pixels = pytest.importorskip("pycocotools.mask")
@@ -236,7 +238,7 @@ def nan_of(encoder: nn.Module) -> nn.Module:
 
 
 def test_two_processes_agree_and_each_looks_at_its_share(folder: Path, tmp_path: Path) -> None:
-    """Weights equal on both to the bit, every test picture looked at once, in order."""
+    """Weights equal on both to the bit; pictures in order; batch norm as of one process."""
     script = Path(__file__).parent / "detecting.py"
     chosen = json.dumps({**TINY, "precise_bn": 1})
     command = [
@@ -246,5 +248,37 @@ def test_two_processes_agree_and_each_looks_at_its_share(folder: Path, tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = (json.loads((tmp_path / f"rank{rank}-of-2.json").read_text()) for rank in range(2))
+    norms = [one.pop("norm"), other.pop("norm")]
+    plain, rows = nn.BatchNorm2d(4), uneven_rows().requires_grad_(True)
+    out = plain(rows)
+    out.pow(3).sum().backward()
+    assert plain.running_mean is not None and plain.running_var is not None
+    expected = [plain.running_mean.tolist(), plain.running_var.tolist()]
+    for name, whole in (("out", out), ("grad", rows.grad)):
+        joined = torch.tensor([row for norm in norms for row in norm[name]])
+        assert whole is not None and torch.allclose(joined, whole, atol=1e-5), name
+    for norm in norms:
+        assert torch.allclose(torch.tensor(norm["statistics"]), torch.tensor(expected), atol=1e-6)
     assert one == other and len(one["boxes"]) == 5 and len(one["masks"][0]) == len(one["boxes"][0])
     assert one["gathered"] == [{"rank": 0, "x": 0.1}] + [{"rank": 1, "x": 0.1}] * 2
+
+
+def test_evaluate_judges_detectors_and_keeps_the_encoder(folder: Path, tmp_path: Path) -> None:
+    facts = checkpoint.EncoderFacts(
+        model=ModelOptions(encoder="resnet10-w32"), views=ViewOptions(size=32),
+        data=DataOptions(data="clipart"), recipe="clsa", seed=7, step=1, data_digest="",
+    )  # fmt: skip
+    saved = build_encoder(facts.model, 3)
+    checkpoint.save_encoder(tmp_path / "encoder.safetensors", saved, facts)
+    card = DETECT_CARDS["detect-scenes-fpn"].settings()
+    changes = [f"{name}={json.dumps(value)}" for name, value in TINY.items() if card[name] != value]
+    records = evaluate(
+        EvaluateOptions(
+            run=tmp_path, data=DataOptions(data=str(folder)), protocol=("detect-scenes-fpn",),
+            change=tuple(changes), device="cpu",
+        )
+    )  # fmt: skip
+    assert {"AP", "AP50", "AP75", "mask-AP"} <= {record.metric for record in records}
+    assert {(r.split, r.n, r.chosen, r.leaked) for r in records} == {("val", 5, "last", 0)}
+    assert all(r.encoder_digest == r.encoder_digest_after for r in records)
+    assert {r.encoder for r in records} == {"random", "trained"}

@@ -146,6 +146,7 @@ def read_boxes(data: DataOptions, card: DetectCard) -> Boxes:
     return Boxes(train, read_coco(root, "val", train.classes), "val")
 
 
+@torch.enable_grad()
 def fit(
     detector: GeneralizedRCNN,
     train: Annotated,
