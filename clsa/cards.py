@@ -9,6 +9,9 @@ import pydantic
 from clsa.config import Config, Count, Fraction, NotNegative, Positive, Share
 
 Shares = tuple[Fraction, ...]
+Rate = Annotated[float, pydantic.Field(gt=0, le=1e6)]
+
+SOME = pydantic.Field(min_length=1)
 
 
 class Card(Config):
@@ -56,17 +59,22 @@ class KnnCard(Card):
 class LogisticCard(Card):
     """Logistic regression on features of centre crops."""
 
-    grid: tuple[Positive, ...] = tuple(10 ** (-k / 2) for k in range(13))
+    grid: Annotated[tuple[Positive, ...], SOME] = tuple(10 ** (-k / 2) for k in range(13))
     """L2 weights tried on a held-out fifth of the bank, from the largest down."""
 
 
-class Schedule(Card):
-    """Plain SGD: rates that fall along a cosine or in steps, moved at every epoch."""
+class SgdCard(Card):
+    """Plain SGD."""
 
     epochs: Count = 100
     batch_size: Count = 256
     momentum: Fraction = 0.9
     weight_decay: NotNegative = 0.0
+
+
+class Schedule(SgdCard):
+    """Rates that fall along a cosine or in steps, moved at every epoch."""
+
     drops: Shares = ()
     """Where the rates fall, as shares of the epochs; nowhere: along a cosine."""
     drop: Share = 0.1
@@ -76,7 +84,7 @@ class Schedule(Card):
 class LinearCard(Schedule):
     """A linear classifier, trained on random crops seen by the frozen encoder."""
 
-    lr: Positive = 10.0
+    lr: Rate = 10.0
     final_lr: NotNegative = 0.0
     """Where the cosine ends."""
     scale: tuple[Share, Share] = (0.08, 1.0)
@@ -86,7 +94,7 @@ class LinearCard(Schedule):
 class LinearFastCard(Schedule):
     """The same on features of centre crops, extracted once, at several rates together."""
 
-    rates: tuple[Positive, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    rates: Annotated[tuple[Rate, ...], SOME] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Tried on a held-out fifth of the bank; the best trains on the whole bank."""
 
 
@@ -95,9 +103,9 @@ class FinetuneCard(Schedule):
 
     labels: str | None = None
     """Share of the labels it learns from, such as 10%; --labels takes its place."""
-    lr: Positive = 0.01
+    lr: Rate = 0.01
     """Of the encoder."""
-    head_lr: Positive = 0.2
+    head_lr: Rate = 0.2
     """Of the new layer."""
     epochs: Count = 20
     drops: Shares = (0.6, 0.8)
@@ -112,7 +120,7 @@ class FinetuneCard(Schedule):
 class LowshotCard(Card):
     """Support vector machines on few pictures of each class."""
 
-    shots: tuple[Count, ...] = (1, 2, 4, 8, 16)
+    shots: Annotated[tuple[Count, ...], SOME] = (1, 2, 4, 8, 16)
     """Pictures of each class."""
     draws: Count = 5
     """Random choices of them; the mean is told."""
@@ -130,7 +138,7 @@ class SvmCard(Card):
     """One support vector machine a class of VOC07."""
 
     pictures: ClassVar = "voc"
-    costs: tuple[Positive, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    costs: Annotated[tuple[Positive, ...], SOME] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """C, chosen for each class by average precision over the folds; one: nothing is chosen."""
     folds: Annotated[int, pydantic.Field(ge=2)] = 3
     train_difficult: Difficult = "negative"
@@ -143,35 +151,45 @@ class SvmCard(Card):
         return "map"
 
 
-class Voc07Card(Schedule):
-    """A linear layer with one logit a class of VOC07."""
+class Voc07Card(SgdCard):
+    """A linear layer with one logit a class of VOC07, at a constant rate."""
 
     pictures: ClassVar = "voc"
     train: str = "trainval"
     """List of ImageSets/Main to learn from."""
-    select: str | None = None
-    """List whose best epoch is told beside the last one."""
-    lr: Positive = 0.05
-    size: Annotated[int, pydantic.Field(ge=8)] | None = None
-    """Side of the crops in pixels; none: the run's."""
-    cosine_period: Count | None = None
-    """The rate goes to 0 and back along a cosine of half this many epochs; none: constant."""
-    loss: Literal["per-picture", "sum"] = "per-picture"
-    """Cross-entropy summed over classes, and its mean, or its sum, over the batch."""
-    crops: Literal["random", "released"] = "random"
-    """Random crops and flips judged on centre crops; or the distorted whole pictures, rotations
-    and five crops of the released code, with its mean and deviation."""
-    moving_statistics: bool = False
-    """Batch norm in training mode, so that its statistics drift although weights are frozen."""
-    metric: Literal["all", "11", "per-image"] = "all"
-    """Area under the envelope of precision, its mean at 11 recalls, or the average precision of
-    each picture over the classes."""
+    lr: Rate = 0.05
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    metric: Literal["all", "11"] = "all"
+    """Area under the envelope of precision, or its mean at 11 recalls."""
     train_difficult: Difficult = "dropped"
     test_difficult: Difficult = "dropped"
 
     @property
     def headline(self) -> str:
-        return "per-image-ap" if self.metric == "per-image" else "map"
+        return "map"
+
+
+class ReleasedCard(Card):
+    """What CLSA's released code computes on VOC07 (see `voc07_released`)."""
+
+    pictures: ClassVar = "voc"
+    train: str = "train"
+    select: str = "val"
+    """List on which the best epoch is chosen."""
+    epochs: Count = 100
+    batch_size: Count = 16
+    momentum: Fraction = 0.9
+    lr: Rate = 0.05
+    cosine_period: Count = 12
+    """The rate goes to 0 in so many epochs along a cosine, and back."""
+    size: Annotated[int, pydantic.Field(ge=8)] = 300
+    """Side of the crops in pixels."""
+    moving_statistics: bool = True
+    """Batch norm in training mode, so that its statistics drift although weights are frozen."""
+
+    @property
+    def headline(self) -> str:
+        return "per-image-ap"
 
     @property
     def frozen(self) -> bool:

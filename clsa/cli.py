@@ -72,7 +72,7 @@ def say_next(out: Path) -> None:
 def evaluate(args: list[str]) -> None:
     """Judge a run's encoder beside its random initialisation; writes results.json."""
     options = _parse("evaluate", EvaluateOptions, args)
-    from clsa.evaluate.heads import heads_folder
+    from clsa.evaluate.heads import saved_heads
     from clsa.evaluate.results import results_path
     from clsa.evaluate.run import evaluate as run
 
@@ -80,7 +80,8 @@ def evaluate(args: list[str]) -> None:
     if is_first():
         _print_table(records)
         print(f"All records: {results_path(options.run)}")
-        if heads_folder(options.run).is_dir():
+        learned = {name for name, _ in saved_heads(options.run)}
+        if learned & {record.protocol for record in records}:
             name = shlex.quote(str(options.run))
             print(f"Next: clsa predict {name} IMAGES    labels pictures by what it learned")
 

@@ -4,8 +4,8 @@ from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
-from clsa.cards import Card
-from clsa.config import Count, Fraction, NotNegative, Positive
+from clsa.cards import Card, Rate
+from clsa.config import Count, Fraction, NotNegative
 
 
 class DetectCard(Card):
@@ -34,7 +34,7 @@ class DetectCard(Card):
     """Largest long side in pixels."""
     batch: Count = 16
     """Pictures a step, over all processes."""
-    lr: Positive = 0.02
+    lr: Rate = 0.02
     """Learning rate."""
     iters: Count = 24_000
     """Steps."""

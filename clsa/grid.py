@@ -14,7 +14,7 @@ from clsa.command_options import SweepOptions
 from clsa.config import Config, flatten, merge, nearest, read_yaml
 from clsa.errors import ClsaError, Exit
 from clsa.options import RunOptions, Seed
-from clsa.protocols import Name
+from clsa.protocols import CARDS, Name
 from clsa.recipes import resolve
 
 PRESETS = Path(__file__).parent / "assets" / "sweeps"
@@ -123,6 +123,10 @@ def cells_of(grid: Grid, out: Path) -> list[Cell]:
         if not found or len(set(found)) < len(found):
             why = "one twice" if found else "there are none"
             raise ClsaError(f"{grid.name}: {kind}", why, "correct the file")
+    for name in grid.protocol:
+        if CARDS[name].pictures != "classes":
+            why = "it takes VOC's or COCO's folders, and a sweep judges on its own pictures"
+            raise ClsaError(f"{grid.name}: protocol {name}", why, "judge the runs by clsa evaluate")
     owners: dict[str, str] = {}
     for axis, places in {"base": {"": nested(grid.base)}, **axes}.items():
         for name in sorted(set_by(places)):

@@ -9,7 +9,7 @@ from clsa import checkpoint
 from clsa.errors import ClsaError
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.knn import knn_predict
-from clsa.evaluate.results import Record, accuracies
+from clsa.evaluate.results import Record, accuracies, read_records
 from clsa.evaluate.split import Split, split
 from clsa.intake import open_val
 from clsa.journal import Journal
@@ -38,6 +38,7 @@ class Judge:
         if not given and not (source.labels >= 0).any():
             self.every = 0
         if self.every:
+            read_records(journal.folder.results)  # a damaged one is told now, not at the end
             try:
                 self.parts = split(source, open_val(options.data, source.classes), seed=0)
                 self.data_digest = self.parts.digest()
@@ -56,11 +57,12 @@ class Judge:
         self.journal.write({"step": self.state.step, "epoch": epoch, "knn": accuracy})
         self.journal.say(f"epoch {epoch}: 20-NN {accuracy:.1f} %")
         num_queries = min(len(self.parts.queries), PROBE_QUERIES)
+        num_bank = min(len(self.parts.bank), PROBE_BANK)
         digest = checkpoint.digest(encoder.state_dict())
         self.records = [
             Record(
                 "knn-online", "", "", "top1", accuracy, "", None, "trained", self.parts.name,
-                num_queries, 0, digest, digest, self.data_digest, None,
+                num_queries, num_bank, 0, digest, digest, self.data_digest, None,
             )
         ]  # fmt: skip
         better = accuracy > self.state.best

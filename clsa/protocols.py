@@ -15,6 +15,7 @@ from clsa.cards import (
     LinearFastCard,
     LogisticCard,
     LowshotCard,
+    ReleasedCard,
     SvmCard,
     Voc07Card,
 )
@@ -71,12 +72,10 @@ CARDS: dict[str, Card] = {
     "voc07-map-11pt": Voc07Card(
         about="linear layer, AP of 11 points", source="CLSA, in words", metric="11"
     ),
-    "voc07-svm": SvmCard(about="an SVM a class, C chosen, AP of all points", source="VISSL, PCL"),
-    "voc07-clsa-released": Voc07Card(
+    "voc07-svm": SvmCard(about="an SVM a class, C chosen, AP of all points", source="as VISSL"),
+    "voc07-clsa-released": ReleasedCard(
         about="what CLSA's released code computes: no frozen probe, no class AP",
-        source="CLSA's code", train="train", select="val", batch_size=16, size=300,
-        cosine_period=12, loss="sum", crops="released", moving_statistics=True,
-        metric="per-image", train_difficult="negative", test_difficult="negative",
+        source="CLSA's code",
     ),
     **DETECT_CARDS,
 }  # fmt: skip

@@ -5,8 +5,10 @@ seed is a pure function of both. Train scenes show the train drawings, test scen
 so no drawing is in both.
 """
 
+import functools
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
@@ -100,10 +102,11 @@ def cut_out(pixels: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
         ground = grown
 
 
-def drawings(split: Split, classes: list[str]) -> list[list[Drawing]]:
-    """The usable drawings of each class, cut to their extent."""
-    source = open_source("clipart", split, DataOptions()).with_classes(classes)
-    found: list[list[Drawing]] = [[] for _ in classes]
+@functools.cache
+def drawings(split: Split) -> tuple[list[Drawing], ...]:
+    """The usable drawings of each of `CLASSES`, cut to their extent."""
+    source = open_source("clipart", split, DataOptions()).with_classes(CLASSES)
+    found: tuple[list[Drawing], ...] = tuple([] for _ in CLASSES)
     for row in np.flatnonzero(source.labels >= 0):
         pixels, label = source.read(int(row)), int(source.labels[row])
         mask = cut_out(pixels)
@@ -161,7 +164,7 @@ def photograph(draws: Draws, source: Source, size: int) -> UInt8[np.ndarray, "S 
 
 
 def compose(
-    kinds: list[list[Drawing]], draws: Draws, size: int, backgrounds: Source | None
+    kinds: Sequence[list[Drawing]], draws: Draws, size: int, backgrounds: Source | None
 ) -> tuple[UInt8[np.ndarray, "S S 3"], list[Placed]]:
     """One scene: one to four drawings, later ones over earlier ones, and what is seen of each.
 
@@ -231,7 +234,7 @@ def _cover(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> 
 
 
 def scene_of(
-    kinds: list[list[Drawing]],
+    kinds: Sequence[list[Drawing]],
     options: ScenesOptions,
     split: Split,
     number: int,
@@ -272,7 +275,7 @@ def scenes(options: ScenesOptions) -> Written:
     names: dict[str, list[str]] = {}
     splits: list[tuple[Split, int]] = [("train", options.train), ("val", options.test)]
     for split, count in splits:
-        kinds = drawings(split, classes)
+        kinds = drawings(split)[: options.classes]
         records: list[tuple[str, list[Placed]]] = []
         folder = out / split if options.layout == "coco" else _voc_root(out) / "JPEGImages"
         with files.output_errors(folder):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import voc_folder
 from PIL import Image, ImageOps
 from rich.console import Console
 from torch import nn
@@ -20,6 +21,7 @@ from clsa.errors import ClsaError, Exit
 from clsa.evaluate import subject as subject_module
 from clsa.evaluate.features import centre_views, extract, frozen, projections
 from clsa.evaluate.heads import load_head
+from clsa.evaluate.linear import fitting
 from clsa.evaluate.results import Record, append_records, read_records, table
 from clsa.evaluate.run import evaluate
 from clsa.evaluate.split import split, without_held_out_labels
@@ -274,7 +276,7 @@ def test_probe_gives_percent_and_keeps_the_train_mode(drawings: Path) -> None:
 def test_records_replace_their_own_kind(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     old = Record(
-        "knn-20", "hash", "", "top1", 50.0, "", None, "random", "val", 10, 0, "e", "e", "d", None
+        "knn-20", "hash", "", "top1", 50.0, "", None, "random", "val", 10, 9, 0, "e", "e", "d", None
     )
     append_records(path, [old, old._replace(encoder="trained", value=61.5)])
     append_records(path, [old._replace(value=55.0, n=12), old._replace(settings="neighbours=1")])
@@ -290,27 +292,43 @@ def test_records_replace_their_own_kind(tmp_path: Path) -> None:
 
 
 def launch(
-    run: Path, processes: int, protocols: tuple[str, ...], *changes: str
+    run: Path, processes: int, protocols: tuple[str, ...], *more: str
 ) -> dict[tuple[str, ...], float]:
     """Judge by the command under torchrun; every number by what it is of."""
     words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words += ["-m", "clsa", "evaluate", str(run), "--device", "cpu", "--workers", "0"]
-    words += ["--protocol", *protocols, "--change", "epochs=3", "batch_size=16", *changes]
+    words += [str(Path(__file__).parent / "judging.py"), "evaluate", str(run), "--device", "cpu"]
+    words += ["--workers", "0", "--leaks", "off", "--protocol", *protocols, *more]
     (run / "results.json").unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, timeout=250,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("All records:") == 1
     records = read_records(run / "results.json")
-    return {(r.protocol, r.metric, r.chosen, r.encoder, r.data_digest): r.value for r in records}
+    found = {(r.protocol, r.metric, r.chosen, r.encoder, r.data_digest): r.value for r in records}
+    return found | {("n", str({r.n for r in records})): 0.0}
 
 
-def test_two_processes_find_what_one_finds(run: Path) -> None:
-    frozen_ones = ("knn-20", "knn-strong", "logistic", "linear-fast", "linear-clsa")
-    one, two = (launch(run, count, frozen_ones) for count in (1, 2))
-    assert one == two and len(one) > 20
+def test_two_processes_find_what_one_finds(run: Path, drawings: Path, tmp_path: Path) -> None:
+    """60 pictures in chunks of 8, three of them unreadable: each process has some."""
+    folder = tmp_path / "copy"
+    for path in drawings.glob("*/*"):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
+    for name in CLASSES:
+        (folder / name / "0broken.png").write_bytes(b"not a picture")
+    frozen_ones = ("knn-20", "knn-strong", "logistic", "linear-fast", "linear-clsa", "lowshot")
+    more = ("--data", str(drawings), "--val", str(folder), "--change", "epochs=3", "batch_size=16")
+    one, two = (launch(run, count, frozen_ones, *more) for count in (1, 2))
+    assert one == two and len(one) > 30 and ("n", "{60}") in one
+
+
+def test_two_processes_find_what_one_finds_on_voc07(run: Path, tmp_path: Path) -> None:
+    devkit = voc_folder(tmp_path / "voc", {"train": 20, "val": 12, "test": 21})
+    more = ("--data", str(devkit), "--change", "voc07-map.epochs=2", "voc07-map.batch_size=16")
+    one, two = (launch(run, count, ("voc07-map", "voc07-svm"), *more) for count in (1, 2))
+    assert one == two and ("n", "{21}") in one
 
 
 def test_two_processes_fine_tune_as_one_does(run: Path) -> None:
@@ -320,9 +338,10 @@ def test_two_processes_fine_tune_as_one_does(run: Path) -> None:
     """
     weights = []
     for count in (1, 2):
-        found = launch(run, count, ("finetune",), "lr=1e-5", "head_lr=1e-3")
+        changes = ("epochs=3", "batch_size=16", "lr=1e-5", "head_lr=1e-3")
+        found = launch(run, count, ("finetune",), "--change", *changes)
         encoder = checkpoint.load_encoder(run)
-        head, _ = load_head(run, "finetune", encoder)
+        head, _ = load_head(run, None, encoder)
         assert head.encoder is not None
         weights.append((found, head.layer.weight.detach(), *head.encoder.parameters()))
     (one, *first), (two, *second) = weights
@@ -391,3 +410,43 @@ def test_without_scikit_learn_the_extra_is_named(
     with pytest.raises(ClsaError, match=r"sklearn is not installed.*clsa\[evaluation\]"):
         evaluate(options)
     assert {r.protocol for r in read_records(run / "results.json")} == {"knn-20"}  # kept
+
+
+def test_too_few_labels_are_told_before_the_work(run: Path, drawings: Path, tmp_path: Path) -> None:
+    name = next(iter(sorted(drawings.glob("flag/*")))).name
+    (tmp_path / "one.txt").write_text(f"flag/{name}\n")
+    for protocol in ("knn-20", "logistic", "linear-fast", "lowshot", "finetune"):
+        options = EvaluateOptions(
+            run=run, protocol=(protocol,), labels=str(tmp_path / "one.txt"), device="cpu"
+        )
+        with pytest.raises(ClsaError, match="labels of two classes or more"):
+            evaluate(options)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise ClsaError("cannot write", "read-only", "choose another", Exit.CANNOT_WRITE)
+
+    monkeypatch.setattr("clsa.files.write_text", refused)
+    monkeypatch.setattr(subject_module, "split", lambda *_: pytest.fail("began to work"))
+    with pytest.raises(ClsaError, match="cannot write") as caught:
+        evaluate(EvaluateOptions(run=run, device="cpu"))
+    assert caught.value.code == Exit.CANNOT_WRITE
+
+
+def test_results_of_an_earlier_version_are_told(run: Path) -> None:
+    (run / "results.json").write_text('[{"protocol": "knn", "metric": "top1", "value": 1.0}]')
+    with pytest.raises(ClsaError, match="an earlier version's") as caught:
+        evaluate(EvaluateOptions(run=run, device="cpu"))
+    assert caught.value.code == Exit.BAD_DATA
+
+
+def test_processes_that_cannot_share_a_batch_are_told_what_to_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 3)
+    with pytest.raises(ClsaError, match=r"batch of 16 .* 3 processes .*--change batch_size"):
+        fitting(256, 19)
+    assert fitting(9, 19) == 9

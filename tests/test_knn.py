@@ -7,8 +7,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from clsa.errors import ClsaError
 from clsa.evaluate import knn as module
-from clsa.evaluate.knn import knn, knn_predict
+from clsa.evaluate.knn import knn, knn_predict, nearest_of
+from clsa.evaluate.results import accuracies_of
 from clsa.protocols import CARDS
 
 
@@ -98,3 +100,27 @@ def test_measures_in_percent() -> None:
     found = {one.metric: one.value for one in knn(bank, queries, 3, CARDS["knn-20"])}
     assert set(found) == {"top1", "balanced", "top1-plain"}
     assert all(50 < value <= 100 for value in found.values())
+
+
+def test_of_pictures_equally_near_the_first_ones_vote() -> None:
+    bank = torch.tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]])
+    labels = torch.tensor([2, 1, 1, 0, 0, 0, 3])
+    for count, winner in ((1, 2), (3, 1), (6, 0)):
+        for weighted in (True, False):
+            scores = knn_predict(QUERY, bank, labels, 4, count, weighted=weighted)
+            assert scores.argmax(1).item() == winner
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.randint(0, 5, (40, 30), generator=generator).float()
+    values, places = nearest_of(similarity, 7)
+    wanted = similarity.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, wanted.values[:, :7])
+    assert torch.equal(places.sort(1).values, wanted.indices[:, :7].sort(1).values)
+
+
+def test_of_equal_scores_the_first_classes_are_the_top_five() -> None:
+    scores = torch.zeros(12, 12)
+    scores[:, 7] = 1.0
+    found = accuracies_of(scores, torch.arange(12))
+    assert found["top5"] == pytest.approx(100 * 5 / 12)  # 7, then 0, 1, 2, 3
+    with pytest.raises(ClsaError, match="diverged"):
+        accuracies_of(torch.full((4, 6), torch.nan), torch.arange(4))

@@ -63,6 +63,20 @@ def test_exact_ones_are_told_apart_and_plain_ones_are_no_match() -> None:
     assert found.near.tolist() == [False, True, False] and found.twins[:2].tolist() == [3, 1]
 
 
+def test_plain_colours_and_tints_are_no_duplicates() -> None:
+    """What is left without the mean of each colour decides."""
+    plain = np.zeros((4, 20, 20, 3), np.uint8)
+    plain[:] = np.array([[200, 30, 30], [180, 50, 40], [30, 200, 30], [210, 25, 35]])[:, None, None]
+    found = find_leaks(thumbnails(of(plain[:2])), thumbnails(of(plain[2:])))
+    assert found.count == 0
+    drawn = np.random.default_rng(0)
+    tint = np.array([150, 20, 40])
+    noise = np.clip(tint + drawn.normal(0, 25, (12, 20, 20, 3)), 0, 255).astype(np.uint8)
+    assert find_leaks(thumbnails(of(noise[:6])), thumbnails(of(noise[6:]))).count == 0
+    again = np.clip(noise[:6].astype(int) + 5, 0, 255).astype(np.uint8)
+    assert find_leaks(thumbnails(of(noise[:6])), thumbnails(of(again))).count == 6
+
+
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch, val: Pictures) -> None:
     from clsa.evaluate import leaks
 

@@ -12,7 +12,7 @@ from clsa import checkpoint, models
 from clsa.cli import main
 from clsa.command_options import EvaluateOptions, PredictOptions
 from clsa.evaluate.features import centre_views
-from clsa.evaluate.heads import load_head
+from clsa.evaluate.heads import load_head, saved_heads
 from clsa.evaluate.predict import predict
 from clsa.evaluate.run import evaluate
 from clsa.intake import open_source
@@ -40,8 +40,7 @@ def run(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint.save_encoder(folder / "encoder.safetensors", encoder, facts)
     data = DataOptions(data=str(drawings), val=str(drawings), workers=0)
     options = EvaluateOptions(
-        run=folder, data=data, protocol=HEADS, change=("epochs=6", "finetune.epochs=12"),
-        device="cpu", leaks="off",
+        run=folder, data=data, protocol=HEADS, random=False, device="cpu", leaks="off",
     )  # fmt: skip
     records = evaluate(options)
     (folder / "top1.json").write_text(
@@ -147,11 +146,33 @@ def test_a_head_of_another_encoder_or_no_head_at_all(run: Path, tmp_path: Path) 
     for name in ("linear-clsa", "finetune"):
         data = (run / "heads" / f"{name}.safetensors").read_bytes()
         (other / "heads" / f"{name}.safetensors").write_bytes(data)
-    text, code = refusal(lambda: load_head(other, "linear-clsa", encoder))
-    assert "another encoder" in text and code == 2
-    assert load_head(other, "finetune", encoder)[0].encoder is not None  # it brings its own
+    for name in ("linear-clsa", "finetune"):  # also one that brings its own: it is another run's
+        text, code = refusal(lambda name=name: load_head(other, name, encoder))
+        assert "another encoder" in text and code == 2
     (other / "heads" / "linear-clsa.safetensors").write_bytes(b"x" * 100)
     text, code = refusal(lambda: load_head(other, "linear-clsa", encoder))
     assert "not a head of clsa" in text and code == 77
     text, code = refusal(lambda: load_head(tmp_path, None, encoder))
     assert "there is none yet" in text and "clsa evaluate" in text and code == 66
+
+
+def test_departures_have_heads_of_their_own_and_order_survives_a_copy(
+    run: Path, drawings: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    (copied / "heads").mkdir(parents=True)
+    files = [run / "encoder.safetensors", *sorted((run / "heads").glob("*"), reverse=True)]
+    for path in files:
+        (copied / path.relative_to(run)).write_bytes(path.read_bytes())
+    assert saved_heads(copied) == saved_heads(run)
+    data = DataOptions(data=str(drawings), workers=0)
+    few = EvaluateOptions(
+        run=copied, data=data, protocol=("linear-fast",), change=("epochs=2",), labels="50%",
+        device="cpu", leaks="off", random=False,
+    )  # fmt: skip
+    evaluate(few)
+    names = [name for name, _ in saved_heads(copied)]
+    assert names[:-1] == list(HEADS) and names[-1].startswith("linear-fast-")
+    (tmp_path / "a.png").write_bytes(encoded(photograph(0, 40, 40)))
+    asked = PredictOptions(run=copied, images=(str(tmp_path / "a.png"),), out=tmp_path / "p.csv")
+    assert predict(asked).endswith("by linear-fast (labels=50% epochs=2)")

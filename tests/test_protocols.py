@@ -4,9 +4,35 @@ from typing import get_args
 import pytest
 from refusals import refusal
 
-from clsa.cards import Card, LinearCard, Schedule
+from clsa.cards import Card, LinearCard, ReleasedCard, Schedule, Voc07Card
 from clsa.cli import main
 from clsa.protocols import CARDS, Name, cards_of, departures
+
+RELEASED = {
+    "knn-20": "a16063ab0e4c",
+    "knn-200": "daa535193526",
+    "knn-strong": "eb54dc8820fb",
+    "logistic": "e96fe819610a",
+    "linear-fast": "f4faa5226a25",
+    "linear-clsa": "17212a41afa0",
+    "linear-moco": "7d5d94b9e2c0",
+    "linear-clim": "13dcd2e496fc",
+    "finetune": "9bbf21e72b90",
+    "semi-1": "0ad9aa41dca8",
+    "semi-10": "e1993b17bc35",
+    "semi-1-clim": "f22e66570d61",
+    "semi-10-clim": "532a0314f10f",
+    "lowshot": "b6c3eaa6ae8e",
+    "voc07-map": "d13c1a2d57e5",
+    "voc07-map-11pt": "76aeeefd3ebd",
+    "voc07-svm": "21e39255ef80",
+    "voc07-clsa-released": "674a8c2b6797",
+    "detect-voc-c4": "8f5407269fca",
+    "detect-coco-c4": "2c87d7ce2d59",
+    "detect-coco-fpn": "8f85d1f76f9b",
+    "detect-lvis-fpn": "c1156bfc7695",
+    "detect-scenes-fpn": "d51ccdc712b9",
+}
 
 
 def test_every_name_has_a_card_and_every_card_a_judge() -> None:
@@ -19,6 +45,7 @@ def test_every_name_has_a_card_and_every_card_a_judge() -> None:
 def test_hashes_tell_cards_apart_and_are_those_of_the_release() -> None:
     """A changed card is a new version: whoever changes one changes its number here too."""
     hashes = {name: card.hash(name) for name, card in CARDS.items()}
+    assert hashes == RELEASED
     assert len(set(hashes.values())) == len(CARDS)
     card = CARDS["linear-clsa"]
     assert card.model_copy(update={"about": "x", "source": "y"}).hash("linear-clsa") == card.hash(
@@ -41,8 +68,6 @@ def test_hashes_tell_cards_apart_and_are_those_of_the_release() -> None:
         ("semi-1", 0.02, 20, 256, (0.6, 0.8), 0),
         ("semi-10", 0.01, 20, 256, (0.6, 0.8), 0),
         ("semi-10-clim", 1e-4, 60, 256, (1 / 3, 2 / 3), 0),
-        ("voc07-map", 0.05, 100, 256, (), 0),
-        ("voc07-clsa-released", 0.05, 100, 16, (), 0),
     ],
 )
 def test_cards_hold_the_published_values(
@@ -57,6 +82,15 @@ def test_cards_hold_the_published_values(
     assert isinstance(card, Schedule) and getattr(card, "lr") == lr  # noqa: B009
     assert (card.epochs, card.batch_size, card.momentum) == (epochs, batch_size, 0.9)
     assert card.drops == drops and card.weight_decay == weight_decay
+
+
+def test_the_cards_of_voc07_hold_what_text_and_code_say() -> None:
+    text, code = CARDS["voc07-map"], CARDS["voc07-clsa-released"]
+    assert isinstance(text, Voc07Card) and isinstance(code, ReleasedCard)
+    assert (text.lr, text.epochs, text.batch_size, text.momentum) == (0.05, 100, 256, 0.9)
+    assert (text.train, text.weight_decay) == ("trainval", 0)
+    assert (code.lr, code.epochs, code.batch_size, code.momentum) == (0.05, 100, 16, 0.9)
+    assert (code.train, code.select, code.size, code.cosine_period) == ("train", "val", 300, 12)
 
 
 def test_only_fine_tuning_and_the_released_code_move_an_encoder() -> None:
@@ -87,6 +121,7 @@ def test_changes_reach_the_cards_that_have_the_field() -> None:
         ("epochs=many", "--change epochs=many: epochs"),
         ("epochs=0", "greater than or equal to 1"),
         ("about=mine", "no card of --protocol has it"),
+        ("lr=1e300", "less than or equal to"),
     ],
 )
 def test_a_wrong_change_is_told_in_a_line(change: str, told: str) -> None:
@@ -110,3 +145,15 @@ def test_cards_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         card.version = 2  # pyright: ignore
     assert not dataclasses.is_dataclass(card)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logistic", "grid=[]"), ("linear-fast", "rates=[]"), ("lowshot", "shots=[]"),
+        ("voc07-svm", "costs=[]"),
+    ],
+)  # fmt: skip
+def test_nothing_to_try_is_refused(name: str, change: str) -> None:
+    text, code = refusal(lambda: cards_of([name], [change]))
+    assert "at least 1 item" in text and code == 2

@@ -28,7 +28,7 @@ GRID = Grid(name="s", about="why?", seeds=(0, 1, 2), protocol=("knn-20",), grid=
 
 def record(value: float, encoder: str, protocol: str = "knn-20", metric: str = "top1") -> Record:
     return Record(
-        protocol, "hash", "", metric, value, "", None, encoder, "val", 100, 0, encoder, encoder,
+        protocol, "hash", "", metric, value, "", None, encoder, "val", 100, 9, 0, encoder, encoder,
         "data", None,
     )  # fmt: skip
 

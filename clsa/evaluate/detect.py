@@ -30,7 +30,7 @@ from clsa.models import autocast
 from clsa.options import DataOptions
 from clsa.sources import Source
 
-VIEW, SAMPLING = 1_003, 1_000_040
+VIEW, SAMPLING = 1_009, 1_000_040
 MOMENTUM, WARMUP_FROM, DROP = 0.9, 1e-3, 0.1
 SAY_EVERY_S = 15.0
 READERS, AHEAD = 2, 2
@@ -111,6 +111,11 @@ class Boxes(NamedTuple):
     def classes(self) -> list[str]:
         """Names of the classes."""
         return self.train.classes
+
+    @property
+    def bank(self) -> Source:
+        """The pictures to learn from."""
+        return self.train.source
 
     @property
     def queries(self) -> Source:

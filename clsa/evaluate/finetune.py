@@ -31,8 +31,8 @@ def finetune(
     card: FinetuneCard,
     seed: int,
     data: DataOptions,
-) -> tuple[list[Found], Head]:
-    """Accuracies after the last and the best epoch, and what was learned by the last.
+) -> tuple[list[Found], int, Head]:
+    """Accuracies after the last and the best epoch, of how many pictures, and the last's head.
 
     The semi-supervised protocols of SwAV's code: random crops (0.08 to 1 of the area) and flips,
     SGD with momentum 0.9, no weight decay, 20 epochs, for 10 % of ImageNet rates of 0.01 for the
@@ -67,6 +67,7 @@ def finetune(
     spec = views.ViewSpec("finetune", shown.size, card.scale, VIEW)
     last_step = card.epochs * order.steps_per_epoch
     measured: list[dict[str, float]] = []
+    labels = torch.empty(0)
     stream = batches(bank, [spec], order, 0, last_step, device, data)
     for step, batch in enumerate(watched(stream, last_step, "fine-tuning"), start=1):
         set_rates(optimizer, (step - 1) // order.steps_per_epoch, card)
@@ -86,4 +87,4 @@ def finetune(
                 rows, features = extract(tuned, queries, everything, shown, device, shared=True)
                 labels = torch.from_numpy(queries.labels[rows]).to(device)
                 measured.append(accuracies_of(layer(features), labels))
-    return last_and_best(measured), Head(layer, tuned.eval())
+    return last_and_best(measured), len(labels), Head(layer, tuned.eval())

@@ -1,5 +1,6 @@
 """What evaluation learned to say of pictures: a linear layer, saved so that it can be used."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,21 @@ class HeadFacts(Config):
     """Of the run's encoder that it was learned on, or began with."""
     model: ModelOptions
     views: ViewOptions
+    number: int = 0
+    """How many heads of the run were saved before it."""
+
+    @property
+    def name(self) -> str:
+        """The card's; a departure from it has a hash of its own behind it."""
+        if not self.settings:
+            return self.protocol
+        told = hashlib.sha256(f"{self.card} {self.settings}".encode()).hexdigest()[:6]
+        return f"{self.protocol}-{told}"
+
+    @property
+    def told(self) -> str:
+        """For the user."""
+        return f"{self.protocol} ({self.settings})" if self.settings else self.protocol
 
     def probabilities(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
         """Of each class: softmax, or, where a picture may be of several, sigmoid."""
@@ -68,8 +84,10 @@ def heads_folder(run: Path) -> Path:
 
 
 def save_head(run: Path, head: Head, facts: HeadFacts) -> Path:
-    """Write heads/PROTOCOL.safetensors, in place of an older one."""
-    path = heads_folder(run) / f"{facts.protocol}.safetensors"
+    """Write heads/NAME.safetensors, in place of an older one of the same settings."""
+    numbers = [number for _, number in saved_heads(run)]
+    facts = facts.model_copy(update={"number": max(numbers, default=0) + 1})
+    path = heads_folder(run) / f"{facts.name}.safetensors"
     with files.output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     modules = {"layer": head.layer, "encoder": head.encoder}
@@ -85,6 +103,19 @@ def save_head(run: Path, head: Head, facts: HeadFacts) -> Path:
     return path
 
 
+def saved_heads(run: Path) -> list[tuple[str, int]]:
+    """Names of the heads of a run and the numbers they were saved under, the first one first."""
+    found = []
+    for path in heads_folder(run).glob("*.safetensors"):
+        try:
+            with safetensors.safe_open(path, framework="pt") as opened:  # pyright: ignore
+                facts = json.loads((opened.metadata() or {})["clsa"])
+            found.append((path.stem, int(facts["number"])))
+        except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError):
+            found.append((path.stem, 0))  # damaged: told when it is asked for
+    return sorted(found, key=lambda head: (head[1], head[0]))
+
+
 def load_head(run: Path, name: str | None, encoder: nn.Module) -> tuple[Head, HeadFacts]:
     """The head of a protocol; without a name, the one that was saved last.
 
@@ -95,15 +126,13 @@ def load_head(run: Path, name: str | None, encoder: nn.Module) -> tuple[Head, He
         ClsaError: 66 when there is none, 77 when the file is not what `save_head` writes, 2 when
             it belongs to another encoder.
     """
-    folder = heads_folder(run)
-    found = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-    names = [path.stem for path in found]
-    if not found or (name is not None and name not in names):
+    folder, names = heads_folder(run), [head for head, _ in saved_heads(run)]
+    if not names or (name is not None and name not in names):
         what = f"head {name}" if name else str(folder)
         close = nearest(name or "", names)
         hint = f"did you mean {close}?" if close else f"clsa evaluate {run} --protocol linear-clsa"
         raise ClsaError(what, "there is none yet", hint, Exit.NO_INPUT)
-    path = found[-1] if name is None else folder / f"{name}.safetensors"
+    path = folder / f"{names[-1] if name is None else name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="pt") as opened:  # pyright: ignore
             facts = HeadFacts.model_validate(json.loads((opened.metadata() or {})["clsa"]))
@@ -118,7 +147,7 @@ def load_head(run: Path, name: str | None, encoder: nn.Module) -> tuple[Head, He
             ClsaError) as error:  # fmt: skip
         why = f"not a head of clsa ({type(error).__name__})"
         raise ClsaError(str(path), why, "evaluate again to write it", Exit.UNTRUSTED) from error
-    if own is None and checkpoint.digest(encoder.state_dict()) != facts.encoder_digest:
+    if checkpoint.digest(encoder.state_dict()) != facts.encoder_digest:
         why = "it was learned on another encoder's features"
         raise ClsaError(str(path), why, f"clsa evaluate {run} --protocol {facts.protocol}")
     return Head(layer, own), facts

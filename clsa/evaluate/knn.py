@@ -27,7 +27,7 @@ def knn_predict(
     s_1 is the similarity of the nearest; InstDisc's scores without s_1 are these times
     exp(s_1 / T). Plain: the number of neighbours of class c; of equal numbers the smaller summed
     distance 1 - s wins, then the smaller class. The prediction is `argmax` of a row, the first of
-    equals.
+    equals; of pictures as near as the K-th, the first ones vote.
 
     Args:
         queries, bank: features of any length.
@@ -41,7 +41,7 @@ def knn_predict(
     bank = F.normalize(bank, dim=1)
     scores = []
     for chunk in F.normalize(queries, dim=1).split(max(1, MAX_SIMILARITIES // len(bank))):
-        similarity, nearest = (chunk @ bank.T).topk(neighbours, dim=1)
+        similarity, nearest = nearest_of(chunk @ bank.T, neighbours)
         similarity = similarity.double()
         if weighted:
             votes = ((similarity - similarity[:, :1]) / temperature).exp()
@@ -50,6 +50,22 @@ def knn_predict(
         empty = votes.new_zeros(len(chunk), num_classes)
         scores.append(empty.scatter_add_(1, labels[nearest], votes))
     return torch.cat(scores)
+
+
+def nearest_of(
+    similarity: Float[Tensor, "n N"], count: int
+) -> tuple[Float[Tensor, "n K"], Int64[Tensor, "n K"]]:
+    """The highest similarities of each row and where they stand; of equals the first ones.
+
+    `topk` takes any of equals: rows in which more are equal to the last one are sorted anew.
+    """
+    values, places = similarity.topk(count, dim=1)
+    last = values[:, -1:]
+    unsure = ((similarity == last).sum(1) > (values == last).sum(1)).nonzero()[:, 0]
+    if len(unsure):
+        sorted_ = similarity[unsure].sort(dim=1, descending=True, stable=True)
+        values[unsure], places[unsure] = sorted_.values[:, :count], sorted_.indices[:, :count]
+    return values, places
 
 
 def knn(

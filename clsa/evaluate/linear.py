@@ -8,9 +8,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from clsa import color, dist, views
-from clsa.cards import LinearCard, Schedule
+from clsa.cards import LinearCard, Schedule, SgdCard
 from clsa.cutting import Crops
 from clsa.data import batches
+from clsa.errors import ClsaError
 from clsa.evaluate.features import encode
 from clsa.evaluate.heads import new_layer
 from clsa.evaluate.progress import watched
@@ -84,14 +85,21 @@ def normalised(batch: Crops) -> Float[Tensor, "b 3 S S"]:
 def fitting(batch_size: int, count: int) -> int:
     """`batch_size`, or of a smaller set the largest multiple of 8 or, under 8, power of 2.
 
-    So that processes can share it: it does not depend on their number, nor do the numbers found.
+    It does not depend on the number of processes, nor do the numbers found.
+
+    Raises:
+        ClsaError: where the processes cannot share it.
     """
-    if count >= batch_size:
-        return batch_size
-    return count // EIGHTH * EIGHTH or 1 << (count.bit_length() - 1)
+    if count < batch_size:
+        batch_size = count // EIGHTH * EIGHTH or 1 << (count.bit_length() - 1)
+    if batch_size % dist.world_size():
+        what, why = f"a batch of {batch_size} pictures", f"{dist.world_size()} processes"
+        hint = "start a power of 2 of them, or choose a multiple by --change batch_size=..."
+        raise ClsaError(what, f"cannot be shared by {why}", hint)
+    return batch_size
 
 
-def sgd(groups: list[dict], card: Schedule) -> torch.optim.SGD:
+def sgd(groups: list[dict], card: SgdCard) -> torch.optim.SGD:
     """Plain SGD of groups of parameters, each with its rate."""
     optimizer = torch.optim.SGD(groups, momentum=card.momentum, weight_decay=card.weight_decay)
     for group in optimizer.param_groups:

@@ -11,6 +11,7 @@ import numpy as np
 
 from clsa import checkpoint, dist, files, intake
 from clsa.command_options import PredictOptions
+from clsa.data import EVAL_CHUNK
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import centre_views, encode, frozen
 from clsa.evaluate.heads import load_head
@@ -44,7 +45,7 @@ def predict(options: PredictOptions) -> str:
     ]
     views = centre_views(source, np.arange(len(source)), facts.views, device)
     with frozen(encoder):
-        chunks = -(-len(source) // 256)
+        chunks = -(-len(source) // EVAL_CHUNK)
         for numbers, images in watched(views, chunks, "pictures"):
             logits = layer(encode(encoder, images, options.batch_size))
             best = facts.probabilities(logits.double()).topk(top, dim=1)
@@ -58,7 +59,7 @@ def predict(options: PredictOptions) -> str:
         why = f"none of the {len(rows)} pictures can be read"
         raise ClsaError("nothing to label", why, "check them", Exit.BAD_DATA)
     _write(options.out, rows, top)
-    told = f"{options.out}: {len(rows):,} pictures labelled by {facts.protocol}"
+    told = f"{options.out}: {len(rows):,} pictures labelled by {facts.told}"
     return told + (f", {unreadable} of them unreadable, without a label" if unreadable else "")
 
 
@@ -66,7 +67,11 @@ def pictures(images: tuple[str, ...]) -> Source:
     """Image files as they are named, or one set."""
     if not images:
         raise ClsaError("no pictures", "none were named", "give files or a folder", Exit.NO_INPUT)
-    if len(images) == 1 and not images[0].lower().endswith(SUFFIXES):
+    alone = Path(images[0])
+    listed = alone.suffix.lower() in (".txt", ".npz")
+    if len(images) == 1 and (listed or not alone.is_file()):
+        if alone.suffix.lower() in SUFFIXES:
+            raise ClsaError(images[0], "no such file", "check the path", Exit.NO_INPUT)
         return intake.open_source(images[0], "val", DataOptions())
     for name in images:
         if not os.path.isfile(name):

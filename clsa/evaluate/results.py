@@ -48,6 +48,8 @@ class Record(NamedTuple):
     """val: the set's own test pictures; holdout: a fifth of the labelled ones; or a list's name."""
     n: int
     """Number of pictures judged."""
+    bank: int
+    """Number of labelled pictures learned from, or compared with."""
     seed: int
     encoder_digest: str
     encoder_digest_after: str
@@ -58,7 +60,9 @@ class Record(NamedTuple):
 
     def key(self) -> tuple:
         """What makes two records answers to one question: all but what was found."""
-        return tuple(self._replace(value=0, n=0, epoch=None, encoder_digest_after="", leaked=None))
+        return tuple(
+            self._replace(value=0, n=0, bank=0, epoch=None, encoder_digest_after="", leaked=None)
+        )
 
 
 def accuracies(predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"]) -> dict[str, float]:
@@ -73,12 +77,26 @@ def accuracies(predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"]) -> dic
 
 
 def accuracies_of(scores: Float[Tensor, "n C"], labels: Int64[Tensor, "n"]) -> dict[str, float]:
-    """`accuracies` of the highest scores (of equals the first), and from five classes on `top5`."""
+    """`accuracies` of the highest scores, and from five classes on `top5`; of equals the first.
+
+    Raises:
+        ClsaError: 76 when a score is not finite.
+    """
+    require_finite(scores)
+    own = scores.gather(1, labels[:, None])
+    before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    place = ((scores > own) | ((scores == own) & before)).sum(1)
     found = accuracies(scores.argmax(1), labels)
     if scores.shape[1] >= MIN_CLASSES_TOP5:
-        right = (scores.topk(5, dim=1).indices == labels[:, None]).any(1)
-        found["top5"] = 100 * right.double().mean().item()
+        found["top5"] = 100 * (place < 5).double().mean().item()
     return found
+
+
+def require_finite(scores: Float[Tensor, "n C"]) -> None:
+    """Refuse to rank by what is no number."""
+    if not torch.isfinite(scores).all():
+        why = "its scores are not finite: it has diverged"
+        raise ClsaError("a classifier", why, "lower its rate by --change lr=...", Exit.UNHEALTHY)
 
 
 def told(values: dict[str, float], chosen: str = "", epoch: int | None = None) -> list[Found]:
@@ -109,7 +127,7 @@ def read_records(path: Path) -> list[Record]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:
-        why = f"not a list of results ({type(error).__name__})"
+        why = f"not a list of results, or an earlier version's ({type(error).__name__})"
         raise ClsaError(str(path), why, "move it out of the way", Exit.BAD_DATA) from None
 
 

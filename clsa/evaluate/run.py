@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from clsa import checkpoint, dist
 from clsa.cards import (
     Card,
@@ -12,12 +14,13 @@ from clsa.cards import (
     LinearFastCard,
     LogisticCard,
     LowshotCard,
+    ReleasedCard,
     SvmCard,
     Voc07Card,
 )
 from clsa.command_options import EvaluateOptions
 from clsa.detect_cards import DetectCard
-from clsa.evaluate.detect import Boxes, detect
+from clsa.evaluate.detect import detect
 from clsa.evaluate.features import frozen
 from clsa.evaluate.finetune import finetune
 from clsa.evaluate.heads import Head, HeadFacts, save_head
@@ -29,14 +32,12 @@ from clsa.evaluate.results import (
     Found,
     Record,
     append_records,
-    read_records,
     results_path,
     told,
 )
-from clsa.evaluate.split import Split
-from clsa.evaluate.subject import Exam, Subject
+from clsa.evaluate.subject import Exam, Pictures, Subject
 from clsa.evaluate.svm import lowshot, voc07_svm
-from clsa.evaluate.voc07 import Lists, voc07
+from clsa.evaluate.voc07 import voc07
 from clsa.evaluate.voc07_released import voc07_released
 from clsa.host import keep_freed_memory
 from clsa.models import build_encoder
@@ -47,38 +48,39 @@ class Verdict(NamedTuple):
     """What one protocol found of one encoder."""
 
     found: list[Found]
-    pictures: Split | Lists | Boxes
-    """With the names of the classes, that of the split and a digest."""
     n: int
     """Number of pictures judged."""
     head: Head | None = None
+    """What was learned that `clsa predict` can use."""
+    moved: nn.Module | None = None
+    """The encoder afterwards, where it is not the one given."""
 
 
 def by_neighbours(subject: Subject, card: KnnCard) -> Verdict:
     """Weighted and plain votes; strong queries against a clean bank, and against a strong one."""
     parts, strong = subject.parts(card), card.queries == "strong"
-    queries, count = subject.seen(parts.queries, strong), len(parts.bank.classes)
+    queries, count = subject.seen(parts.queries, strong), len(parts.classes)
     found = knn(subject.seen(parts.bank), queries, count, card)
     if strong:
         against = knn(subject.seen(parts.bank, strong), queries, count, card)
         found.append(against[0]._replace(metric="top1-strong-bank"))
-    return Verdict(found, parts, len(queries[1]))
+    return Verdict(found, len(queries[1]))
 
 
 def by_logistic(subject: Subject, card: LogisticCard) -> Verdict:
     """Logistic regression."""
     parts = subject.parts(card)
     bank, queries = subject.seen(parts.bank), subject.seen(parts.queries)
-    found, layer = logistic(bank, queries, len(parts.bank.classes), card, subject.options.seed)
-    return Verdict(found, parts, len(queries[1]), Head(layer))
+    found, layer = logistic(bank, queries, len(parts.classes), card, subject.options.seed)
+    return Verdict(found, len(queries[1]), Head(layer))
 
 
 def by_linear_fast(subject: Subject, card: LinearFastCard) -> Verdict:
     """A linear probe on features extracted once."""
     parts = subject.parts(card)
     bank, queries = subject.seen(parts.bank), subject.seen(parts.queries)
-    found, layer = linear_fast(bank, queries, len(parts.bank.classes), card, subject.options.seed)
-    return Verdict(found, parts, len(queries[1]), Head(layer))
+    found, layer = linear_fast(bank, queries, len(parts.classes), card, subject.options.seed)
+    return Verdict(found, len(queries[1]), Head(layer))
 
 
 def by_linear(subject: Subject, card: LinearCard) -> Verdict:
@@ -86,55 +88,56 @@ def by_linear(subject: Subject, card: LinearCard) -> Verdict:
     parts, seed = subject.parts(card), subject.options.seed
     queries, size = subject.seen(parts.queries), subject.views.size
     found, layer = linear(subject.encoder, parts.bank, queries, size, card, seed, subject.exam.data)
-    return Verdict(found, parts, len(queries[1]), Head(layer))
+    return Verdict(found, len(queries[1]), Head(layer))
 
 
 def by_finetuning(subject: Subject, card: FinetuneCard) -> Verdict:
     """All layers of a copy, and a linear one."""
     parts, seed = subject.parts(card), subject.options.seed
-    queries = subject.seen(parts.queries)
-    found, head = finetune(subject.encoder, parts, subject.views, card, seed, subject.exam.data)
-    return Verdict(found, parts, len(queries[1]), head)
+    found, n, head = finetune(subject.encoder, parts, subject.views, card, seed, subject.exam.data)
+    return Verdict(found, n, head, head.encoder)
 
 
 def by_few_shots(subject: Subject, card: LowshotCard) -> Verdict:
     """Support vector machines on few pictures of each class."""
     parts = subject.parts(card)
     bank, queries = subject.arrays(parts.bank), subject.arrays(parts.queries)
-    found = lowshot(bank, queries, len(parts.bank.classes), card, subject.options.seed)
-    return Verdict(found, parts, len(queries[1]))
+    found = lowshot(bank, queries, len(parts.classes), card, subject.options.seed)
+    return Verdict(found, len(queries[1]))
 
 
 def by_voc07(subject: Subject, card: Voc07Card) -> Verdict:
-    """A linear layer on VOC07, as the paper tells it or as its code does."""
-    lists, seed, size = subject.exam.voc(card), subject.options.seed, subject.views.size
-    queries = subject.features(lists.queries)
-    if card.crops == "released":
-        found, head = voc07_released(subject.encoder, lists, size, card, seed)
-        return Verdict(found, lists, len(queries.rows), head)
-    asked = queries.features, queries.rows
-    found, layer = voc07(subject.encoder, lists, asked, size, card, seed, subject.options.data)
-    return Verdict(found, lists, len(queries.rows), Head(layer))
+    """A linear layer on VOC07."""
+    lists, seed, size = subject.lists(card), subject.options.seed, subject.views.size
+    features, _, rows = subject.features(lists.queries)
+    data = subject.options.data
+    found, layer = voc07(subject.encoder, lists, (features, rows), size, card, seed, data)
+    return Verdict(found, len(rows), Head(layer))
+
+
+def by_released_code(subject: Subject, card: ReleasedCard) -> Verdict:
+    """What CLSA's code computes; its layer saw other pixels than `clsa predict` shows."""
+    lists = subject.lists(card)
+    found, n, moved = voc07_released(subject.encoder, lists, card, subject.options.seed)
+    return Verdict(found, n, moved=moved)
 
 
 def by_machines(subject: Subject, card: SvmCard) -> Verdict:
     """A support vector machine a class of VOC07."""
-    lists = subject.exam.voc(card)
+    lists = subject.lists(card)
     seen = []
     for marked in (lists.train, lists.test):
         features, _, rows = subject.features(marked.source)
         seen.append((features.cpu().numpy(), marked.targets[rows]))
-    return Verdict(voc07_svm(seen[0], seen[1], card), lists, len(seen[1][1]))
+    return Verdict(voc07_svm(seen[0], seen[1], card), len(seen[1][1]))
 
 
 def by_detection(subject: Subject, card: DetectCard) -> Verdict:
     """A detector around the encoder, or around a copy of it."""
-    boxes = subject.exam.boxes(card)
-    found = detect(
-        subject.encoder, boxes.train, boxes.test, card, subject.options.seed, subject.device
-    )
+    boxes, seed = subject.boxes(card), subject.options.seed
+    found = detect(subject.encoder, boxes.train, boxes.test, card, seed, subject.device)
     known = {name: value for name, value in found.items() if value == value}  # not NaN
-    return Verdict(told(known, "last"), boxes, len(boxes.test.things))
+    return Verdict(told(known, "last"), len(boxes.test.things))
 
 
 JUDGES: dict[type[Card], Callable[[Subject, Any], Verdict]] = {
@@ -145,6 +148,7 @@ JUDGES: dict[type[Card], Callable[[Subject, Any], Verdict]] = {
     FinetuneCard: by_finetuning,
     LowshotCard: by_few_shots,
     Voc07Card: by_voc07,
+    ReleasedCard: by_released_code,
     SvmCard: by_machines,
     DetectCard: by_detection,
 }
@@ -164,37 +168,37 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
             results.json that holds something else.
     """
     results = results_path(options.run)
-    read_records(results)  # a damaged one is reported before the work, not after it
+    append_records(results, [])  # a damaged file or a full disk is told before the work
     cards = cards_of(options.protocol, options.change)
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
     keep_freed_memory()
-    exam = Exam(options, facts)
     encoders = {"random": build_encoder(facts.model, facts.seed)} if options.random else {}
     records: list[Record] = []
     with dist.process_group(device):
+        exam = Exam(options, facts, cards)
         subjects = {
             name: Subject(encoder, exam, device)
             for name, encoder in {**encoders, "trained": trained}.items()
         }
+        pictures = {name: exam.pictures(card) for name, card in cards.items()}
         for protocol, card in cards.items():
-            fresh: list[Record] = []
+            parts, first = pictures[protocol], dist.rank() == 0
+            leaked, fresh = exam.leaked(parts) if first else None, []
             for name, subject in subjects.items():
                 before = checkpoint.digest(subject.encoder.state_dict())
                 with frozen(subject.encoder):
                     verdict = JUDGES[type(card)](subject, card)
-                leaked = exam.leaked(verdict.pictures) if dist.rank() == 0 else None
-                after = (verdict.head and verdict.head.encoder) or subject.encoder
+                after = checkpoint.digest((verdict.moved or subject.encoder).state_dict())
                 made = Record(
                     protocol, card.hash(protocol), _settings(options, protocol, card),
-                    "", 0, "", None, name, verdict.pictures.name, verdict.n, options.seed,
-                    before, checkpoint.digest(after.state_dict()), verdict.pictures.digest(),
-                    leaked,
+                    "", 0, "", None, name, parts.name, verdict.n, len(parts.bank), options.seed,
+                    before, after, parts.digest(), leaked,
                 )  # fmt: skip
                 fresh += [made._replace(**found._asdict()) for found in verdict.found]
-                if name == "trained" and verdict.head and dist.rank() == 0:
-                    _keep(options, verdict, made, facts)
-            if dist.rank() == 0:
+                if name == "trained" and verdict.head and first:
+                    keep(verdict.head, made, parts, options, facts)
+            if first:
                 append_records(results, fresh)
             records += fresh
     return records
@@ -205,14 +209,17 @@ def _settings(options: EvaluateOptions, protocol: str, card: Card) -> str:
     return " ".join(filter(None, [labels, departures(protocol, card)]))
 
 
-def _keep(
-    options: EvaluateOptions, verdict: Verdict, made: Record, facts: checkpoint.EncoderFacts
+def keep(
+    head: Head,
+    made: Record,
+    parts: Pictures,
+    options: EvaluateOptions,
+    facts: checkpoint.EncoderFacts,
 ) -> None:
     """Save what the trained encoder's classifier learned."""
-    assert verdict.head
     told = HeadFacts(
         protocol=made.protocol, card=made.card, settings=made.settings,
-        classes=tuple(verdict.pictures.classes), several=verdict.pictures.several,
+        classes=tuple(parts.classes), several=parts.several,
         encoder_digest=made.encoder_digest, model=facts.model, views=facts.views,
     )  # fmt: skip
-    save_head(options.run, verdict.head, told)
+    save_head(options.run, head, told)

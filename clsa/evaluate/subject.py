@@ -2,6 +2,7 @@
 
 import logging
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
 from clsa import checkpoint, intake
-from clsa.cards import Card, SvmCard, Voc07Card
+from clsa.cards import Card
 from clsa.command_options import EvaluateOptions
 from clsa.config import merge
 from clsa.detect_cards import DetectCard
@@ -34,66 +35,83 @@ class Labelled(NamedTuple):
     """Their numbers in the source: those that could be read."""
 
 
+Pictures = Split | Lists | Boxes
+
+
 class Exam:
     """The pictures that encoders are judged on; each kind is opened when a protocol needs it.
 
     Args:
         options: which pictures, what seed.
         facts: of the run, whose pictures they are where `options` name none.
+        cards: what will be asked.
+
+    Raises:
+        ClsaError: 2 where one set of pictures or options cannot serve all cards; as the sources.
     """
 
-    def __init__(self, options: EvaluateOptions, facts: checkpoint.EncoderFacts):
+    def __init__(
+        self, options: EvaluateOptions, facts: checkpoint.EncoderFacts, cards: dict[str, Card]
+    ):
         self.options, self.facts = options, facts
         self.data = data_of(options.data, facts)
-        self._few: dict[str, Split] = {}
-        self._lists: dict[tuple[str, str | None], Lists] = {}
-        self._boxes: dict[tuple[str, tuple[str, ...]], Boxes] = {}
+        self._opened: dict[tuple, Pictures] = {}
         self._leaked: dict[int, int | None] = {}
+        kinds = {card.pictures for card in cards.values()}
+        if len(kinds) > 1:
+            names = ", ".join(
+                next(name for name, card in cards.items() if card.pictures == kind)
+                for kind in sorted(kinds)
+            )
+            why = "they take different kinds of pictures"
+            raise ClsaError(f"--protocol {names}", why, "judge by one kind after the other")
+        if options.labels is not None and "classes" not in kinds:
+            why = "VOC's and COCO's lists say what is learned from"
+            raise ClsaError(f"--labels {options.labels}", why, "leave it out")
+        if "classes" in kinds and _is_voc(self.data.data):
+            hint = "use the voc07 or detect cards (clsa protocols)"
+            raise ClsaError(self.data.data, "VOC's folders have no class a picture", hint)
+
+    def pictures(self, card: Card) -> Pictures:
+        """What a card learns from and is judged on."""
+        key = self._key(card)
+        if key not in self._opened:
+            self._opened[key] = self._open(card)
+        return self._opened[key]
+
+    def _key(self, card: Card) -> tuple:
+        if isinstance(card, DetectCard):
+            return card.measure, card.years, card.library
+        if card.pictures == "voc":
+            return _lists_of(card)
+        return (self.options.labels or getattr(card, "labels", None),)
+
+    def _open(self, card: Card) -> Pictures:
+        if isinstance(card, DetectCard):
+            return read_boxes(self.options.data, card)
+        if card.pictures == "voc":
+            return read_lists(self.options.data, *_lists_of(card))
+        val, (labels,) = intake.open_val(self.data, self._train.classes), self._key(card)
+        parts = split(self._train, val, self.options.seed)
+        if labels is not None:  # with the run's seed, as it drew its own
+            parts = with_few_bank_labels(parts, labels, self.facts.seed)
+        if len(np.unique(parts.bank.labels)) < 2:
+            why = f"{len(parts.bank)} labelled pictures of a single class"
+            raise ClsaError("nothing to tell apart", why, "give labels of two classes or more")
+        return parts
 
     @cached_property
     def _train(self) -> Source:
         return intake.open_source(self.data.data, "train", self.data)
 
-    @cached_property
-    def everything(self) -> Split:
-        """Pictures with a class each, all labels known."""
-        val = intake.open_val(self.data, self._train.classes)
-        return split(self._train, val, self.options.seed)
-
-    def classes(self, labels: str | None) -> Split:
-        """The same, learning from few labels only; drawn with the run's seed, as it drew its own.
-
-        Args:
-            labels: a share or a list (see `with_few_labels`); None: all.
-        """
-        if labels is None:
-            return self.everything
-        if labels not in self._few:
-            self._few[labels] = with_few_bank_labels(self.everything, labels, self.facts.seed)
-        return self._few[labels]
-
-    def voc(self, card: Voc07Card | SvmCard) -> Lists:
-        """Pictures of VOC07 of several classes each."""
-        key = (card.train, card.select) if isinstance(card, Voc07Card) else ("trainval", None)
-        if key not in self._lists:
-            self._lists[key] = read_lists(self.options.data, *key)
-        return self._lists[key]
-
-    def boxes(self, card: DetectCard) -> Boxes:
-        """Pictures of VOC or COCO with boxes."""
-        key = card.measure, card.years
-        if key not in self._boxes:
-            self._boxes[key] = read_boxes(self.options.data, card)
-        return self._boxes[key]
-
-    def leaked(self, parts: Split | Lists | Boxes) -> int | None:
+    def leaked(self, parts: Pictures) -> int | None:
         """How many of the judged pictures the run learned from, told once; None: not looked."""
         key = id(parts.queries)
         if key not in self._leaked:
             self._leaked[key] = self._look(parts) if self.options.leaks != "off" else None
         return self._leaked[key]
 
-    def _look(self, parts: Split | Lists | Boxes) -> int | None:
+    def _look(self, parts: Pictures) -> int | None:
         log, data = logging.getLogger("clsa"), self.facts.data
         try:
             learned = intake.open_source(data.data, "train", data)
@@ -124,8 +142,22 @@ class Subject:
         self._seen: dict[tuple[int, bool], Labelled] = {}
 
     def parts(self, card: Card) -> Split:
-        """The pictures of a card: with the labels of `--labels`, or its own share of them."""
-        return self.exam.classes(self.options.labels or getattr(card, "labels", None))
+        """Pictures of one class each."""
+        parts = self.exam.pictures(card)
+        assert isinstance(parts, Split)
+        return parts
+
+    def lists(self, card: Card) -> Lists:
+        """Pictures of VOC07."""
+        lists = self.exam.pictures(card)
+        assert isinstance(lists, Lists)
+        return lists
+
+    def boxes(self, card: Card) -> Boxes:
+        """Pictures with objects."""
+        boxes = self.exam.pictures(card)
+        assert isinstance(boxes, Boxes)
+        return boxes
 
     def seen(
         self, source: Source, strong: bool = False
@@ -154,6 +186,17 @@ class Subject:
             labels = torch.from_numpy(source.labels[rows]).to(self.device)
             self._seen[key] = Labelled(features, labels, rows)
         return self._seen[key]
+
+
+def _lists_of(card: Card) -> tuple[str, str | None]:
+    """The list that a card of VOC07 learns from, and the one it selects on."""
+    return getattr(card, "train", "trainval"), getattr(card, "select", None)
+
+
+def _is_voc(spec: str) -> bool:
+    """Whether a folder is laid out as VOC's, of one year or several."""
+    root = Path(spec)
+    return (root / "JPEGImages").is_dir() or (root / "VOC2007").is_dir()
 
 
 def data_of(given: DataOptions, facts: checkpoint.EncoderFacts) -> DataOptions:

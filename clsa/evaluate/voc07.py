@@ -14,18 +14,18 @@ from clsa import checkpoint, dist, views
 from clsa.annotations import Annotated, read_voc
 from clsa.cards import Voc07Card
 from clsa.data import batches
-from clsa.errors import ClsaError
+from clsa.errors import ClsaError, Exit
 from clsa.evaluate.average_precision import average_precision
 from clsa.evaluate.features import encode
 from clsa.evaluate.heads import new_layer
 from clsa.evaluate.linear import fitting, normalised, sgd
 from clsa.evaluate.progress import watched
-from clsa.evaluate.results import Found, last_and_best
+from clsa.evaluate.results import Found, last_and_best, require_finite
 from clsa.options import DataOptions
 from clsa.order import Order
 from clsa.sources import Folder
 
-VIEW = 1005
+VIEW = 1007
 YEAR = "2007"
 THERE, ABSENT, DIFFICULT = 1, 0, -1
 NEEDS = "the voc07 protocols need VOC's folders (JPEGImages, Annotations, ImageSets)"
@@ -54,6 +54,11 @@ class Lists(NamedTuple):
     """A picture may be of several classes."""
 
     @property
+    def bank(self) -> Folder:
+        """The pictures to learn from."""
+        return self.train.source
+
+    @property
     def queries(self) -> Folder:
         """The pictures that are judged."""
         return self.test.source
@@ -80,6 +85,10 @@ def read_lists(data: DataOptions, train: str, select: str | None) -> Lists:
     marked = {train: _marked(first)}
     for name in filter(None, (select, "test")):
         marked[name] = _marked(read_voc(root, [(YEAR, name)], first.classes))
+    for name, part in marked.items():
+        if not (part.targets == THERE).any():
+            why = "none of its pictures shows an object that counts"
+            raise ClsaError(f"{root}: list {name}", why, "check its annotations", Exit.BAD_DATA)
     chosen = marked[select] if select else None
     return Lists(marked[train], chosen, marked["test"], first.classes)
 
@@ -107,6 +116,7 @@ def mean_ap(
         dropped: leave pictures out for the classes of which they show only difficult objects, as
             VOC does; else these count as absent.
     """
+    require_finite(torch.from_numpy(scores))
     found = []
     for column in range(targets.shape[1]):
         kept = targets[:, column] != DIFFICULT if dropped else np.full(len(targets), True)
@@ -124,22 +134,12 @@ def per_picture_ap(scores: Float[np.ndarray, "n C"], there: Bool[np.ndarray, "n 
     with at least its score, averaged. A picture that shows nothing is left out. It is no mAP: it
     compares classes with each other, not pictures, and is far higher.
     """
+    require_finite(torch.from_numpy(scores))
     shown = there.any(1)
     scores, there = scores[shown], there[shown]
     above = scores[:, None, :] >= scores[:, :, None]
     precision = (above & there[:, None, :]).sum(2) / above.sum(2)
     return 100 * float(((precision * there).sum(1) / there.sum(1)).mean())
-
-
-def measured(
-    scores: Float[Tensor, "n C"], targets: Int64[np.ndarray, "n C"], card: Voc07Card
-) -> dict[str, float]:
-    """The card's metric; beside the average precision of pictures, `map` too."""
-    values, dropped = scores.double().cpu().numpy(), card.test_difficult == "dropped"
-    if card.metric == "per-image":
-        found = per_picture_ap(values, targets == THERE)
-        return {"per-image-ap": found, "map": mean_ap(values, targets, "all", dropped)}
-    return {"map": mean_ap(values, targets, card.metric, dropped)}
 
 
 def voc07(
@@ -173,28 +173,35 @@ def voc07(
     bank.labels = np.arange(len(bank))  # so that a batch names the pictures it shows
     targets = torch.from_numpy(lists.train.targets).to(device)
     order = Order(len(bank), fitting(card.batch_size, len(bank)), seed)
-    spec = views.ViewSpec("voc07", card.size or size, (0.08, 1.0), VIEW)
+    spec = views.ViewSpec("voc07", size, card.scale, VIEW)
     last_step = card.epochs * order.steps_per_epoch
+    dropped = card.test_difficult == "dropped"
     epochs: list[dict[str, float]] = []
     stream = batches(bank, [spec], order, 0, last_step, device, data)
     for step, batch in enumerate(watched(stream, last_step, "linear layer"), start=1):
         wanted = targets[dist.all_gather(batch.labels.to(device))]
         seen = dist.all_gather(encode(encoder, normalised(batch), order.batch_size))
         with torch.enable_grad():
-            loss_of(layer(seen), wanted, card).backward()
+            loss = loss_of(layer(seen), wanted, card.train_difficult == "dropped")
+            (loss / order.batch_size).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step % order.steps_per_epoch == 0:
-            epochs.append(measured(layer(features), lists.test.targets[rows], card))
+            scores = layer(features).double().cpu().numpy()
+            found = mean_ap(scores, lists.test.targets[rows], card.metric, dropped)
+            epochs.append({"map": found})
     return last_and_best(epochs, card.headline), layer
 
 
 def loss_of(
-    logits: Float[Tensor, "b C"], targets: Int64[Tensor, "b C"], card: Voc07Card
+    logits: Float[Tensor, "b C"], targets: Int64[Tensor, "b C"], dropped: bool
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of sigmoids, summed over classes; mean or sum over the batch."""
+    """Cross-entropy of one sigmoid a class, summed over classes and batch.
+
+    Args:
+        dropped: leave out classes of which a picture shows only difficult objects.
+    """
     wanted, kept = (targets == THERE).to(logits.dtype), torch.ones_like(logits)
-    if card.train_difficult == "dropped":
+    if dropped:
         kept = (targets != DIFFICULT).to(logits.dtype)
-    total = F.binary_cross_entropy_with_logits(logits, wanted, kept, reduction="sum")
-    return total if card.loss == "sum" else total / len(logits)
+    return F.binary_cross_entropy_with_logits(logits, wanted, kept, reduction="sum")

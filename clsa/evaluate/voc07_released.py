@@ -13,29 +13,30 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from clsa import color, rng
-from clsa.cards import Voc07Card
+from clsa.cards import ReleasedCard
 from clsa.cutting import Cut, Cuts, whole
 from clsa.data import eval_crops
+from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import encode
-from clsa.evaluate.heads import Head, new_layer
+from clsa.evaluate.heads import new_layer
 from clsa.evaluate.progress import watched
 from clsa.evaluate.results import Found, told
-from clsa.evaluate.voc07 import Lists, Marked, loss_of, measured
+from clsa.evaluate.voc07 import THERE, Lists, Marked, loss_of, mean_ap, per_picture_ap
 from clsa.order import Order
 from clsa.sources import Source
 
 MEAN = (0.457342265910642, 0.4387686270106377, 0.4073427106250871)
 STD = (0.26753769276329037, 0.2638145880487105, 0.2776826934044154)
-VIEW, SLOTS = 1006, np.arange(5)
+VIEW, SLOTS = 1008, np.arange(5)
 LARGER = 330 / 300
 BRIGHTNESS, GRAY, FLIP, DEGREES = 0.2, 0.25, 0.25, 25.0
 PLACES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 
 
 def voc07_released(
-    encoder: nn.Module, lists: Lists, size: int, card: Voc07Card, seed: int
-) -> tuple[list[Found], Head]:
-    """Numbers after the last epoch and after the best on `val`, and what was learned by the last.
+    encoder: nn.Module, lists: Lists, card: ReleasedCard, seed: int
+) -> tuple[list[Found], int, nn.Module]:
+    """Numbers after the last epoch and the best on `val`, of how many pictures; the last encoder.
 
     As the code, and against the paper's text: whole pictures distorted to a square, brightness
     changed by up to a fifth or, for half of them, a quarter made gray, a quarter mirrored, all
@@ -46,15 +47,15 @@ def voc07_released(
 
     Args:
         encoder: copied, as its statistics move.
-        size: side of the crops where the card names none.
     """
-    side = card.size or size
+    selecting = lists.select
+    assert selecting is not None
     device = next(encoder.parameters()).device
     moved = copy.deepcopy(encoder)
     width = int(encoder.head_hidden_size)  # pyright: ignore[reportArgumentType]
     layer = new_layer(width, len(lists.classes), seed).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=card.lr, momentum=card.momentum)
-    rows, pictures = squares(lists.train.source, side)
+    rows, pictures = squares(lists.train.source, card.size)
     targets = torch.from_numpy(lists.train.targets[rows]).to(device)
     order = Order(len(rows), min(card.batch_size, len(rows)), seed)
     highest, kept = -1.0, (0, copy.deepcopy(moved), copy.deepcopy(layer))
@@ -66,28 +67,24 @@ def voc07_released(
             seen = distorted(pictures[torch.from_numpy(index)], index, epoch, seed)
             images = color.normalize(seen.to(device) / 255, MEAN, STD)
             features = encode(moved, images, len(images))
+            wanted = targets[torch.from_numpy(index)]
             with torch.enable_grad():
-                loss_of(layer(features), targets[torch.from_numpy(index)], card).backward()
+                loss_of(layer(features), wanted, dropped=False).backward()
             optimizer.step()
             optimizer.zero_grad()
         moved.eval()
-        if lists.select is not None:
-            value = judged(moved, layer, lists.select, side, card, PLACES[-1:])[card.headline]
-            if value > highest:
-                highest, kept = value, (epoch + 1, copy.deepcopy(moved), copy.deepcopy(layer))
-    last = judged(moved, layer, lists.test, side, card, PLACES)
-    found = told(last, "last", card.epochs)
-    if lists.select is not None:
-        epoch, then, its_layer = kept
-        best = judged(then, its_layer, lists.test, side, card, PLACES)
-        found += told(best, "best", epoch)
-    return found, Head(layer, moved)
+        values, _ = judged(moved, layer, selecting, card, PLACES[-1:])
+        if values[card.headline] > highest:
+            highest = values[card.headline]
+            kept = epoch + 1, copy.deepcopy(moved), copy.deepcopy(layer)
+    last, count = judged(moved, layer, lists.test, card, PLACES)
+    epoch, then, its_layer = kept
+    best, _ = judged(then, its_layer, lists.test, card, PLACES)
+    return told(last, "last", card.epochs) + told(best, "best", epoch), count, moved
 
 
-def rate_at(epoch: int, card: Voc07Card) -> float:
-    """lr (1 + cos(pi epoch / period)) / 2, which rises again; constant without a period."""
-    if card.cosine_period is None:
-        return card.lr
+def rate_at(epoch: int, card: ReleasedCard) -> float:
+    """lr (1 + cos(pi epoch / period)) / 2, which rises again."""
     return card.lr * (1 + math.cos(math.pi * epoch / card.cosine_period)) / 2
 
 
@@ -96,6 +93,9 @@ def squares(
 ) -> tuple[Int64[np.ndarray, "m"], UInt8[Tensor, "m 3 side side"]]:
     """The readable pictures, whole, distorted to squares, with their numbers; on the CPU."""
     found = list(eval_crops(source, np.arange(len(source)), side, whole, torch.device("cpu")))
+    if not found:
+        why = f"none of its {len(source)} pictures can be read"
+        raise ClsaError("nothing to learn from", why, "check the data", Exit.BAD_DATA)
     numbers = np.concatenate([rows for rows, _ in found])
     return numbers, torch.cat([images.round().byte() for _, images in found])
 
@@ -121,11 +121,12 @@ def judged(
     encoder: nn.Module,
     layer: nn.Linear,
     marked: Marked,
-    side: int,
-    card: Voc07Card,
+    card: ReleasedCard,
     places: tuple[tuple[float, float], ...],
-) -> dict[str, float]:
-    """The card's metric of mean logits over crops of pictures whose short side is 1.1 times theirs.
+) -> tuple[dict[str, float], int]:
+    """`per-image-ap` and, beside it, the `map` of all points; of how many pictures.
+
+    Of mean logits over crops, whose pictures have a short side 1.1 times theirs.
 
     Args:
         places: of the crops, as shares of the room there is below and to the right.
@@ -136,13 +137,17 @@ def judged(
     for place in places:
         parts: list[Float[Tensor, "b C"]] = []
         seen = []
-        for numbers, images in eval_crops(marked.source, rows, side, crop_at(*place), device):
+        for numbers, images in eval_crops(marked.source, rows, card.size, crop_at(*place), device):
             images = color.normalize(images / 255, MEAN, STD)
             parts.append(layer(encode(encoder, images, card.batch_size)))
             seen.append(numbers)
         logits.append(torch.cat(parts))
         numbers = np.concatenate(seen)
-    return measured(torch.stack(logits).mean(0), marked.targets[numbers], card)
+    scores = torch.stack(logits).mean(0).double().cpu().numpy()
+    targets = marked.targets[numbers]
+    pictures = per_picture_ap(scores, targets == THERE)
+    found = {"per-image-ap": pictures, "map": mean_ap(scores, targets, "all", dropped=False)}
+    return found, len(targets)
 
 
 def crop_at(down: float, right: float) -> Cut:
