@@ -18,15 +18,20 @@ class EvaluateOptions(Config):
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder, or an encoder.safetensors."""
-    protocol: tuple[Name, ...] = ("knn-20", "knn-strong", "logistic")
-    """Cards to judge by; the voc07 ones take --data VOCdevkit."""
+    protocol: Annotated[tuple[Name, ...], pydantic.Field(min_length=1)] = (
+        "knn-20",
+        "knn-strong",
+        "logistic",
+    )
+    """Cards to judge by; those of voc07 and detect take --data VOCdevkit or COCO."""
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
     change: tuple[str, ...] = ()
     """Departures from the cards, FIELD=VALUE or CARD.FIELD=VALUE, such as linear-clsa.epochs=10;
     results.json tells them, and the changed card's hash."""
     labels: str | None = None
     """Few labels to learn from, as `clsa pretrain --labels` takes them: a share such as 10% (of the
-    run's seed, so that they are the run's own) or a list (default: all, or the card's share)."""
+    run's seed, so that they are the run's own) or a list (default: all, or the card's share); for
+    pictures of one class each."""
     random: bool = True
     """Judge the same encoder at its random initialisation beside the trained one."""
     leaks: Literal["auto", "all", "off"] = "auto"

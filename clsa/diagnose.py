@@ -98,7 +98,7 @@ def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]
 
 
 def _may_be_left_out(name: str, bench: Bench) -> bool:
-    """Whether a part fails for what such a run or set lacks, and not for something broken."""
+    """Whether the others go on without it: it needs labels, or a network that is not there."""
     if name in NEEDS_LABELS:
         return True
     return name == "similarity" and bench.subjects[0].query is None

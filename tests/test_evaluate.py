@@ -430,7 +430,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
         raise ClsaError("cannot write", "read-only", "choose another", Exit.CANNOT_WRITE)
 
     monkeypatch.setattr("clsa.files.write_text", refused)
-    monkeypatch.setattr(subject_module, "split", lambda *_: pytest.fail("began to work"))
+    monkeypatch.setattr(subject_module, "extract", lambda *_: pytest.fail("began to work"))
     with pytest.raises(ClsaError, match="cannot write") as caught:
         evaluate(EvaluateOptions(run=run, device="cpu"))
     assert caught.value.code == Exit.CANNOT_WRITE

@@ -144,6 +144,7 @@ def test_refused_before_any_run(axes: dict[str, Any], words: str) -> None:
         ({"seeds": []}, "s: seeds - there are none"),
         ({"seeds": [1, 1]}, "s: seeds - one twice"),
         ({"protocol": []}, "s: protocol - there are none"),
+        ({"protocol": ["voc07-map"]}, "s: protocol voc07-map - it takes VOC's or COCO's folders"),
         ({"base": {"seed": 3}}, "s: base: seed - the sweep itself sets it"),
         ({"base": {"optim": {"lr": -1}}}, "optim.lr - Input should be greater than 0"),
     ],

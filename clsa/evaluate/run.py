@@ -32,6 +32,7 @@ from clsa.evaluate.results import (
     Found,
     Record,
     append_records,
+    read_records,
     results_path,
     told,
 )
@@ -168,7 +169,7 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
             results.json that holds something else.
     """
     results = results_path(options.run)
-    append_records(results, [])  # a damaged file or a full disk is told before the work
+    read_records(results)  # a damaged one is told before the work
     cards = cards_of(options.protocol, options.change)
     trained, facts = checkpoint.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
@@ -182,6 +183,8 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
             for name, encoder in {**encoders, "trained": trained}.items()
         }
         pictures = {name: exam.pictures(card) for name, card in cards.items()}
+        if dist.rank() == 0:
+            append_records(results, [])  # so is a folder that cannot be written
         for protocol, card in cards.items():
             parts, first = pictures[protocol], dist.rank() == 0
             leaked, fresh = exam.leaked(parts) if first else None, []
