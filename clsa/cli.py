@@ -64,6 +64,7 @@ def say_next(out: Path) -> None:
         print(f"\n{out} holds the encoder, {sheet} (look at it), metrics.jsonl and config.yaml.")
         print("Next:")
         print(f"  clsa evaluate {name}    did it learn? (needs labels)")
+        print(f"  clsa diagnose {name}    what the network sees, in figures")
         print(f"  clsa embed {name}       a vector for every picture")
         print(f"  tensorboard --logdir {shlex.quote(str(out if staged else board))}")
         print(f'  python -c "import clsa; encoder = clsa.load_encoder({str(out)!r})"')

@@ -351,11 +351,16 @@ def test_two_processes_fine_tune_as_one_does(run: Path) -> None:
     assert max(abs(one[key] - two[key]) for key in one) <= 100 / 12 + 1e-9  # one of 12 pictures
 
 
-def test_few_labels_are_the_cards_share_or_the_commands(run: Path) -> None:
+def test_few_labels_are_the_cards_share_or_the_commands(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def judged(**over: Any) -> list[Record]:
         options = {"run": run, "device": "cpu", "random": False, "leaks": "off", **over}
         return evaluate(EvaluateOptions(**{"change": ("epochs=2",), **options}))
 
+    caplog.clear()
+    judged(protocol=("knn-20", "semi-1", "semi-10"), leaks="auto")
+    assert caplog.text.count("held out of the pretraining set") == 1
     semi = judged(protocol=("semi-1", "semi-10", "semi-10-clim"))
     assert {r.settings for r in semi} == {"epochs=2"}
     assert len({(r.protocol, r.data_digest) for r in semi}) == 3

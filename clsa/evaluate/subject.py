@@ -91,14 +91,18 @@ class Exam:
             return read_boxes(self.options.data, card)
         if card.pictures == "voc":
             return read_lists(self.options.data, *_lists_of(card))
-        val, (labels,) = intake.open_val(self.data, self._train.classes), self._key(card)
-        parts = split(self._train, val, self.options.seed)
+        parts, (labels,) = self._everything, self._key(card)
         if labels is not None:  # with the run's seed, as it drew its own
             parts = with_few_bank_labels(parts, labels, self.facts.seed)
         if len(np.unique(parts.bank.labels)) < 2:
             why = f"{len(parts.bank)} labelled pictures of a single class"
             raise ClsaError("nothing to tell apart", why, "give labels of two classes or more")
         return parts
+
+    @cached_property
+    def _everything(self) -> Split:
+        val = intake.open_val(self.data, self._train.classes)
+        return split(self._train, val, self.options.seed)
 
     @cached_property
     def _train(self) -> Source:
