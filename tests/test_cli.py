@@ -178,7 +178,9 @@ def test_every_option_is_explained(
     code, out, _ = command(name, "--help")
     shown = "".join(out.replace("│", "").split())
     for option, words in explained(KINDS[name]):
-        flag = {"run": "PATH", "sweep": "STR", "images": "STR"}.get(option, option.replace("_", "-"))
+        flag = {"run": "PATH", "sweep": "STR", "images": "STR"}.get(
+            option, option.replace("_", "-")
+        )
         assert words and "".join(words.split()) in shown and flag in shown, option
     assert code == 0 and (COMMANDS[name].__doc__ or "?") in out
 
