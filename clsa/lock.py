@@ -71,7 +71,7 @@ def _take(path: Path) -> tuple[int, Holder | None]:
             continue
         except OSError:  # a file system without locks
             os.close(handle)
-            return _take_unlocked(path, give_up)
+            return _take_unlocked(path)
         if _is_same(handle, path):
             before = _read(handle)
             _sign(handle)
@@ -79,21 +79,21 @@ def _take(path: Path) -> tuple[int, Holder | None]:
         os.close(handle)  # its holder has ended, and removed it, just before we had it
 
 
-def _take_unlocked(path: Path, give_up: float) -> tuple[int, Holder | None]:
+def _take_unlocked(path: Path) -> tuple[int, Holder | None]:
     """As `_take`, where only the making of a file is certain to succeed once."""
-    before = None
+    before, waited = None, False
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             with suppress(FileNotFoundError):
-                holder = _parsed(path.read_bytes())
-                if holder is None and time.monotonic() < give_up:
-                    time.sleep(0.05)
+                before = _parsed(path.read_bytes()) or before
+                if before is None and not waited:  # its maker is about to sign it, or it is ours
+                    waited = True
+                    time.sleep(SETTLE_S)
                     continue
-                if holder and _is_alive(holder) and holder.pid != os.getpid():
-                    raise _refusal(path, holder) from None
-                before = holder or before
+                if before and _is_alive(before) and before.pid != os.getpid():
+                    raise _refusal(path, before) from None
                 path.unlink()
             continue
         _sign(handle)

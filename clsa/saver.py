@@ -24,6 +24,7 @@ class Saver:
     def __init__(self, state: State, options: RunOptions, journal: Journal):
         self.state, self.options, self.journal = state, options, journal
         self.intact, self.missed, self.since = state.step, 0, time.monotonic()
+        self._prune()  # what a killed start left undone
 
     def is_due(self) -> bool:
         """Whether the last save, or the attempt, is too long ago."""
@@ -43,15 +44,18 @@ class Saver:
         try:
             if best:
                 write_encoder(self.state, self.options, self.state.folder.best_encoder)
-            refused = self.state.save(keep, best)
+            self.state.save(keep, best)
         except ClsaError as error:
             self._miss(error, last)
         else:
             self.intact, self.missed = self.state.step, 0
-            for each in refused:
-                self.journal.say(f"warning: {each}")
+            self._prune()
         self.journal.restart_clock()
         self.since = time.monotonic()
+
+    def _prune(self) -> None:
+        for refused in self.state.prune():
+            self.journal.say(f"warning: {refused}")
 
     def _miss(self, error: ClsaError, last: bool) -> None:
         """Tell of a save that failed; raise when it was one too many."""

@@ -55,26 +55,31 @@ class State:
         trained = [param for group in self.optimizer.param_groups for param in group["params"]]
         return sum(tensor.nbytes + TENSOR_BYTES for tensor in [*held, *trained * moments])
 
-    def save(self, keep: bool, best: bool) -> list[str]:
-        """Write the checkpoint of this step on rank 0, then prune the older ones.
+    def save(self, keep: bool, best: bool) -> None:
+        """Write the checkpoint of this step on rank 0.
 
         Args:
             keep: never prune it.
             best: write it as the best one too.
+        """
+        if dist.rank() == 0:
+            facts = {"step": self.step, "keep": keep}
+            kinds = (checkpoint.BEST, checkpoint.STEP) if best else (checkpoint.STEP,)
+            for kind in kinds:
+                name = checkpoint.name_of(kind, self.step)
+                checkpoint.save(self.folder.checkpoints, name, self.as_dict(), facts)
+            self.unsound.discard(checkpoint.name_of(checkpoint.STEP, self.step))
 
-        Returns:
-            What could not be pruned, a line each.
+    def prune(self) -> list[str]:
+        """Delete older checkpoints on rank 0; returns what could not be, a line each.
+
+        Damaged ones count among the newest until this start has saved a step.
         """
         if dist.rank():
             return []
-        facts = {"step": self.step, "keep": keep}
-        folder = self.folder.checkpoints
-        kinds = (checkpoint.BEST, checkpoint.STEP) if best else (checkpoint.STEP,)
-        for kind in kinds:
-            name = checkpoint.name_of(kind, self.step)
-            checkpoint.save(folder, name, self.as_dict(), facts)
-            self.unsound.discard(name)
-        return checkpoint.prune(folder, self.resumed, self.unsound)
+        has_saved = checkpoint.name_of(checkpoint.STEP, self.step) != self.resumed
+        unsound = self.unsound if has_saved else set()
+        return checkpoint.prune(self.folder.checkpoints, self.resumed, unsound)
 
     def resume(self) -> list[str]:
         """Take up the newest whole checkpoint; stays as it is when there is none.

@@ -15,8 +15,8 @@ ROOT = Path(clsa.__file__).parent
 
 # A file imports only from files that stand before it.
 ORDER = [
-    "errors", "files", "lock", "host", "dist", "config", "method_options", "around_options", "options",
-    "protocols", "command_options", "extras",
+    "errors", "files", "lock", "host", "dist", "config", "method_options", "around_options",
+    "options", "protocols", "command_options", "extras",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
     "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
     "annotations", "scenes",

@@ -43,7 +43,7 @@ def bits(out: Path, flips: int, cuts: int, seed: int) -> Tally:
     whole, manifest = path.read_bytes(), path.with_suffix(".json")
     facts = manifest.read_bytes()
 
-    def is_noticed(told: str, at_least: str = "") -> None:
+    def is_noticed(told: str) -> None:
         saved = checkpoint.load_newest(folder)
         right = saved is not None and saved.state["step"] == 12 and len(saved.skipped) == 1
         right = right and saved is not None and saved.skipped[0].startswith("step-000018: ")
@@ -65,7 +65,9 @@ def bits(out: Path, flips: int, cuts: int, seed: int) -> Tally:
     path.write_bytes(b"")
     is_noticed("emptied")
     path.write_bytes(whole)
-    for place in range(0, 8 * facts.index(b","), max(8 * facts.index(b",") // max(flips // 4, 1), 1)):
+    for place in range(
+        0, 8 * facts.index(b","), max(8 * facts.index(b",") // max(flips // 4, 1), 1)
+    ):
         changed = bytearray(facts)  # of the line with the hash
         changed[place // 8] ^= 1 << place % 8
         manifest.write_bytes(changed)
@@ -121,10 +123,11 @@ CASES: dict[str, tuple[Callable[[Path], object], dict[int, str], int]] = {
 }  # fmt: skip
 
 
-def runs(setup: Setup, root: Path, out: Path) -> Tally:
+def runs(setup: Setup, root: Path, out: Path, names: list[str]) -> Tally:
     """A damaged run is started again: one line for each that is passed over, and the same end."""
     tally = Tally()
-    for number, (name, (damage, notes, used)) in enumerate(CASES.items()):
+    for number, name in enumerate(names):
+        damage, notes, used = CASES[name]
         copy = root / f"copy-{number}"
         shutil.copytree(out, copy)
         damage(copy / "checkpoints")

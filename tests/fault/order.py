@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from tests.fault.tiny import Setup
 
 CALLS = "openat,write,fsync,rename,renameat,renameat2,unlink,unlinkat"
 STREAMS = ("metrics.jsonl", "tensorboard", ".in-use")  # appended to, or only of use while it runs
-ENTRY = 'import sys; from tests.fault import order; sys.exit(order.traced(*sys.argv[1:]))'
+ENTRY = "import sys; from tests.fault import order; sys.exit(order.traced(*sys.argv[1:]))"
 
 
 class Event(NamedTuple):
@@ -45,9 +46,9 @@ def order_faults(events: list[Event], out: Path) -> tuple[list[str], list[str]]:
         after = [each.call for each in events[place + 1 :] if each.path == folder]
         if after[:1] != ["fsync"]:
             wrong.append(f"{to}: its folder is not flushed")
-        if to.endswith(".json") and to.startswith("checkpoints/"):
-            if f"{to[:-5]}.ckpt" not in published:
-                wrong.append(f"{to}: the manifest is there before its data")
+        is_manifest = to.startswith("checkpoints/") and to.endswith(".json")
+        if is_manifest and f"{to[:-5]}.ckpt" not in published:
+            wrong.append(f"{to}: the manifest is there before its data")
         published.append(to)
     return published, wrong
 
@@ -76,12 +77,25 @@ def by_strace(setup: Setup, root: Path) -> tuple[list[Event], Path]:
         [*command, sys.executable, "-c", ENTRY, str(setup.pictures), str(out)],
         check=True, env=env, timeout=240, capture_output=True,
     )  # fmt: skip
-    lines = trace.read_text(errors="replace").splitlines()
+    lines = _joined(trace.read_text(errors="replace").splitlines())
     return [event for line in lines if (event := _parsed(line, str(out)))], out
 
 
+def _joined(lines: list[str]) -> Iterator[str]:
+    """Calls that another thread's cut in two, made whole where they end."""
+    begun: dict[str, str] = {}
+    for line in lines:
+        pid = line.partition(" ")[0]
+        if line.endswith(" <unfinished ...>"):
+            begun[pid] = line.removesuffix(" <unfinished ...>")
+        elif match := re.match(r"\d+ +<\.\.\. \w+ resumed>", line):
+            yield begun.pop(pid, "") + line[match.end() :]
+        else:
+            yield line
+
+
 def _parsed(line: str, out: str) -> Event | None:
-    match = re.match(r"\d+ +(\w+)\((.*)\) = (-?\d+)", line)
+    match = re.match(r"\d+ +(\w+)\((.*)\) += (-?\d+)", line)
     if not match or int(match[3]) < 0 or out not in line:
         return None
     call, rest = match[1], match[2]

@@ -32,10 +32,9 @@ class Storm(NamedTuple):
     """Runs that came to their end."""
     faults: list[str]
 
-    @property
-    def is_void(self) -> bool:
-        """Too few kills hit a save."""
-        return self.inside < INSIDE * self.kills
+    def is_void(self, share: float = INSIDE) -> bool:
+        """Whether too few kills hit a save."""
+        return self.inside < share * self.kills
 
 
 def storm(

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.utils.tensorboard  # noqa: F401  imported once, before attempts are forked
+import torch.utils.tensorboard  # before attempts are forked
 from PIL import Image
 from torch import nn
 
-from clsa import checkpoint, files, lock, models, stages
+from clsa import checkpoint, lock, models, stages
 from clsa.config import merge
 from clsa.errors import ClsaError
 from clsa.options import RunOptions
@@ -26,7 +26,7 @@ from clsa.recipes import resolve
 from clsa.state import State
 
 EPOCH, STEPS = 6, 120
-SAVE_EVERY_FEW_STEPS = 0.0015  # minutes
+SAVE_EVERY_FEW_STEPS = 0.0006  # minutes
 PATIENCE_S = 180.0
 
 
@@ -38,6 +38,9 @@ class Setup(NamedTuple):
     digest: str
     losses: dict[int, float]
     seconds: float
+    """That it takes."""
+    save_bytes: int
+    """Of one checkpoint."""
 
     def at(self, name: str) -> Path:
         """A new folder for a check."""
@@ -189,7 +192,9 @@ def newest_whole(out: Path) -> int:
 
 def leftovers(out: Path) -> list[str]:
     """Temporary and lock files, and data without a manifest."""
-    found = [path.name for path in out.rglob(".*") if ".tmp-" in path.name or path.name == lock.NAME]
+    found = [
+        path.name for path in out.rglob(".*") if ".tmp-" in path.name or path.name == lock.NAME
+    ]
     data = (out / "checkpoints").glob("*.ckpt")
     return found + [path.name for path in data if not path.with_suffix(".json").exists()]
 
@@ -225,26 +230,10 @@ def set_up(root: Path) -> Setup:
     if code:
         raise RuntimeError(f"the uninterrupted run ended with {code}:\n{said}")
     seconds = time.monotonic() - begun
-    return Setup(root, pictures, checkpoint.run_digest(out), losses(out), seconds)
+    size = max(path.stat().st_size for path in (out / "checkpoints").glob("*.ckpt"))
+    return Setup(root, pictures, checkpoint.run_digest(out), losses(out), seconds, size)
 
 
 def is_same(setup: Setup, out: Path) -> bool:
     """Whether a finished run is the uninterrupted one, to the bit and in every loss."""
     return checkpoint.run_digest(out) == setup.digest and losses(out) == setup.losses
-
-
-def size_of_save(setup: Setup) -> int:
-    """Bytes of a checkpoint."""
-    return max(path.stat().st_size for path in (setup.root / "whole").rglob("*.ckpt"))
-
-
-def write_to(path: Path, patch: Callable[[Path], Any]) -> Callable[[Path, Callable], Any]:
-    """In an attempt: `files.write_atomic`, calling `patch` first for files named as `path`."""
-    write = files.write_atomic
-
-    def patched(target: Path, fill: Callable) -> Any:
-        if target.match(str(path)):
-            patch(target)
-        return write(target, fill)
-
-    return patched
