@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 from contextlib import suppress
 from typing import Any, Self
@@ -63,12 +64,14 @@ class Journal:
             with files.output_errors(self.folder.path):
                 self.file = open(self.folder.metrics, "ab", buffering=0)
                 self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=start + 1)
+            self.excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         self.progress.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
         if self.speaks:
+            threading.excepthook = self.excepthook
             self._append("")
             self.file.close()
             if self.board is not None:
@@ -123,6 +126,13 @@ class Journal:
         except OSError as error:
             self.board = None  # its writer has ended
             self.say(f"warning: tensorboard/ gets no more of this start - {error.strerror}")
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread raises what it is refused; `write` meets it again, and tells."""
+        if not (
+            issubclass(args.exc_type, OSError) and "tensorboard" in type(args.thread).__module__
+        ):
+            self.excepthook(args)
 
     def _append(self, line: str) -> None:
         """Add a line to metrics.jsonl; while the disk refuses, keep it for the next time."""

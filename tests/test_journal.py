@@ -80,6 +80,24 @@ def test_lines_wait_for_a_disk_that_is_full(
     assert capsys.readouterr().err == told
 
 
+def test_tensorboard_gives_up_on_a_full_disk_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path / "run")
+    with journal(folder) as log:
+        writer = log.board.file_writer.event_writer._async_writer  # pyright: ignore
+        writer._writer.write = refuse
+        for step in range(1, 9):
+            log.write({"step": step, "knn": 1.0})
+            writer._worker.join(timeout=1.0)
+    assert len(folder.metrics.read_text().splitlines()) == 8
+    told = "warning: tensorboard/ gets no more of this start - No space left on device\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_path_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.metrics.mkdir(parents=True)
