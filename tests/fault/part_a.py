@@ -35,7 +35,7 @@ def kill_storm(workers: int) -> Check:
     """Check 1 with so many loader processes."""
 
     def check(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
-        kills = 200 if is_long else (8 if workers else 16)
+        kills = 200 if is_long else (6 if workers else 12)
         until = time.monotonic() + STORM_S
         found = storm.storm(setup, root, kills, seed=workers, workers=workers, until=until)
         faults = list(found.faults)

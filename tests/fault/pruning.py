@@ -9,7 +9,7 @@ from typing import Any
 
 from clsa import checkpoint
 from tests.fault import tiny
-from tests.fault.damage import Tally, _flip
+from tests.fault.damage import Tally, flip
 from tests.fault.machine import has
 from tests.fault.tiny import EPOCH, Setup
 
@@ -82,7 +82,7 @@ def damaged(setup: Setup, root: Path) -> Tally:
         lambda: tiny.pretrain(tiny.options(setup.pictures, out, **over)), root / "log"
     )
     for step in (12, 18):
-        _flip(out / f"checkpoints/step-{step:06d}.ckpt")
+        flip(out / f"checkpoints/step-{step:06d}.ckpt")
 
     def body(steps: int | None) -> int:
         watch_deletions(out, noted, most=3 + MOST)  # three are pinned
