@@ -9,7 +9,7 @@ BENCHMARKS := input augment loss step scale
 LIGHTLY := lightly lightly-utils lightning-utilities
 PEERS := $(LIGHTLY) kornia kornia-rs
 
-.PHONY: demo test check pytest format parity bench clean
+.PHONY: demo test check pytest format parity bench fault clean
 
 demo: $(VENV)/ready
 	$(BIN)/clsa demo
@@ -37,6 +37,11 @@ bench: $(VENV)/ready-to-bench
 	failed=; for name in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
+
+# What runs survive, part by part, up to 30 minutes each; rewrites docs/reliability.md.
+PART ?= A
+fault: $(VENV)/ready-to-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fault.part_$(shell echo $(PART) | tr A-F a-f) long --jobs 2
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("clsa needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +47,14 @@ class Saved(NamedTuple):
 def save(folder: Path, name: str, state: dict[str, Any], facts: dict[str, Any]) -> Path:
     """Write `NAME.ckpt`, then its manifest `NAME.json` (sha256, bytes, `facts`): the commit."""
     path = folder / f"{name}.ckpt"
-    with files.output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     sha256, size = files.write_atomic(path, lambda file: torch.save(state, file))
     manifest = {"sha256": sha256, "bytes": size, **facts}
-    files.write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+    try:
+        files.write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+    except ClsaError:
+        _remove_uncommitted(folder)
+        raise
     return path
 
 
@@ -60,12 +63,40 @@ def name_of(kind: str, step: int) -> str:
     return f"{kind}-{step:06d}"
 
 
-def prune(folder: Path) -> None:
-    """Delete all checkpoints but the newest two, those to `keep`, and the newest of the best."""
-    for manifest in [*_numbered(folder, STEP)[NUM_KEPT:], *_numbered(folder, BEST)[1:]]:
-        if manifest.stem.startswith(BEST) or not _facts(manifest).get("keep"):
+def prune(folder: Path, held: str = "", unsound: Collection[str] = ()) -> list[str]:
+    """Delete all but the newest two, `held`, those to `keep`, and the newest of the best.
+
+    Args:
+        held: name of the checkpoint that the run has gone on from.
+        unsound: names of those that were found damaged: they are none of the newest.
+
+    Returns:
+        What could not be deleted, a line each.
+    """
+    steps, best = _numbered(folder, STEP), _numbered(folder, BEST)
+    kept = {held, *[path.stem for path in steps if path.stem not in unsound][:NUM_KEPT]}
+    pinned = {path for path in steps if path.stem in kept or _facts(path).get("keep")}
+    doomed = [path for path in steps if path not in pinned] + best[1:]
+    refused = []
+    for manifest in doomed:
+        try:
             manifest.unlink()
-            manifest.with_suffix(".ckpt").unlink(missing_ok=True)
+        except OSError as error:
+            refused.append(f"cannot delete {manifest}: {error.strerror}")
+    return refused + _remove_uncommitted(folder)
+
+
+def _remove_uncommitted(folder: Path) -> list[str]:
+    """Delete what has no manifest: half pruned, or a save that was cut off before its commit."""
+    refused = []
+    for path in folder.glob("*.ckpt"):
+        if re.fullmatch(rf"({STEP}|{BEST})-\d+", path.stem):
+            try:
+                if not path.with_suffix(".json").exists():
+                    path.unlink()
+            except OSError as error:
+                refused.append(f"cannot delete {path}: {error.strerror}")
+    return refused
 
 
 def _numbered(folder: Path, kind: str) -> list[Path]:
@@ -114,17 +145,22 @@ def load_each(folder: Path) -> Iterator[Saved]:
 
 
 def _load_verified(manifest: Path) -> dict[str, Any]:
-    path = manifest.with_suffix(".ckpt")
+    path, facts = manifest.with_suffix(".ckpt"), _facts(manifest)
     with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != _facts(manifest).get("sha256"):
+        if hashlib.file_digest(file, "sha256").hexdigest() != facts.get("sha256"):
             raise ValueError("sha256 mismatch")
+    if path.stat().st_size != facts.get("bytes"):
+        raise ValueError("size mismatch")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # a hostile file may fail anywhere
         why = "holds more than tensors and plain values"
         raise ClsaError(str(path), why, "remove it", Exit.UNTRUSTED) from error
+    if name_of(manifest.stem.split("-")[0], state.get("step", -1)) != manifest.stem:
+        raise ValueError(f"holds step {state.get('step')}")  # whole, and misplaced
+    return state
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

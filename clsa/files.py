@@ -3,15 +3,17 @@
 import errno
 import hashlib
 import os
-import time
+import re
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from clsa.errors import ClsaError, Exit
 
-LOCK_WAIT_S = 15.0  # workers of a killed process hold its lock until they notice
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")
 
 
 class _Hashing:
@@ -77,42 +79,24 @@ def output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        full = error.errno in FULL
         step = "free some space and run again" if full else "choose another --out"
         code = Exit.IO if full else Exit.CANNOT_WRITE
         why = error.strerror or "I/O error"
         raise ClsaError(f"cannot write {path}", why, step, code) from error
 
 
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made if it is missing, against other processes that ask for it so.
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they are missing, in such a way that they last.
 
     Raises:
-        ClsaError: 2 when another process holds it, 73 when it cannot be made.
+        ClsaError: 73 or 74, as `write_atomic`.
     """
-    import fcntl  # not everywhere
-
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        give_up = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    why = "another process is writing it"
-                    step = "wait for its end, or choose another --out"
-                    raise ClsaError(str(folder), why, step) from None
-                time.sleep(0.2)
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(handle)
+    with output_errors(path):
+        if not path.is_dir():
+            make_folder(path.parent)
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -122,3 +106,64 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is a temporary file of `write_atomic` whose process is gone."""
+    match = LEFTOVER.fullmatch(path.name)
+    return bool(match) and (int(match[1]) == os.getpid() or not is_alive(int(match[1])))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left in `folder`; to be called before writing there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_leftover(path):
+            with suppress(OSError):
+                path.unlink()
+
+
+def told_room(folder: Path, num_bytes: int, refusal: OSError) -> str:
+    """Why `folder` refused a file of `num_bytes`: room free and needed, where that is the cause."""
+    free = shutil.disk_usage(folder).free
+    if refusal.errno in FULL and free < num_bytes:
+        return f"{free / 1e6:.1f} MB free, {num_bytes / 1e6:.1f} MB needed"
+    return f"{refusal.strerror or 'I/O error'} ({num_bytes / 1e6:.1f} MB needed)"
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """See that `folder` takes a file of `num_bytes`, by taking the room and giving it back.
+
+    Raises:
+        ClsaError: 73 when it does not.
+    """
+    probe = folder / f".room.tmp-{os.getpid()}"
+    try:
+        try:
+            with open(probe, "xb") as file:
+                _reserve(file.fileno(), num_bytes)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        why, step = told_room(folder, num_bytes, error), "free some space or choose another --out"
+        raise ClsaError(f"cannot write {folder}", why, step, Exit.CANNOT_WRITE) from error
+
+
+def _reserve(handle: int, num_bytes: int) -> None:
+    try:
+        os.posix_fallocate(handle, 0, num_bytes)
+    except AttributeError:  # macOS has none
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system has none
+            raise

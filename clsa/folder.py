@@ -1,10 +1,12 @@
 """The run folder: its files, whose it is, and what the run last said of itself."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clsa import files
+from clsa import dist, files, lock
 from clsa.config import flatten, read_yaml
 from clsa.errors import ClsaError
 from clsa.options import RunOptions
@@ -42,7 +44,8 @@ class RunFolder:
                 folder.
         """
         with files.output_errors(self.path):
-            if not self.path.exists() or not any(self.path.iterdir()):
+            found = self.path.iterdir() if self.path.exists() else ()
+            if all(path.name == lock.NAME or files.is_leftover(path) for path in found):
                 return
         if not self.config.exists():
             why = "neither empty nor a run's folder"
@@ -67,10 +70,31 @@ class RunFolder:
             why = f"holds another run ({differences}{more})"
             raise ClsaError(str(self.path), why, "choose another --out, or the run's own options")
 
+    @contextmanager
+    def held(self, options: RunOptions) -> Iterator[None]:
+        """Keep other runs off `out` meanwhile; rank 0 does it for all.
+
+        Raises:
+            ClsaError: 2 when another process writes it; as `check`, which is done again.
+        """
+        if dist.rank():
+            yield
+            return
+        with lock.only_writer(self.path):
+            self.check(options)
+            yield
+
+    def require_room(self, num_bytes: int) -> None:
+        """See that a checkpoint of this size can be written; raises 73 before any work is lost."""
+        files.make_folder(self.path)
+        exists = self.checkpoints.is_dir()  # it may lie on a disk of its own
+        files.require_room(self.checkpoints if exists else self.path, num_bytes)
+
     def claim(self, options: RunOptions) -> None:
-        """Create the folder and write the resolved `config.yaml`."""
-        with files.output_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        """Create the folder, write the resolved `config.yaml`, clear what killed starts left."""
+        files.make_folder(self.path)
+        for folder in (self.path, self.checkpoints):
+            files.remove_leftovers(folder)
         files.write_text(self.config, options.to_yaml())
 
     def write_status(self, code: int, reason: str, step: int, resumable: bool) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import threading
 import time
+from contextlib import suppress
 from typing import Any, Self
 
 from rich.console import Console
@@ -51,7 +53,7 @@ class Journal:
             disable=not (speaks and self.console.is_terminal),
         )
         self.task = self.progress.add_task("", total=last_step, completed=first_step, epoch=1)
-        self.folder, self.last_step = folder, last_step
+        self.folder, self.last_step, self.unwritten = folder, last_step, b""
         self.restart_clock()
 
     def __enter__(self) -> Self:
@@ -60,17 +62,21 @@ class Journal:
 
             start = int(self.progress.tasks[0].completed)
             with files.output_errors(self.folder.path):
-                self.file = open(self.folder.metrics, "a", encoding="utf-8")
+                self.file = open(self.folder.metrics, "ab", buffering=0)
                 self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=start + 1)
+            self.excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         self.progress.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
         if self.speaks:
-            with files.output_errors(self.folder.path):
-                self.file.close()
-                self.board.close()
+            threading.excepthook = self.excepthook
+            self._append("")
+            self.file.close()
+            if self.board is not None:
+                with suppress(OSError):  # a full disk, told already or without harm
+                    self.board.close()
 
     def restart_clock(self) -> None:
         """Count images/s from now on, so that probing and saving do not show as slow steps."""
@@ -112,12 +118,32 @@ class Journal:
         """Append one line to metrics.jsonl and its numbers to TensorBoard."""
         if not self.speaks:
             return
-        with files.output_errors(self.folder.metrics):
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+        self._append(json.dumps(values) + "\n")
+        try:
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and self.board is not None:
                     self.board.add_scalar(name, value, int(values["step"]))
+        except OSError as error:
+            self.board = None  # its writer has ended
+            self.say(f"warning: tensorboard/ gets no more of this start - {error.strerror}")
+
+    def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread raises what it is refused; `write` meets it again, and tells."""
+        if not (
+            issubclass(args.exc_type, OSError) and "tensorboard" in type(args.thread).__module__
+        ):
+            self.excepthook(args)
+
+    def _append(self, line: str) -> None:
+        """Add a line to metrics.jsonl; while the disk refuses, keep it for the next time."""
+        refused_before = bool(self.unwritten)
+        self.unwritten += line.encode()
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not refused_before:
+                self.say(f"warning: metrics.jsonl waits for the disk - {error.strerror}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

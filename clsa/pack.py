@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import Dataset
 
-from clsa import files, shards, workers
+from clsa import files, lock, shards, workers
 from clsa.command_options import PackOptions
 from clsa.decode import DecodeError, open_picture
 from clsa.errors import ClsaError
@@ -73,7 +73,7 @@ def pack(options: PackOptions) -> Packed:
         why = "packed already, and resizing twice loses detail"
         raise ClsaError(options.data, why, "give the pictures that it was made from")
     job = _Job(source, options)
-    with files.only_writer(options.out):
+    with lock.only_writer(options.out):
         fresh = not job.is_done()
         if fresh:
             job.run()
@@ -207,7 +207,7 @@ class _Job:
         """
         with files.output_errors(self.out):
             found = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
-        if not found - {UNFINISHED}:
+        if not found - {UNFINISHED, lock.NAME}:
             return False
         finished = shards.index_meta(self.out)
         if finished is not None:

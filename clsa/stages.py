@@ -54,19 +54,27 @@ def pretrain(options: RunOptions) -> Path:
         if options.continual.keep != "nothing":
             require_faiss()
         sources = stage_sources(options)
-        if dist.rank() == 0:
-            folder.claim(options)
-        parts = labelled_parts(sources, options)
-        for number in range(1, len(sources) + 1):
-            stage = Stage(options, number, len(sources))
-            finished = stage.run(sources, device, stop)
-            if not finished:
-                break
-            if dist.rank() == 0:
-                stage.judge(parts, device)
-        if dist.rank() == 0 and (options.out / "forgetting.json").exists():
-            Console().print(forgetting.printed(read_forgetting(options.out)))
+        with folder.held(options):
+            run_stages(options, folder, sources, device, stop)
     return options.out
+
+
+def run_stages(
+    options: RunOptions, folder: RunFolder, sources: list[Source], device: torch.device, stop: Stop
+) -> None:
+    """Train every stage that is left, one after the other, and judge each."""
+    if dist.rank() == 0:
+        folder.claim(options)
+    parts = labelled_parts(sources, options)
+    for number in range(1, len(sources) + 1):
+        stage = Stage(options, number, len(sources))
+        finished = stage.run(sources, device, stop)
+        if not finished:
+            break
+        if dist.rank() == 0:
+            stage.judge(parts, device)
+    if dist.rank() == 0 and (options.out / "forgetting.json").exists():
+        Console().print(forgetting.printed(read_forgetting(options.out)))
 
 
 def stage_seed(seed: int, number: int) -> int:

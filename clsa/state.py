@@ -1,14 +1,17 @@
 """The training state of a run: what a checkpoint holds, saved whole and resumed to the bit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clsa import checkpoint, dist
 from clsa.errors import ClsaError
 from clsa.folder import RunFolder
 from clsa.methods.method import Method
+
+TENSOR_BYTES = 512  # about what a checkpoint's zip file adds to each tensor
 
 
 @dataclass
@@ -22,6 +25,8 @@ class State:
         folder: where checkpoints go.
         step: optimiser steps done.
         best: highest accuracy of the online probe so far, percent.
+        resumed: name of the checkpoint that this start went on from.
+        unsound: names of those that it passed over.
     """
 
     method: Method
@@ -30,6 +35,8 @@ class State:
     folder: RunFolder
     step: int = 0
     best: float = -1.0
+    resumed: str = ""
+    unsound: set[str] = field(default_factory=set)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested dict of tensors, numbers and strings."""
@@ -41,8 +48,15 @@ class State:
             "data_digest": self.data_digest,
         }
 
+    def num_bytes(self) -> int:
+        """About what a checkpoint takes on the disk."""
+        held = [value for value in self.method.state_dict().values() if isinstance(value, Tensor)]
+        moments = 2 if isinstance(self.optimizer, torch.optim.AdamW) else 1
+        trained = [param for group in self.optimizer.param_groups for param in group["params"]]
+        return sum(tensor.nbytes + TENSOR_BYTES for tensor in [*held, *trained * moments])
+
     def save(self, keep: bool, best: bool) -> None:
-        """Write the checkpoint of this step on rank 0, then prune the older ones.
+        """Write the checkpoint of this step on rank 0.
 
         Args:
             keep: never prune it.
@@ -50,12 +64,22 @@ class State:
         """
         if dist.rank() == 0:
             facts = {"step": self.step, "keep": keep}
-            folder = self.folder.checkpoints
             kinds = (checkpoint.BEST, checkpoint.STEP) if best else (checkpoint.STEP,)
             for kind in kinds:
                 name = checkpoint.name_of(kind, self.step)
-                checkpoint.save(folder, name, self.as_dict(), facts)
-            checkpoint.prune(folder)
+                checkpoint.save(self.folder.checkpoints, name, self.as_dict(), facts)
+            self.unsound.discard(checkpoint.name_of(checkpoint.STEP, self.step))
+
+    def prune(self) -> list[str]:
+        """Delete older checkpoints on rank 0; returns what could not be, a line each.
+
+        Damaged ones count among the newest until this start has saved a step.
+        """
+        if dist.rank():
+            return []
+        has_saved = checkpoint.name_of(checkpoint.STEP, self.step) != self.resumed
+        unsound = self.unsound if has_saved else set()
+        return checkpoint.prune(self.folder.checkpoints, self.resumed, unsound)
 
     def resume(self) -> list[str]:
         """Take up the newest whole checkpoint; stays as it is when there is none.
@@ -75,4 +99,6 @@ class State:
         self.method.load_state_dict(saved.state["method"])
         self.optimizer.load_state_dict(saved.state["optimizer"])
         self.step, self.best = saved.state["step"], saved.state["best"]
-        return saved.skipped
+        self.resumed = saved.path.stem
+        self.unsound = {why.partition(":")[0] for why in saved.skipped}
+        return [f"{why}, using {self.resumed}" for why in saved.skipped]

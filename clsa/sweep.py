@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors.torch
 from rich.console import Console
 
-from clsa import checkpoint, files
+from clsa import checkpoint, files, lock
 from clsa.command_options import EvaluateOptions, SweepOptions
 from clsa.config import read_yaml
 from clsa.errors import ClsaError, Exit
@@ -56,7 +56,7 @@ def sweep(options: SweepOptions) -> Path:
         print(f"{len(cells)} runs in {out}; nothing was run or written")
         return out
     require_labels(cells)
-    with files.only_writer(out), stop_on_signals() as stop:
+    with lock.only_writer(out), stop_on_signals() as stop:
         files.write_text(out / "sweep.yaml", grid.to_yaml())
         before = read_outcomes(out / "table.json")
         outcomes = [before.get(cell.options.out.name, outcome_of(cell)) for cell in cells]
@@ -118,7 +118,7 @@ def require_room(out: Path, grid: Grid, cells: list[Cell]) -> None:
         ClsaError: 2 when not, 73 when it cannot be a folder.
     """
     with files.output_errors(out):
-        taken = out.exists() and any(out.iterdir())
+        taken = out.exists() and any(path.name != lock.NAME for path in out.iterdir())
     if taken:
         written = out / "sweep.yaml"
         if not written.exists():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clsa import checkpoint, data, dist, files, views
+from clsa import data, dist, files, views
 from clsa.cutting import Crops
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.on_disk import Projections
@@ -31,6 +31,7 @@ from clsa.optim import build_optimizer, clip_gradients, lr_at, peak_lr, set_lr, 
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.preview import draw_neighbours
+from clsa.saver import Saver, write_encoder
 from clsa.signals import Stop, stop_on_signals
 from clsa.sources import Source
 from clsa.state import State
@@ -156,11 +157,12 @@ def fit(
     speaks, marks = dist.rank() == 0, method.landmarks
     with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
         judge = Judge(state, source, options, run.device, journal)
+        saver = Saver(state, options, journal)
         epoch, rest = divmod(state.step, run.steps_per_epoch)
         reason = end_reason(state.step, last, run)
         if not rest and not reason:
             prepare(state, run, epoch, embed, journal)
-        saved = waiting = time.monotonic()
+        waiting = time.monotonic()
         for crops in feed(state, shown, order, last, quarantine, run):
             waited = time.monotonic() - waiting
             if state.step == 0 and speaks:
@@ -173,13 +175,10 @@ def fit(
                 quarantine.share(run.device)
             if reason or not rest or state.step % options.log_every == 0:
                 journal.log(state.step, stats.numbers())
-            if reason or not rest or time.monotonic() - saved > 60 * options.save_minutes:
+            if reason or not rest or saver.is_due():
                 better = not rest and speaks and judge(epoch)
-                if better:
-                    write_encoder(state, options, folder.best_encoder)
-                state.save(keep=not rest and divides(options.keep_every, epoch), best=better)
-                journal.restart_clock()
-                saved = time.monotonic()
+                keep = not rest and divides(options.keep_every, epoch)
+                saver.save(keep, better, last=bool(reason))
             if reason:
                 break
             if not rest:
@@ -238,9 +237,11 @@ def pretrain(options: RunOptions) -> Path:
     keep_freed_memory()
     device = dist.pick_device(options.device)
     with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
-        RunFolder(options.out).check(options)
+        folder = RunFolder(options.out)
+        folder.check(options)
         source = open_source(options.data.data, "train", options.data)
-        train(options, source, device, stop)
+        with folder.held(options):
+            train(options, source, device, stop)
     return options.out
 
 
@@ -281,7 +282,8 @@ def train(
     require_same_step(state.step, device)  # and every rank has checked before the first writes
     if dist.rank() == 0:
         for skipped in passed_over:
-            print(f"passed over {skipped}", file=sys.stderr)
+            print(f"note: {skipped}", file=sys.stderr)
+        folder.require_room(state.num_bytes())
         folder.claim(options)
         folder.cut_metrics(state.step)
         if options.labels is not None:
@@ -376,17 +378,3 @@ def draw_views(
             rows.append([original, *(view[row] for view in drawn)])
     image = views.contact_sheet(rows, ["original", *(spec.name for spec in specs)])
     files.write_atomic(path, lambda file: image.save(file, format="PNG"))
-
-
-def write_encoder(state: State, options: RunOptions, path: Path) -> None:
-    """The query encoder as safetensors, with what is needed to use and to judge it."""
-    facts = checkpoint.EncoderFacts(
-        model=options.model,
-        views=options.views,
-        data=options.data,
-        recipe=options.recipe,
-        seed=options.seed,
-        step=state.step,
-        data_digest=state.data_digest,
-    )
-    checkpoint.save_encoder(path, state.method.network.encoder, facts)

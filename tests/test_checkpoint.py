@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -143,6 +144,37 @@ def test_prune_keeps_the_newest_two_and_those_to_keep_and_the_best(tmp_path: Pat
     assert all(checkpoint._load_verified(tmp_path / f"{name}.json") for name in kept)
     checkpoint.prune(tmp_path)
     assert len(names(tmp_path)) == 8
+
+
+def test_a_checkpoint_in_another_ones_place_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    for suffix in (".ckpt", ".json"):
+        (tmp_path / f"step-000002{suffix}").rename(tmp_path / f"step-000007{suffix}")
+    saved = checkpoint.load_newest(tmp_path)
+    assert saved and saved.state["step"] == 1 and saved.skipped == ["step-000007: holds step 2"]
+
+
+def test_prune_clears_what_was_never_committed_and_nothing_of_others(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    (tmp_path / "step-000002.json").unlink()
+    for name in ("notes.ckpt", "best-000004.ckpt", "stage-1"):
+        (tmp_path / name).write_text("")
+    assert checkpoint.prune(tmp_path) == []
+    kept = ["step-000001.ckpt", "step-000001.json", "step-000003.ckpt", "step-000003.json"]
+    assert names(tmp_path) == ["notes.ckpt", "stage-1", *kept]
+
+
+def test_a_refused_manifest_leaves_no_data_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        with files.output_errors(path):
+            raise OSError(errno.ENOSPC, "full")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(files, "write_text", refuse)
+    assert refused(lambda: save(tmp_path, 2))[1] == Exit.IO
+    assert names(tmp_path) == ["step-000001.ckpt", "step-000001.json"]
 
 
 def test_best_is_not_resumed(tmp_path: Path) -> None:
@@ -391,6 +423,25 @@ def test_the_leftover_of_a_killed_process_of_our_number_is_no_obstacle(tmp_path:
     (tmp_path / f".a.tmp-{os.getpid()}").write_text("half")
     files.write_text(tmp_path / "a", "whole")
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "whole"
+
+
+def test_what_dead_processes_left_is_cleared_and_no_more(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [f".a.tmp-{gone.pid}", f".step-000001.ckpt.tmp-{os.getpid()}"]
+    others = [f".a.tmp-{os.getppid()}", ".a.tmp-", ".tmp-1x", f"a.tmp-{gone.pid}"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("half")
+    files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path / "missing")
+    assert names(tmp_path) == sorted(others)
+
+
+def test_room_is_taken_and_given_back(tmp_path: Path, small_disk: int) -> None:
+    files.require_room(tmp_path, small_disk)
+    message, code = refused(lambda: files.require_room(tmp_path, small_disk + 1))
+    assert code == Exit.CANNOT_WRITE and "File too large (0.1 MB needed)" in message
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -26,6 +26,14 @@ def test_a_new_or_empty_folder_is_free_and_its_own_run_is_welcome(tmp_path: Path
     RunFolder(tmp_path / "empty").check(options())
 
 
+def test_what_a_start_killed_at_once_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / ".in-use").write_text("1 host 12:00")
+    (tmp_path / ".config.yaml.tmp-999999999").write_text("reci")
+    RunFolder(tmp_path).check(options())
+    claimed(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".in-use"] == ["config.yaml"]
+
+
 def test_foreign_folders_are_refused_and_untouched(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ClsaError, match="neither empty nor a run's folder"):

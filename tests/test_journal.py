@@ -1,5 +1,7 @@
+import errno
 import json
 from pathlib import Path
+from typing import IO
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +47,55 @@ def test_other_ranks_say_and_write_nothing(
         log.log(2, {"contrast": 7.5})
         log.say("hello")
     assert not folder.metrics.exists() and capsys.readouterr().err == ""
+
+
+def test_lines_wait_for_a_disk_that_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full:
+        def __init__(self, file: IO[bytes]):
+            self.file, self.room = file, 20
+
+        def write(self, data: bytes) -> int:
+            part = data[: self.room]
+            self.room -= len(part)
+            if not part:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(part)
+
+        def close(self) -> None:
+            self.file.close()
+
+    folder = RunFolder(tmp_path / "run")
+    with journal(folder) as log:
+        disk = Full(log.file)
+        log.file = disk  # pyright: ignore
+        for step in (1, 2):
+            log.write({"step": step, "knn": 1.0})
+        disk.room = 1000
+        log.write({"step": 3, "knn": 1.0})
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    told = "warning: metrics.jsonl waits for the disk - No space left on device\n"
+    assert capsys.readouterr().err == told
+
+
+def test_tensorboard_gives_up_on_a_full_disk_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path / "run")
+    with journal(folder) as log:
+        writer = log.board.file_writer.event_writer._async_writer  # pyright: ignore
+        writer._writer.write = refuse
+        for step in range(1, 9):
+            log.write({"step": step, "knn": 1.0})
+            writer._worker.join(timeout=1.0)
+    assert len(folder.metrics.read_text().splitlines()) == 8
+    told = "warning: tensorboard/ gets no more of this start - No space left on device\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_path_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pictures import encoded, jpeg_folder, photograph
 from PIL import Image, ImageOps
 from refusals import refusal
 
-from clsa import files
+from clsa import lock
 from clsa import pack as packing
 from clsa.command_options import PackOptions
 from clsa.data import batches
@@ -420,10 +420,10 @@ def test_what_a_killed_pack_left_is_swept(many: Path, tmp_path: Path) -> None:
 def test_two_packs_do_not_write_one_folder(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "LOCK_WAIT_S", 0)
-    with files.only_writer(tmp_path / "out"):
+    monkeypatch.setattr(lock, "WAIT_S", 0)
+    with lock.only_writer(tmp_path / "out"):
         text, code = refusal(lambda: packed(many, tmp_path / "out"))
-    assert "another process is writing it" in text and code == Exit.USAGE
+    assert "in use by pid" in text and code == Exit.USAGE
     packed(many, tmp_path / "out")
 
 

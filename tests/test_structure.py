@@ -15,8 +15,8 @@ ROOT = Path(clsa.__file__).parent
 
 # A file imports only from files that stand before it.
 ORDER = [
-    "errors", "files", "host", "dist", "config", "method_options", "around_options", "options",
-    "cards", "detect_cards", "protocols", "command_options", "extras",
+    "errors", "files", "lock", "host", "dist", "config", "method_options", "around_options",
+    "options", "cards", "detect_cards", "protocols", "command_options", "extras",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
     "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
     "annotations", "scenes",
@@ -35,7 +35,7 @@ ORDER = [
     "evaluate.voc07", "evaluate.voc07_released", "evaluate.svm",
     "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed", "export",
     "folder", "preview", "networks", "bench", "diagnosis", "diagnose",
-    "journal", "signals", "state", "judge", "train",
+    "journal", "signals", "state", "judge", "saver", "train",
     "exemplars", "forgetting", "stages",
     "recipes.recipe", "recipes.imagenet", "recipes.cifar", "recipes.small",
     "recipes.around", "recipes",

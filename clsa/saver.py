@@ -1,0 +1,86 @@
+"""When a run is saved, and what becomes of it when the disk refuses."""
+
+import time
+from pathlib import Path
+
+from clsa import checkpoint, files
+from clsa.errors import ClsaError, Exit
+from clsa.journal import Journal
+from clsa.options import RunOptions
+from clsa.state import State
+
+MISSES = 3
+
+
+class Saver:
+    """Saves a run in time; goes on when the disk refuses, until it has done so three times.
+
+    Args:
+        state: of the run, where it stands now.
+        options: of the run.
+        journal: where refusals are told.
+    """
+
+    def __init__(self, state: State, options: RunOptions, journal: Journal):
+        self.state, self.options, self.journal = state, options, journal
+        self.intact, self.missed, self.since = state.step, 0, time.monotonic()
+        self._prune()  # what a killed start left undone
+
+    def is_due(self) -> bool:
+        """Whether the last save, or the attempt, is too long ago."""
+        return time.monotonic() - self.since > 60 * self.options.save_minutes
+
+    def save(self, keep: bool, best: bool, last: bool) -> None:
+        """Write the checkpoint of this step, and if it is the `best` so far its encoder.
+
+        Args:
+            keep: never prune it.
+            best: write it as the best one too.
+            last: the run ends here.
+
+        Raises:
+            ClsaError: 74 when the disk refuses the last save, or the third in a row.
+        """
+        try:
+            if best:
+                write_encoder(self.state, self.options, self.state.folder.best_encoder)
+            self.state.save(keep, best)
+        except ClsaError as error:
+            self._miss(error, last)
+        else:
+            self.intact, self.missed = self.state.step, 0
+            self._prune()
+        self.journal.restart_clock()
+        self.since = time.monotonic()
+
+    def _prune(self) -> None:
+        for refused in self.state.prune():
+            self.journal.say(f"warning: {refused}")
+
+    def _miss(self, error: ClsaError, last: bool) -> None:
+        """Tell of a save that failed; raise when it was one too many."""
+        if not isinstance(error.__cause__, OSError):
+            raise error
+        self.missed += 1
+        folder = self.state.folder.checkpoints
+        where = folder if folder.is_dir() else folder.parent
+        what = f"cannot save step {self.state.step} ({folder})"
+        why = files.told_room(where, self.state.num_bytes(), error.__cause__)
+        before = f"previous step {self.intact} is intact" if self.intact else "no step is saved yet"
+        if last or self.missed == MISSES:
+            raise ClsaError(what, why, before, Exit.IO) from error
+        self.journal.say(f"error: {what} - {why} - {before}")
+
+
+def write_encoder(state: State, options: RunOptions, path: Path) -> None:
+    """The query encoder as safetensors, with what is needed to use and to judge it."""
+    facts = checkpoint.EncoderFacts(
+        model=options.model,
+        views=options.views,
+        data=options.data,
+        recipe=options.recipe,
+        seed=options.seed,
+        step=state.step,
+        data_digest=state.data_digest,
+    )
+    checkpoint.save_encoder(path, state.method.network.encoder, facts)

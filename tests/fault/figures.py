@@ -1,0 +1,82 @@
+"""What the checks came to: kept as JSON, one file a part, and told in docs/reliability.md."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.fault.machine import NEEDS, cannot
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
+BEGIN, END = "<!-- figures: written by tests/fault/figures.py -->", "<!-- end of figures -->"
+
+
+class Figure(NamedTuple):
+    """One row of the table."""
+
+    check: int
+    fault: str
+    """What was injected."""
+    tries: int
+    survived: int
+    """Tries after which all was as promised; of bad savers, those that were caught."""
+    note: str = ""
+    faults: tuple[str, ...] = ()
+    """What went wrong, for whoever runs it; not kept."""
+
+    @property
+    def bound(self) -> str:
+        """Upper bound of the failure rate at 95 %, in percent: 3/n when nothing failed."""
+        if self.survived < self.tries or not self.tries:
+            return ""
+        return f"{min(300 / self.tries, 100):.1f} %"
+
+    def __str__(self) -> str:
+        bad = f"; {len(self.faults)} faults: {self.faults[0]}" if self.faults else ""
+        note = f" ({self.note})" if self.note else ""
+        return f"check {self.check} {self.fault}: {self.survived} of {self.tries}{note}{bad}"
+
+
+def keep(part: str, figures: list[Figure], seconds: float) -> None:
+    """Keep the figures of a part and rewrite the table of docs/reliability.md from all parts."""
+    rows = [figure._asdict() for figure in figures]
+    for row in rows:
+        del row["faults"]
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "minutes": round(seconds / 60, 1),
+        "cores": len(os.sched_getaffinity(0)),
+        "cannot": cannot(),
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{part}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    text = DOCS.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    DOCS.write_text(f"{before}{BEGIN}\n\n{table()}\n{END}{after}", "utf-8")
+
+
+def table() -> str:
+    """Markdown of every part's figures."""
+    lines = [
+        "| check | fault injected | tries | as promised | failure rate below (95 %) | note |",
+        "|---:|---|---:|---:|---:|---|",
+    ]
+    told = []
+    for path in sorted(RESULTS.glob("*.json")):
+        facts = json.loads(path.read_text("utf-8"))
+        for row in facts["rows"]:
+            figure = Figure(**row)
+            lines.append(
+                f"| {path.stem}{figure.check} | {figure.fault} | {figure.tries} | "
+                f"{figure.survived} | {figure.bound} | {figure.note} |"
+            )
+        missing = "; ".join(f"{need} ({NEEDS[need]})" for need in facts["cannot"]) or "nothing"
+        told.append(
+            f"Part {path.stem}: {facts['date']}, {facts['minutes']} minutes on {facts['cores']} "
+            f"cores. This machine could not do: {missing}."
+        )
+    return "\n".join([*lines, "", *told]) + "\n"

@@ -1,0 +1,65 @@
+"""The checks themselves: an order of system calls that is wrong is seen, figures are told."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fault import figures
+from tests.fault.figures import BEGIN, END, Figure
+from tests.fault.order import Event, order_faults
+
+OUT = Path("/run")
+FOLDER = "/run/checkpoints"
+
+
+def saved(name: str) -> list[Event]:
+    """One file as it should be written."""
+    temporary, path = f"{FOLDER}/.{name}.tmp-7", f"{FOLDER}/{name}"
+    calls = [Event(call, temporary) for call in ("make", "write", "write", "fsync")]
+    return [*calls, Event("rename", temporary, path), Event("fsync", FOLDER)]
+
+
+DATA, MANIFEST = saved("step-000012.ckpt"), saved("step-000012.json")
+PRUNED = [Event("unlink", f"{FOLDER}/step-000006{end}") for end in (".json", ".ckpt")]
+GOOD = [*DATA, *MANIFEST, *PRUNED, Event("open", "/run/metrics.jsonl")]
+
+
+def test_the_right_order_is_right() -> None:
+    published, wrong = order_faults(GOOD, OUT)
+    assert published == ["checkpoints/step-000012.ckpt", "checkpoints/step-000012.json"]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        ([*(e for e in DATA if e.call != "fsync"), *MANIFEST], "before its renaming"),
+        ([*DATA[:3], DATA[4], DATA[3], DATA[5], *MANIFEST], "before its renaming"),
+        ([Event("open", DATA[0].path), *DATA[1:], *MANIFEST], "under its own name"),
+        ([*DATA[:2], DATA[3], DATA[2], *DATA[4:], *MANIFEST], "before its renaming"),
+        ([*MANIFEST, *DATA], "the manifest is there before its data"),
+        ([*DATA, *MANIFEST[:-1], *PRUNED], "pruned before its successor was on the disk"),
+        ([*DATA, *MANIFEST[:-1]], "its folder is not flushed"),
+        ([*GOOD, Event("open", f"{FOLDER}/step-000018.ckpt")], "under its own name"),
+    ],
+)
+def test_a_wrong_order_is_seen(events: list[Event], told: str) -> None:
+    assert any(told in each for each in order_faults(events, OUT)[1])
+
+
+def test_figures_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = tmp_path / "reliability.md"
+    docs.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
+    monkeypatch.setattr(figures, "DOCS", docs)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path / "results")
+    rows = [Figure(1, "kills", 200, 200, "80 inside"), Figure(4, "bits", 10, 9, "", ("bit 3",))]
+    for part in ("B", "A"):
+        figures.keep(part, rows, 90.0)
+    text = docs.read_text()
+    assert text.startswith(f"# Before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n")
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert lines[0] == "| A1 | kills | 200 | 200 | 1.5 % | 80 inside |"
+    assert lines[1] == "| A4 | bits | 10 | 9 |  |  |"
+    assert [line[:5] for line in lines] == ["| A1 ", "| A4 ", "| B1 ", "| B4 "]
+    assert "old" not in text and "bit 3" not in text
+    assert str(rows[1]) == "check 4 bits: 9 of 10; 1 faults: bit 3"

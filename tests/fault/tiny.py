@@ -1,0 +1,239 @@
+"""A run that takes seconds, what it should come to, and attempts at it that can be killed."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.utils.tensorboard  # before attempts are forked
+from PIL import Image
+from torch import nn
+
+from clsa import checkpoint, lock, models, stages
+from clsa.config import merge
+from clsa.errors import ClsaError
+from clsa.options import RunOptions
+from clsa.recipes import resolve
+from clsa.state import State
+
+EPOCH, STEPS = 6, 120
+SAVE_EVERY_FEW_STEPS = 0.0006  # minutes
+PATIENCE_S = 180.0
+
+
+class Setup(NamedTuple):
+    """Where a check works, on which pictures, and what a whole run comes to."""
+
+    root: Path
+    pictures: Path
+    digest: str
+    losses: dict[int, float]
+    seconds: float
+    """That it takes."""
+    save_bytes: int
+    """Of one checkpoint."""
+
+    def at(self, name: str) -> Path:
+        """A new folder for a check."""
+        root = self.root / name
+        root.mkdir(parents=True)
+        return root
+
+
+def make_pictures(root: Path) -> Path:
+    """100 PNGs of 16 to 64 pixels."""
+    (root / "all").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate(rng.integers(16, 65, (100, 2)).tolist()):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "all" / f"{i:03d}.png")
+    return root
+
+
+def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
+    """120 steps of 16 pictures, saved every few steps and at every sixth."""
+    tiny = {
+        "recipe": "moco-v2-small",
+        "data": {"data": str(pictures), "workers": 0, "resident_limit": 1e-6},
+        "out": str(out),
+        "batch_size": 16,
+        "epochs": STEPS // EPOCH,
+        "probe_every": 0,
+        "log_every": 1,
+        "save_minutes": SAVE_EVERY_FEW_STEPS,
+        "device": "cpu",
+        "views": {"size": 16, "weak": {"sizes": (16,)}},
+        "model": {
+            "projector_layers": 3,
+            "projector_hidden": 1024,
+            "projector_dim": 16,
+            "norm_groups": 2,
+        },
+        "method": {"queue_size": 256},
+    }
+    return resolve(merge(tiny, over))
+
+
+def shrink_encoder() -> None:
+    """In an attempt: an encoder whose step takes milliseconds, whatever the options say."""
+
+    def create(*_: Any) -> nn.Module:
+        layers: list[nn.Module] = []
+        for before, after in ((3, 8), (8, 16)):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        encoder.num_features = encoder.head_hidden_size = 16  # pyright: ignore
+        return encoder
+
+    models._create = create
+
+
+def pretrain(run: RunOptions) -> int:
+    """What the command line does with these options: the exit code, an error on one line."""
+    shrink_encoder()
+    try:
+        stages.pretrain(run)
+    except ClsaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    return 0
+
+
+# ---- attempts
+
+
+def start(body: Callable[[], int], log: Path) -> int:
+    """Fork an attempt into its own process group; what it says goes to `log`. Returns its pid."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        with suppress(OSError):  # it has done so itself, or has ended
+            os.setpgid(pid, pid)
+        return pid
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), stream)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        torch.set_num_threads(1)
+        code = body()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int | None:
+    """Exit code of an attempt (a signal is negative); None while it runs."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def kill(pid: int) -> None:
+    """SIGKILL to an attempt's whole group, loader workers too."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def wait(pid: int, seconds: float = PATIENCE_S) -> int:
+    """Exit code of an attempt that ends by itself; -9 when it does not."""
+    give_up = time.monotonic() + seconds
+    while (code := ended(pid)) is None:
+        if time.monotonic() > give_up:
+            kill(pid)
+            return -signal.SIGKILL
+        time.sleep(0.005)
+    return code
+
+
+def attempt(body: Callable[[], int], log: Path) -> tuple[int, str]:
+    """Exit code of an attempt that ends by itself, and what it said."""
+    log.unlink(missing_ok=True)
+    code = wait(start(body, log))
+    return code, log.read_text(errors="replace")
+
+
+# ---- what is on the disk, read without the code under test
+
+
+def is_whole(manifest: Path) -> bool:
+    """Whether a manifest's checkpoint is the one that it tells of."""
+    try:
+        facts = json.loads(manifest.read_bytes())
+        data = manifest.with_suffix(".ckpt").read_bytes()
+        return facts["sha256"] == hashlib.sha256(data).hexdigest()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def manifests(out: Path) -> dict[int, Path]:
+    """Manifests of a run folder's checkpoints by step."""
+    found = (out / "checkpoints").glob("step-*.json")
+    return {int(path.stem[5:]): path for path in sorted(found)}
+
+
+def newest_whole(out: Path) -> int:
+    """Step of the newest checkpoint that verifies; 0 when there is none."""
+    return max((step for step, path in manifests(out).items() if is_whole(path)), default=0)
+
+
+def leftovers(out: Path) -> list[str]:
+    """Temporary and lock files, and data without a manifest."""
+    found = [
+        path.name for path in out.rglob(".*") if ".tmp-" in path.name or path.name == lock.NAME
+    ]
+    data = (out / "checkpoints").glob("*.ckpt")
+    return found + [path.name for path in data if not path.with_suffix(".json").exists()]
+
+
+def losses(out: Path) -> dict[int, float]:
+    """Loss after each logged step; whole lines only."""
+    found = {}
+    with suppress(FileNotFoundError):
+        for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n") and b"\0" not in line:
+                values = json.loads(line)
+                found[values["step"]] = values["loss"]
+    return found
+
+
+def note_resumed(path: Path) -> None:
+    """In an attempt: write the step that it goes on from to `path`."""
+    resume = State.resume
+
+    def noted(self: State) -> list[str]:
+        notes = resume(self)
+        path.write_text(str(self.step))
+        return notes
+
+    State.resume = noted
+
+
+def set_up(root: Path) -> Setup:
+    """Pictures, and what an uninterrupted run on them comes to."""
+    pictures, out = make_pictures(root / "pictures"), root / "whole"
+    begun = time.monotonic()
+    code, said = attempt(lambda: pretrain(options(pictures, out)), root / "whole.log")
+    if code:
+        raise RuntimeError(f"the uninterrupted run ended with {code}:\n{said}")
+    seconds = time.monotonic() - begun
+    size = max(path.stat().st_size for path in (out / "checkpoints").glob("*.ckpt"))
+    return Setup(root, pictures, checkpoint.run_digest(out), losses(out), seconds, size)
+
+
+def is_same(setup: Setup, out: Path) -> bool:
+    """Whether a finished run is the uninterrupted one, to the bit and in every loss."""
+    return checkpoint.run_digest(out) == setup.digest and losses(out) == setup.losses
