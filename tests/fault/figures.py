@@ -10,6 +10,7 @@ from tests.fault.machine import NEEDS, cannot
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[2] / "docs" / "reliability.md"
+FEW = 10
 BEGIN, END = "<!-- figures: written by tests/fault/figures.py -->", "<!-- end of figures -->"
 
 
@@ -28,10 +29,10 @@ class Figure(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Upper bound of the failure rate at 95 %, in percent: 3/n when nothing failed."""
-        if self.survived < self.tries or not self.tries:
+        """Upper bound of the failure rate at 95 %: 3/n when nothing failed and n tells anything."""
+        if self.survived < self.tries or self.tries < FEW:
             return ""
-        return f"{min(300 / self.tries, 100):.1f} %"
+        return f"{300 / self.tries:.1f} %"
 
     def __str__(self) -> str:
         bad = f"; {len(self.faults)} faults: {self.faults[0]}" if self.faults else ""
@@ -40,7 +41,7 @@ class Figure(NamedTuple):
 
 
 def keep(part: str, figures: list[Figure], seconds: float) -> None:
-    """Keep the figures of a part and rewrite the table of docs/reliability.md from all parts."""
+    """Keep the figures of a part, and tell them."""
     rows = [figure._asdict() for figure in figures]
     for row in rows:
         del row["faults"]
@@ -53,6 +54,11 @@ def keep(part: str, figures: list[Figure], seconds: float) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{part}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    tell()
+
+
+def tell() -> None:
+    """Rewrite the table of docs/reliability.md from what is kept of all parts."""
     text = DOCS.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]

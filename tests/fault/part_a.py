@@ -35,7 +35,7 @@ def kill_storm(workers: int) -> Check:
     """Check 1 with so many loader processes."""
 
     def check(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
-        kills = 200 if is_long else (6 if workers else 12)
+        kills = 200 if is_long else (4 if workers else 10)
         until = time.monotonic() + STORM_S
         found = storm.storm(setup, root, kills, seed=workers, workers=workers, until=until)
         faults = list(found.faults)
@@ -94,7 +94,7 @@ def disks(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     rows, needs = [], _lacking("mount", "chattr", "nobody")
     if has("mount"):
         long = [0.3, 0.9, 1.1, 1.5, 2.1, 2.5, 2.9, 5, 6, 8]
-        full = disk.full_disks(setup, setup.at("full"), long if is_long else [0.9, 2.5, 6])
+        full = disk.full_disks(setup, setup.at("full"), long if is_long else [0.9, 2.5])
         rows.append(_figure(5, "a disk of 0.3 to 8 checkpoints", full))
     cases = [(0, 0), (1, 1), (2, 2), (2, 9)] if is_long else [(0, 0), (2, 1)]
     kinds, _ = disk.kinds(setup, setup.at("kinds"), cases)
@@ -106,7 +106,7 @@ def disks(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 
 def prunings(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 6."""
-    kills = pruning.kills(setup, setup.at("pruned"), 50 if is_long else 6, seed=0)
+    kills = pruning.kills(setup, setup.at("pruned"), 50 if is_long else 4, seed=0)
     damaged = pruning.damaged(setup, setup.at("pruned-damaged"))
     rows = [
         _figure(6, "SIGKILL between publishing and pruning", kills),

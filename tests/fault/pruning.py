@@ -112,9 +112,10 @@ def refused(setup: Setup, root: Path) -> Tally:
             return path
 
         checkpoint.save = spied
-        code = tiny.pretrain(tiny.options(setup.pictures, out, save_minutes=15))
-        os.system(f"chattr -i {out}/checkpoints/*")
-        return code
+        try:
+            return tiny.pretrain(tiny.options(setup.pictures, out, save_minutes=15))
+        finally:
+            os.system(f"chattr -i {out}/checkpoints/*")
 
     if has("chattr"):
         code, said = tiny.attempt(body, root / "log")
