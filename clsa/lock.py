@@ -34,11 +34,13 @@ class Holder(NamedTuple):
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold `folder`, made if it is missing, against other processes that ask for it so.
 
-    A lock that a killed process left is taken over, and a line says so.
+    A lock that a killed process left is taken over, and a line says so. Folders that were made,
+    and nothing was put there, go again.
 
     Raises:
         ClsaError: 2 when another process holds it, 73 when it cannot be made or written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     files.make_folder(folder)
     path = folder / NAME
     with files.output_errors(path):
@@ -51,6 +53,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()  # before the lock goes, or it would be another's
         os.close(handle)
+        with suppress(OSError):
+            for path in made:  # nothing came of it
+                path.rmdir()
 
 
 def _take(path: Path) -> tuple[int, Holder | None]:

@@ -42,12 +42,17 @@ def dead() -> int:
 
 def test_the_folder_is_made_and_left_without_the_lock(tmp_path: Path, locks: bool) -> None:
     out = tmp_path / "a" / "b"
-    with only_writer(out):
-        assert (out / NAME).read_text().startswith(f"{os.getpid()} {HOST} ")
-    assert list(out.iterdir()) == []
     with pytest.raises(ZeroDivisionError), only_writer(out):
         raise ZeroDivisionError
-    assert list(out.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # nothing came of it
+    with only_writer(out):
+        assert (out / NAME).read_text().startswith(f"{os.getpid()} {HOST} ")
+        (out / "file").write_text("")
+    assert [path.name for path in out.iterdir()] == ["file"]
+    (out / "file").unlink()
+    with only_writer(out):
+        pass
+    assert list(out.iterdir()) == []  # it was there before
 
 
 def test_who_holds_it_is_told_at_once(tmp_path: Path) -> None:
