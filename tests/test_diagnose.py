@@ -151,7 +151,7 @@ def test_nearest_neighbours_are_those_of_evaluate(
 ) -> None:
     options = DiagnoseOptions(run=run, out=tmp_path, only=("neighbours",), **SMALL)
     values = by_name(diagnose(options)[0])
-    judged = evaluate(EvaluateOptions(run=run, protocols=("knn", "knn-strong"), device="cpu"))
+    judged = evaluate(EvaluateOptions(run=run, protocol=("knn-20", "knn-strong"), device="cpu"))
     for record in judged:
         if record.metric == "top1":
             kind = "strong" if record.protocol.endswith("strong") else "clean"
