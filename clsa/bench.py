@@ -16,7 +16,7 @@ from clsa.evaluate.features import drawn_views, encode
 from clsa.evaluate.split import Split, split
 from clsa.evaluate.subject import data_of
 from clsa.intake import open_source, open_val
-from clsa.networks import Subject, open_run
+from clsa.networks import Snapshot, open_run
 from clsa.views import ViewSpec
 
 KEY_VIEW, WEAK_VIEW, STRONG_VIEW = 1004, 1005, 1006
@@ -53,9 +53,9 @@ class Bench:
     def __init__(self, options: DiagnoseOptions):
         self.options, self.opened = options, open_run(options.run)
         self.device = dist.pick_device(options.device)
-        self.subjects = self.opened.subjects
-        for subject in self.subjects:
-            for module in (subject.encoder, subject.query, subject.key):
+        self.snapshots = self.opened.snapshots
+        for snapshot in self.snapshots:
+            for module in (snapshot.encoder, snapshot.query, snapshot.key):
                 if module is not None:
                     module.to(self.device)
         self.views, self.data = self.opened.facts.views, data_of(options.data, self.opened.facts)
@@ -68,14 +68,14 @@ class Bench:
         return split(self.source, open_val(self.data, self.source.classes), self.options.seed)
 
     def finding(
-        self, part: str, name: str, value: float, unit: str, subject: Subject, n: int,
+        self, part: str, name: str, value: float, unit: str, snapshot: Snapshot, n: int,
         settings: str = "", data_digest: str = "",
     ) -> Finding:  # fmt: skip
-        """A number of a subject."""
+        """A number of a snapshot."""
         digest = data_digest or self.data_digest
         seed = self.options.seed
         return Finding(
-            part, name, value, unit, subject.name, n, seed, settings, subject.digest, digest
+            part, name, value, unit, snapshot.name, n, seed, settings, snapshot.digest, digest
         )
 
     def note(self, n: int, more: str = "") -> str:

@@ -17,7 +17,7 @@ from clsa import files
 from clsa.config import Config
 from clsa.errors import ClsaError, Exit
 from clsa.models import build_encoder
-from clsa.options import DataOptions, ModelOptions, ViewOptions
+from clsa.options import DataOptions, ModelOptions, RunOptions, ViewOptions
 
 NUM_KEPT = 2
 STEP, BEST = "step", "best"
@@ -33,6 +33,14 @@ class EncoderFacts(Config):
     seed: int
     step: int
     data_digest: str
+
+    @classmethod
+    def of(cls, options: RunOptions, step: int, data_digest: str) -> "EncoderFacts":
+        """Those of a run at a step."""
+        return cls(
+            model=options.model, views=options.views, data=options.data, recipe=options.recipe,
+            seed=options.seed, step=step, data_digest=data_digest,
+        )  # fmt: skip
 
 
 class Saved(NamedTuple):

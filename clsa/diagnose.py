@@ -63,8 +63,8 @@ def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]
     findings, drawings = [], {}
     modules = {
         id(module): module
-        for subject in bench.subjects
-        for module in (subject.encoder, subject.query, subject.key)
+        for snapshot in bench.snapshots
+        for module in (snapshot.encoder, snapshot.query, snapshot.key)
         if module is not None
     }
     with contextlib.ExitStack() as stack:
@@ -101,7 +101,7 @@ def _may_be_left_out(name: str, bench: Bench) -> bool:
     """Whether the others go on without it: it needs labels, or a network that is not there."""
     if name in NEEDS_LABELS:
         return True
-    return name == "similarity" and bench.subjects[0].query is None
+    return name == "similarity" and bench.snapshots[0].query is None
 
 
 def _facts(bench: Bench, findings: list[Finding]) -> dict[str, object]:

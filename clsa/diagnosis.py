@@ -15,19 +15,19 @@ from clsa.evaluate.features import centre_views, extract, frozen
 from clsa.evaluate.knn import knn_predict
 from clsa.evaluate.results import accuracies
 from clsa.models import Network
-from clsa.networks import Subject, kept_encoders, subject_of
+from clsa.networks import Snapshot, kept_encoders, snapshot_of
 
 NEIGHBOURS, VOTE_TEMPERATURE, MAX_KNN_BANK = 20, 0.07, 10_000
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def _pairs(bench: Bench) -> list[tuple[Network, Network]]:
-    """Query and key network of each subject.
+    """Query and key network of each snapshot.
 
     Raises:
         ClsaError: when only an encoder was given.
     """
-    pairs = [(each.query, each.key) for each in bench.subjects]
+    pairs = [(each.query, each.key) for each in bench.snapshots]
     found = [(query, key) for query, key in pairs if query is not None and key is not None]
     if len(found) < len(pairs):
         why = "an encoder without projector and key network (no checkpoint of a single run)"
@@ -39,7 +39,7 @@ def _pairs(bench: Bench) -> list[tuple[Network, Network]]:
 def similarity(bench: Bench) -> Part:
     """P+ and Var- of weak and strong queries, entropy, divergence, retrieval (Fig. 3 and 6)."""
     queries, keys = zip(*_pairs(bench), strict=True)
-    specs, options, T = bench.specs(), bench.options, bench.opened.temperature  # noqa: N806
+    specs, options, temperature = bench.specs(), bench.options, bench.opened.temperature
     bank_rows = spread_over(len(bench.source), options.bank + 1)
     kept, banks = bench.encoded(specs["key"], bank_rows, keys)
     positive = spread_over(len(kept), options.queries)
@@ -47,16 +47,16 @@ def similarity(bench: Bench) -> Part:
         kind: bench.encoded(specs[kind], kept[positive], queries)[1] for kind in ("weak", "strong")
     }
     own, n, negatives = torch.from_numpy(positive).to(bench.device), len(positive), len(kept) - 1
-    settings = f"temperature={T} negatives={negatives}"
+    settings = f"temperature={temperature} negatives={negatives}"
     findings, positives, variances = [], [], []
-    for k, subject in enumerate(bench.subjects):
+    for k, snapshot in enumerate(bench.snapshots):
         bank, weak, strong = banks[k], asked["weak"][k], asked["strong"][k]
         stands = {
-            kind: diagnostics.positive_statistics(rows, bank, own, T)
+            kind: diagnostics.positive_statistics(rows, bank, own, temperature)
             for kind, rows in (("weak", weak), ("strong", strong))
         }
 
-        def add(name: str, value: float, unit: str, of: Subject = subject) -> None:
+        def add(name: str, value: float, unit: str, of: Snapshot = snapshot) -> None:
             findings.append(bench.finding("similarity", name, value, unit, of, n, settings))
 
         for kind, stand in stands.items():
@@ -70,12 +70,16 @@ def similarity(bench: Bench) -> Part:
         for name, field in (("P+", "positive"), ("Var-", "variance")):
             apart = diagnostics.curve_distance(*(getattr(each, field) for each in stands.values()))
             add(f"{name} distance", apart, "")
-        add("KL weak strong", diagnostics.divergence(weak, strong, bank, T).mean().item(), "nats")
+        add(
+            "KL weak strong",
+            diagnostics.divergence(weak, strong, bank, temperature).mean().item(),
+            "nats",
+        )
         curves = [[_array(getattr(stand, field)) for stand in stands.values()]
                   for field in ("positive", "variance")]  # fmt: skip
-        positives.append(figures.Curve(subject.name, *curves[0]))
-        variances.append(figures.Curve(subject.name, *curves[1]))
-    note = bench.note(n, f" · K = {negatives:,} negatives · T = {T}")
+        positives.append(figures.Curve(snapshot.name, *curves[0]))
+        variances.append(figures.Curve(snapshot.name, *curves[1]))
+    note = bench.note(n, f" · K = {negatives:,} negatives · T = {temperature}")
     draw = {"similarity": lambda: figures.similarity(positives, variances, negatives, note)}
     return Part(findings, draw)
 
@@ -90,11 +94,11 @@ def neighbours(bench: Bench) -> Part:
     found: dict[str, tuple[float, float]] = {}
     run = bench.opened.options
     kept = iter(()) if run is None else kept_encoders(bench.options.run, run)
-    random, trained = bench.subjects
+    random, trained = bench.snapshots
     last = f"step {bench.opened.facts.step}"
-    steps = (subject_of(step, each) for step, each in kept if step != last)
-    for subject in _in_turn(random, steps, trained):
-        encoder = subject.encoder.to(bench.device)
+    steps = (snapshot_of(step, each) for step, each in kept if step != last)
+    for snapshot in _in_turn(random, steps, trained):
+        encoder = snapshot.encoder.to(bench.device)
         with frozen(encoder):
             known, features = extract(encoder, bank, rows, bench.views, bench.device)
             values = []
@@ -111,15 +115,22 @@ def neighbours(bench: Bench) -> Part:
                 n = len(seen)
                 findings.append(
                     bench.finding(
-                        "neighbours", f"20-NN {kind}", values[-1], "%", subject, n, settings, digest
+                        "neighbours",
+                        f"20-NN {kind}",
+                        values[-1],
+                        "%",
+                        snapshot,
+                        n,
+                        settings,
+                        digest,
                     )
                 )
-        found[subject.name] = (values[0], values[1])
+        found[snapshot.name] = (values[0], values[1])
     note = bench.note(n, f" · bank of {len(rows):,} · {name}")
     return Part(findings, {"neighbours": lambda: figures.neighbours(found, note)})
 
 
-def _in_turn(first: Subject, between: Iterator[Subject], last: Subject) -> Iterator[Subject]:
+def _in_turn(first: Snapshot, between: Iterator[Snapshot], last: Snapshot) -> Iterator[Snapshot]:
     yield first
     yield from between
     yield last
@@ -130,33 +141,33 @@ def classes(bench: Bench) -> Part:
     source = bench.parts.queries
     rows = spread_over(len(source), bench.options.num_pictures)
     images = centre_views(source, rows, bench.views, bench.device)
-    kept, found = bench.through(images, [each.encoder for each in bench.subjects])
+    kept, found = bench.through(images, [each.encoder for each in bench.snapshots])
     labels, names, n = source.labels[kept], source.classes, len(kept)
     numbers = torch.from_numpy(labels).to(bench.device)
     digest, findings = bench.parts.digest(), []
     within: dict[str, dict[str, float]] = {}
     between: dict[str, float] = {}
-    for subject, rows_of in zip(bench.subjects, found, strict=True):
+    for snapshot, rows_of in zip(bench.snapshots, found, strict=True):
         alike = diagnostics.intra_class_similarity(rows_of, numbers)
         if not alike:
             why = "no class has two pictures among those judged"
             raise ClsaError("classes", why, "raise --num-pictures", Exit.BAD_DATA)
-        within[subject.name] = {names[k]: value for k, value in alike.items()}
-        between[subject.name] = diagnostics.between_class_similarity(rows_of, numbers)
+        within[snapshot.name] = {names[k]: value for k, value in alike.items()}
+        between[snapshot.name] = diagnostics.between_class_similarity(rows_of, numbers)
         mean = float(np.mean(list(alike.values())))
-        values = {"within classes": mean, "between classes": between[subject.name]}
-        values |= {"within less between": mean - between[subject.name]}
-        values |= {f"within {name}": value for name, value in within[subject.name].items()}
+        values = {"within classes": mean, "between classes": between[snapshot.name]}
+        values |= {"within less between": mean - between[snapshot.name]}
+        values |= {f"within {name}": value for name, value in within[snapshot.name].items()}
         for name, value in values.items():
             findings.append(
-                bench.finding("classes", name, value, "cosine", subject, n, "features", digest)
+                bench.finding("classes", name, value, "cosine", snapshot, n, "features", digest)
             )
     chosen = spread_over(n, figures.MAX_TSNE)
     seed, note = bench.options.seed, bench.note(n, f" · {bench.parts.name}")
 
     def maps() -> bytes:
         shown = {each.name: figures.tsne(_array(rows_of)[chosen], seed)
-                 for each, rows_of in zip(bench.subjects, found, strict=True)}  # fmt: skip
+                 for each, rows_of in zip(bench.snapshots, found, strict=True)}  # fmt: skip
         return figures.maps(shown, labels[chosen], names, note)
 
     draw = {"classes": lambda: figures.class_bars(within, between, note), "tsne": maps}
@@ -166,35 +177,35 @@ def classes(bench: Bench) -> Part:
 def spread(bench: Bench) -> Part:
     """Alignment, uniformity, RankMe and singular values of features, and of projections."""
     specs, rows = bench.specs(), spread_over(len(bench.source), bench.options.num_pictures)
-    encoders = [each.encoder for each in bench.subjects]
+    encoders = [each.encoder for each in bench.snapshots]
     images = centre_views(bench.source, rows, bench.views, bench.device)
     kept, centres = bench.through(images, encoders)
     first, second = (bench.encoded(specs[kind], kept, encoders)[1] for kind in ("key", "weak"))
     seen = [
-        (f"{subject.name} features", subject, three)
-        for subject, *three in zip(bench.subjects, centres, first, second, strict=True)
+        (f"{snapshot.name} features", snapshot, three)
+        for snapshot, *three in zip(bench.snapshots, centres, first, second, strict=True)
     ]
     seen += [
         (
-            f"{subject.name} projections",
-            subject,
-            [_projected(subject.query, each) for each in three],
+            f"{snapshot.name} projections",
+            snapshot,
+            [_projected(snapshot.query, each) for each in three],
         )
-        for _, subject, three in seen
-        if subject.query is not None
+        for _, snapshot, three in seen
+        if snapshot.query is not None
     ]
     found, spectra, findings, n = [], {}, [], len(kept)
-    for name, subject, (centre, one, other) in seen:
+    for name, snapshot, (centre, one, other) in seen:
         values = {
             "alignment": diagnostics.alignment(one, other),
             "uniformity": diagnostics.uniformity(centre),
             "rank": diagnostics.rankme(centre),
             "spread": diagnostics.feature_spread(centre),
         }
-        kind = name.removeprefix(f"{subject.name} ")
+        kind = name.removeprefix(f"{snapshot.name} ")
         for what, value in values.items():
             findings.append(
-                bench.finding("spread", f"{what} of {kind}", value, "", subject, n, kind)
+                bench.finding("spread", f"{what} of {kind}", value, "", snapshot, n, kind)
             )
         shown = (values["alignment"], values["uniformity"], values["rank"], centre.shape[1])
         found.append(figures.Spread(name, *shown))
@@ -209,7 +220,7 @@ def spread(bench: Bench) -> Part:
 
 def distortions(bench: Bench) -> Part:
     """Each strong operation at each magnitude on centre crops: is the picture found again?"""
-    networks = [subject.query or subject.encoder for subject in bench.subjects]
+    networks = [snapshot.query or snapshot.encoder for snapshot in bench.snapshots]
     rows = spread_over(len(bench.source), bench.options.num_distorted)
     kept, images = operations.clean_crops(bench.source, rows, bench.views, bench.device)
     n, temperature, seed = len(kept), bench.opened.temperature, bench.options.seed
@@ -218,12 +229,12 @@ def distortions(bench: Bench) -> Part:
         raise ClsaError(bench.data.data, why, f"give {LEAST} or more", Exit.BAD_DATA)
     settings = f"temperature={temperature} bank={n}"
     findings, found = [], {}
-    for subject, network in zip(bench.subjects, networks, strict=True):
+    for snapshot, network in zip(bench.snapshots, networks, strict=True):
         size = bench.options.batch_size
         effects = operations.measure(network, images, kept, temperature, seed, size)
-        found[subject.name] = effects
+        found[snapshot.name] = effects
 
-        def add(name: str, value: float, unit: str, of: Subject = subject) -> None:
+        def add(name: str, value: float, unit: str, of: Snapshot = snapshot) -> None:
             findings.append(bench.finding("operations", name, value, unit, of, n, settings))
 
         for effect in effects:

@@ -5,7 +5,7 @@ processes there are.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as td
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from clsa.errors import ClsaError, Exit
 from clsa.host import upload
@@ -110,6 +110,18 @@ class _Sum(torch.autograd.Function):
 def all_sum(value: Tensor) -> Tensor:
     """Sum of `value` over the ranks, with gradient: each rank's loss reaches every rank's value."""
     return value if world_size() == 1 else _Sum.apply(value)  # pyright: ignore
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over the ranks; one that a rank lacks counts as zeros."""
+    if world_size() == 1:
+        return
+    kept = list(parameters)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in kept]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    td.all_reduce(flat)
+    for parameter, part in zip(kept, flat.split([grad.numel() for grad in grads]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def all_gather_with_grad(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:

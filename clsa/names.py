@@ -8,6 +8,11 @@ import numpy as np
 from jaxtyping import Int64
 
 
+def as_text(path: str) -> str:
+    """A path for a table or a listing; bytes that are not UTF-8 become `\\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 @final
 class Names:
     """Paths as one block of bytes, which forked workers share for good.

@@ -18,7 +18,7 @@ KEY_NAMES = ("key_network", "teacher")
 DEFAULT_TEMPERATURE = 0.2
 
 
-class Subject(NamedTuple):
+class Snapshot(NamedTuple):
     """One state of what a run trains."""
 
     name: str
@@ -32,11 +32,11 @@ class Subject(NamedTuple):
     """Of the encoder, as in results.json."""
 
 
-def subject_of(
+def snapshot_of(
     name: str, encoder: nn.Module, query: Network | None = None, key: Network | None = None
-) -> Subject:
-    """A subject with its encoder's digest."""
-    return Subject(name, encoder, query, key, checkpoint.digest(encoder.state_dict()))
+) -> Snapshot:
+    """A snapshot with its encoder's digest."""
+    return Snapshot(name, encoder, query, key, checkpoint.digest(encoder.state_dict()))
 
 
 class Opened(NamedTuple):
@@ -45,7 +45,7 @@ class Opened(NamedTuple):
     facts: checkpoint.EncoderFacts
     options: RunOptions | None
     """None where only an encoder was given."""
-    subjects: list[Subject]
+    snapshots: list[Snapshot]
     """The random one, then the trained one."""
 
     @property
@@ -67,26 +67,18 @@ def open_run(path: Path) -> Opened:
     if saved is None:
         trained, facts = checkpoint.load_encoder_facts(path)
         random = build_encoder(facts.model, facts.seed)
-        subjects = [subject_of("random", random), subject_of("trained", trained)]
-        return Opened(facts, None, subjects)
+        snapshots = [snapshot_of("random", random), snapshot_of("trained", trained)]
+        return Opened(facts, None, snapshots)
     options = RunOptions.parse(read_yaml(folder.config), str(folder.config))
     state = saved.state["method"]
     query, key = _networks(state, options, saved.path)
     start = Network(_model_of(state, options), options.seed)
-    facts = checkpoint.EncoderFacts(
-        model=options.model,
-        views=options.views,
-        data=options.data,
-        recipe=options.recipe,
-        seed=options.seed,
-        step=saved.state["step"],
-        data_digest=saved.state["data_digest"],
-    )
-    subjects = [
-        subject_of("random", start.encoder, start, start),
-        subject_of("trained", query.encoder, query, key),
+    facts = checkpoint.EncoderFacts.of(options, saved.state["step"], saved.state["data_digest"])
+    snapshots = [
+        snapshot_of("random", start.encoder, start, start),
+        snapshot_of("trained", query.encoder, query, key),
     ]
-    return Opened(facts, options, subjects)
+    return Opened(facts, options, snapshots)
 
 
 def kept_encoders(path: Path, options: RunOptions) -> Iterator[tuple[str, nn.Module]]:

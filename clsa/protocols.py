@@ -1,7 +1,8 @@
 """The protocols: every way of judging features, as named, versioned cards.
 
-A card fixes all that moves a number: rates, schedule, pictures, tie rules. Its hash goes into
-results.json with each number; a changed card has another hash. Needs no torch.
+A card fixes what moves a number, but what the run and the pictures decide (size and centre crop; on
+small sets batch, neighbours and shots). Its hash goes into results.json with each number; a changed
+card has another hash. Needs no torch.
 """
 
 from collections.abc import Iterable

@@ -74,13 +74,5 @@ class Saver:
 
 def write_encoder(state: State, options: RunOptions, path: Path) -> None:
     """The query encoder as safetensors, with what is needed to use and to judge it."""
-    facts = checkpoint.EncoderFacts(
-        model=options.model,
-        views=options.views,
-        data=options.data,
-        recipe=options.recipe,
-        seed=options.seed,
-        step=state.step,
-        data_digest=state.data_digest,
-    )
+    facts = checkpoint.EncoderFacts.of(options, state.step, state.data_digest)
     checkpoint.save_encoder(path, state.method.network.encoder, facts)

@@ -48,7 +48,7 @@ def main(scenes: str, out: str, settings: str) -> None:
         train, test = (read_coco(Path(scenes), split) for split in ("train", "val"))
         encoder = build_encoder(ModelOptions(encoder="resnet10-w32"), 0)
         detector = build_detector(encoder, len(train.classes), chosen, 0)
-        fit(detector, train, chosen, 0, device, lambda line: None)
+        fit(detector, train, chosen, 0, device)
         found, sizes = find(detector, test, chosen, device)
         result = {
             "norm": normalised(),

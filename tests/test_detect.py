@@ -142,7 +142,7 @@ def test_same_seed_same_numbers_and_a_frozen_encoder_stays(
         held = {
             k: v.clone() for k, v in detector.backbone.get_submodule("trunk").state_dict().items()
         }
-        fit(detector, pair[0], chosen, seed, CPU, lambda line: None)
+        fit(detector, pair[0], chosen, seed, CPU)
         after = detector.backbone.get_submodule("trunk").state_dict()
         assert checkpoint.digest(held) == checkpoint.digest(after)
         digests.append(checkpoint.digest(detector.state_dict()))
@@ -178,7 +178,7 @@ def test_precise_statistics_are_the_mean_of_the_batches(
     seen = []
     norm = detector.roi_heads.box_head.norm
     hook = norm.register_forward_hook(lambda _, given, __: seen.append(given[0].detach().float()))
-    fit(detector, pair[0], chosen, 0, CPU, lambda line: None)
+    fit(detector, pair[0], chosen, 0, CPU)
     hook.remove()
     assert len(seen) == 2 and norm.momentum == pytest.approx(0.1)
     assert torch.allclose(norm.running_mean, seen[1].mean((0, 2, 3)), atol=1e-3)
@@ -220,7 +220,7 @@ def test_what_cannot_be_used_is_refused(
     with pytest.raises(ClsaError, match="not finite at step 1") as error:
         fit(
             build_detector(nan_of(encoder), 3, settings(masks=False), 0), train,
-            settings(masks=False), 0, CPU, lambda line: None,
+            settings(masks=False), 0, CPU,
         )  # fmt: skip
     assert error.value.code == Exit.UNHEALTHY
     scenes(ScenesOptions(out=tmp_path / "s", train=2, test=1, size=64, classes=3))

@@ -127,7 +127,7 @@ def test_the_same_command_gives_the_same_numbers(
 def test_positives_by_a_slow_loop(run: Path, found: tuple[list[Finding], Path, list[Path]]) -> None:
     """P+ anew from the views that the counter draws, one query at a time."""
     bench = Bench(DiagnoseOptions(run=run, **SMALL))
-    trained, specs = bench.subjects[1], bench.specs()
+    trained, specs = bench.snapshots[1], bench.specs()
     assert trained.query is not None and trained.key is not None
     rows = spread_over(48, 41)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_checkpoints_are_opened_from_the_oldest_on(run: Path) -> None:
 
 
 def test_key_network_is_its_own(run: Path) -> None:
-    random, trained = open_run(run).subjects
+    random, trained = open_run(run).snapshots
     assert random.key is random.query and trained.key is not trained.query
     state = checkpoint.load_newest(run / "checkpoints")
     assert state is not None and trained.key is not None
@@ -199,7 +199,7 @@ def test_methods_without_keys_without_bank_and_with_labels(
     recipe: str, over: dict, temperature: float, own_keys: bool, drawings: Path, tmp_path: Path
 ) -> None:
     pretrained(drawings, tmp_path / "run", recipe, **merge({"epochs": 1}, over))
-    trained = open_run(tmp_path / "run").subjects[1]
+    trained = open_run(tmp_path / "run").snapshots[1]
     assert (trained.key is not trained.query) == own_keys
     options = DiagnoseOptions(run=tmp_path / "run", only=("similarity", "spread"), **SMALL)
     findings, numbers, written = diagnose(options)
@@ -239,7 +239,7 @@ def test_networks_are_those_of_the_innermost_method(
     (tmp_path / "config.yaml").write_text(options.to_yaml())
     saved = {"method": state, "step": 1, "data_digest": ""}
     checkpoint.save(tmp_path / "checkpoints", "step-000001", saved, {"step": 1})
-    _, trained = open_run(tmp_path).subjects
+    _, trained = open_run(tmp_path).snapshots
     assert trained.query is not None and trained.key is not None
     for network, name in ((trained.query, "network"), (trained.key, "key_network")):
         for key, value in network.state_dict().items():

@@ -122,7 +122,8 @@ def test_the_last_head_is_taken_and_a_wrong_one_refused(run: Path, tmp_path: Pat
     assert predict(PredictOptions(run=run, images=images, out=out)).endswith("by finetune")
 
     def asked(**over: object) -> PredictOptions:
-        return PredictOptions(**{"run": run, "images": images, "out": out, **over})  # pyright: ignore
+        values = {"run": run, "images": images, "out": out, **over}
+        return PredictOptions(**values)  # pyright: ignore
 
     text, code = refusal(lambda: predict(asked(head="linear-clas")))
     assert "did you mean linear-clsa?" in text and code == 66

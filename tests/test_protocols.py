@@ -4,7 +4,7 @@ from typing import get_args
 import pytest
 from refusals import refusal
 
-from clsa.cards import Card, LinearCard, ReleasedCard, Schedule, Voc07Card
+from clsa.cards import Card, FinetuneCard, LinearCard, ReleasedCard, Voc07Card
 from clsa.cli import main
 from clsa.protocols import CARDS, Name, cards_of, departures
 
@@ -79,7 +79,7 @@ def test_cards_hold_the_published_values(
     weight_decay: float,
 ) -> None:
     card = CARDS[name]
-    assert isinstance(card, Schedule) and getattr(card, "lr") == lr  # noqa: B009
+    assert isinstance(card, LinearCard | FinetuneCard) and card.lr == lr
     assert (card.epochs, card.batch_size, card.momentum) == (epochs, batch_size, 0.9)
     assert card.drops == drops and card.weight_decay == weight_decay
 

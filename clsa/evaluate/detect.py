@@ -2,8 +2,6 @@
 
 import functools
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +10,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as td
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -24,6 +21,7 @@ from clsa.detect_cards import DetectCard
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.box_ap import Detections, coco_ap, pack_mask, packed, voc_ap
 from clsa.evaluate.detector import Resize, build_detector
+from clsa.evaluate.progress import watched
 from clsa.extras import require
 from clsa.host import upload
 from clsa.models import autocast
@@ -32,7 +30,6 @@ from clsa.sources import Source
 
 VIEW, SAMPLING = 1_009, 1_000_040
 MOMENTUM, WARMUP_FROM, DROP = 0.9, 1e-3, 0.1
-SAY_EVERY_S = 15.0
 READERS, AHEAD = 2, 2
 
 Item = TypeVar("Item")
@@ -64,7 +61,6 @@ def detect(
     settings: DetectCard,
     seed: int,
     device: torch.device,
-    say: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Average precision in percent of a detector around a copy of `encoder`.
 
@@ -78,7 +74,6 @@ def detect(
         train, test: of the same classes.
         settings: the card.
         seed: of new layers, order, mirroring, sides, and the sampling of regions.
-        say: where lines of progress go (default: standard error, of the first process).
 
     Returns:
         As `box_ap.voc_ap` or `box_ap.coco_ap` name them.
@@ -91,7 +86,7 @@ def detect(
         hint = "read both with the classes of the first"
         raise ClsaError("train and test pictures", "have different classes", hint)
     detector = build_detector(encoder, len(train.classes), settings, seed).to(device)
-    fit(detector, train, settings, seed, device, say or _print)
+    fit(detector, train, settings, seed, device)
     found, sizes = find(detector, test, settings, device)
     if settings.measure == "voc":
         return voc_ap(found, test.things, len(test.classes))
@@ -158,7 +153,6 @@ def fit(
     settings: DetectCard,
     seed: int,
     device: torch.device,
-    say: Callable[[str], None],
 ) -> None:
     """Train in place, then average the statistics of batch norm (precise BN)."""
     if settings.batch % dist.world_size():
@@ -178,14 +172,13 @@ def fit(
         return chosen, [shown(train, what, settings.masks) for what in chosen]
 
     batches = ahead(range(settings.iters + settings.precise_bn), read)
-    started = told = time.monotonic()
-    for step in range(settings.iters):
+    for step in watched(range(settings.iters), settings.iters, "detector"):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, settings)
         losses = _losses(detector, next(batches), seed, step, device)
         loss = torch.stack(list(losses.values())).sum()
-        loss.backward()
-        _average_gradients(params)
+        (loss / dist.world_size()).backward()
+        dist.sum_gradients(params)
         if step % 20 == 0 or step + 1 == settings.iters:
             worst = dist.all_max((~torch.isfinite(loss.detach())).float())
             if worst.item():
@@ -193,10 +186,6 @@ def fit(
                 raise ClsaError("the detector's loss", why, "lower its lr", Exit.UNHEALTHY)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        now = time.monotonic()
-        if now - told > SAY_EVERY_S:
-            told, pace = now, (now - started) / (step + 1)
-            say(f"detector step {step + 1}/{settings.iters} loss {loss.item():.3f} {pace:.2f} s")
     if settings.precise_bn:
         norms = [
             module
@@ -317,18 +306,6 @@ def sampling(seed: int, step: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _average_gradients(params: list[nn.Parameter]) -> None:
-    """Mean over the processes; a parameter that one of them did not use has zeros there."""
-    if dist.world_size() == 1:
-        return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
-    td.all_reduce(flat)
-    parts = (flat / dist.world_size()).split([grad.numel() for grad in grads])
-    for param, part in zip(params, parts, strict=True):
-        param.grad = part.reshape(param.shape)
-
-
 @torch.no_grad()
 def find(
     detector: GeneralizedRCNN, test: Annotated, settings: DetectCard, device: torch.device
@@ -373,8 +350,3 @@ def gathered(items: list[Any], device: torch.device) -> list[Any]:
     lines = dist.all_gather(upload([padded], device)[0][None]).cpu().numpy()
     texts = [line[:count].tobytes() for line, count in zip(lines, lengths, strict=True)]
     return [item for text in texts for item in json.loads(text)]
-
-
-def _print(line: str) -> None:
-    if dist.rank() == 0:
-        print(line, file=sys.stderr, flush=True)

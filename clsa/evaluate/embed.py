@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +14,7 @@ from clsa.evaluate.features import centre_views, encode, frozen
 from clsa.evaluate.subject import data_of
 from clsa.host import keep_freed_memory
 from clsa.models import feature_dim
+from clsa.names import as_text
 
 
 def embed(options: EmbedOptions) -> Path:
@@ -49,7 +49,7 @@ def embed(options: EmbedOptions) -> Path:
             for rows, images in centre_views(source, np.arange(len(source)), views, device):
                 features = encode(encoder, images, options.batch_size).cpu().numpy()
                 columns = [
-                    pa.array([_text(source.ids[i]) for i in rows], pa.string()),
+                    pa.array([as_text(source.ids[i]) for i in rows], pa.string()),
                     pa.array(names[source.labels[rows]], pa.string()),
                     pa.FixedSizeListArray.from_arrays(features.reshape(-1), width),
                 ]
@@ -83,7 +83,3 @@ class _Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         return self._file.write(data)
-
-
-def _text(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -61,6 +61,7 @@ def finetune(
         {"params": list(tuned.parameters()), "lr": card.lr},
         {"params": list(layer.parameters()), "lr": card.head_lr},
     ]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = sgd(groups, card)
     asked = min(card.batch_size, max(LEAST_BATCH, len(bank) // LEAST_STEPS))
     order = Order(len(bank), fitting(card.batch_size, min(asked, len(bank))), seed)
@@ -75,10 +76,7 @@ def finetune(
             scores = layer(tuned(normalised(batch)).float())
             loss = F.cross_entropy(scores, batch.labels.to(device), reduction="sum")
             (loss / order.batch_size).backward()
-        for group in groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad = dist.all_sum(parameter.grad)
+        dist.sum_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad()
         if step % order.steps_per_epoch == 0:

@@ -82,16 +82,22 @@ def normalised(batch: Crops) -> Float[Tensor, "b 3 S S"]:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def fitting(batch_size: int, count: int) -> int:
-    """`batch_size`, or of a smaller set the largest multiple of 8 or, under 8, power of 2.
+def within(batch_size: int, count: int) -> int:
+    """`batch_size`, or of a smaller set the largest multiple of 8 or, under 8, power of 2."""
+    if count >= batch_size:
+        return batch_size
+    return count // EIGHTH * EIGHTH or 1 << (count.bit_length() - 1)
 
-    It does not depend on the number of processes, nor do the numbers found.
+
+def fitting(batch_size: int, count: int) -> int:
+    """`within`, where the processes can share it.
+
+    It does not depend on their number, nor do the numbers found.
 
     Raises:
-        ClsaError: where the processes cannot share it.
+        ClsaError: where they cannot.
     """
-    if count < batch_size:
-        batch_size = count // EIGHTH * EIGHTH or 1 << (count.bit_length() - 1)
+    batch_size = within(batch_size, count)
     if batch_size % dist.world_size():
         what, why = f"a batch of {batch_size} pictures", f"{dist.world_size()} processes"
         hint = "start a power of 2 of them, or choose a multiple by --change batch_size=..."

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from clsa import rng
 from clsa.cards import LinearFastCard
 from clsa.evaluate.heads import layer_of, new_layer
-from clsa.evaluate.linear import fitting, rate_at
+from clsa.evaluate.linear import rate_at, within
 from clsa.evaluate.results import Found, accuracies_of, told
-from clsa.evaluate.split import hold_out
+from clsa.evaluate.split import CHOICE_SLOT, hold_out
 
-HOLDOUT_SLOT = 1
 Labelled = tuple[Float[Tensor, "n F"], Int64[Tensor, "n"]]
 
 
@@ -32,11 +31,12 @@ def linear_fast(
         seed: of the held-out fifth, the layers and the order.
     """
     features, labels = bank
-    kept, held = (torch.from_numpy(rows) for rows in hold_out(len(labels), seed, HOLDOUT_SLOT))
+    kept, held = (torch.from_numpy(rows) for rows in hold_out(len(labels), seed, CHOICE_SLOT))
     kept, held = kept.to(labels.device), held.to(labels.device)
     weights, biases = fit((features[kept], labels[kept]), num_classes, card.rates, card, seed)
     scores = torch.einsum("nf,rcf->rnc", features[held], weights) + biases[:, None]
     right = (scores.argmax(2) == labels[held]).double().mean(1)
+    right = right.where(scores.isfinite().all(2).all(1), -1.0)  # a rate that diverges is none
     best = card.rates[int(right.argmax())]
     weights, biases = fit(bank, num_classes, (best,), card, seed)
     layer = layer_of(weights[0], biases[0]).to(labels.device)
@@ -54,7 +54,7 @@ def fit(
     weights = torch.stack([first.weight.detach()] * len(rates))
     biases = torch.stack([first.bias.detach()] * len(rates))
     moving = [torch.zeros_like(weights), torch.zeros_like(biases)]
-    batch_size = fitting(card.batch_size, len(labels))
+    batch_size = within(card.batch_size, len(labels))
     for epoch in range(card.epochs):
         order = torch.from_numpy(rng.permutation(seed, epoch, len(labels))).to(labels.device)
         lr = torch.tensor([rate_at(epoch, rate, card) for rate in rates], device=labels.device)

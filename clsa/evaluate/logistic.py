@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from clsa.cards import LogisticCard
 from clsa.evaluate.heads import layer_of
 from clsa.evaluate.results import Found, accuracies_of, told
-from clsa.evaluate.split import hold_out
+from clsa.evaluate.split import CHOICE_SLOT, hold_out
 
 MAX_STEPS = 1000
 CHUNK = 1 << 15
-HOLDOUT_SLOT = 1
 
 
 def logistic(
@@ -36,7 +35,7 @@ def logistic(
         bank, queries: features and labels.
     """
     features, labels = bank
-    kept, held = (torch.from_numpy(rows) for rows in hold_out(len(labels), seed, HOLDOUT_SLOT))
+    kept, held = (torch.from_numpy(rows) for rows in hold_out(len(labels), seed, CHOICE_SLOT))
     mean, scale = _moments(features[kept])
     train, test = (features[kept] - mean) * scale, (features[held] - mean) * scale
     weights, best, least = None, card.grid[0], math.inf

@@ -17,6 +17,7 @@ from clsa.evaluate.features import centre_views, encode, frozen
 from clsa.evaluate.heads import load_head
 from clsa.evaluate.progress import watched
 from clsa.listing import SUFFIXES
+from clsa.names import as_text
 from clsa.options import DataOptions
 from clsa.sources import Folder, Source
 
@@ -41,7 +42,7 @@ def predict(options: PredictOptions) -> str:
     encoder, layer = (head.encoder or encoder).to(device), head.layer.to(device)
     top = min(options.top, len(facts.classes))
     rows: list[dict[str, Any]] = [
-        {"path": _text(name), "labels": [], "probabilities": []} for name in source.ids
+        {"path": as_text(name), "labels": [], "probabilities": []} for name in source.ids
     ]
     views = centre_views(source, np.arange(len(source)), facts.views, device)
     with frozen(encoder):
@@ -95,7 +96,3 @@ def _write(path: Path, rows: list[dict[str, Any]], top: int) -> None:
         cells = [cell for pair in pairs for cell in pair]
         writer.writerow([row["path"], *cells, *[""] * (2 * top - len(cells))])
     files.write_text(path, text.getvalue())
-
-
-def _text(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

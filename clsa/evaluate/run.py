@@ -159,10 +159,11 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
     """Judge a run's encoder by every protocol of `options`, beside its random initialisation.
 
     The records go to results.json, in the run folder or beside the encoder's file, as soon as a
-    protocol has judged both; what the trained encoder's classifier learned, to heads/PROTOCOL.
-    On several processes (torchrun) each encodes a share of the pictures; the numbers are those of
-    one process. Weights and batch-norm statistics of the encoder are checked to be the same before
-    and after, whatever the protocol does to copies of it.
+    protocol has judged both; what the trained encoder's classifier learned, to heads/NAME.
+    On several processes (torchrun) each encodes a share of the pictures; the numbers of frozen
+    classification are those of one process, fine-tuning agrees to rounding, and detection samples
+    its regions anew on each. Weights and batch-norm statistics of the encoder are checked to be the
+    same before and after, whatever the protocol does to copies of it.
 
     Raises:
         ClsaError: without an encoder, without pictures, or without labels; 65 when there is a
@@ -182,21 +183,25 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
             name: Subject(encoder, exam, device)
             for name, encoder in {**encoders, "trained": trained}.items()
         }
+        digests = {name: checkpoint.digest(each.encoder.state_dict())
+                   for name, each in subjects.items()}  # fmt: skip
         pictures = {name: exam.pictures(card) for name, card in cards.items()}
         if dist.rank() == 0:
             append_records(results, [])  # so is a folder that cannot be written
         for protocol, card in cards.items():
             parts, first = pictures[protocol], dist.rank() == 0
-            leaked, fresh = exam.leaked(parts) if first else None, []
+            leaked, data_digest = exam.leaked(parts) if first else None, parts.digest()
+            fresh: list[Record] = []
             for name, subject in subjects.items():
-                before = checkpoint.digest(subject.encoder.state_dict())
-                with frozen(subject.encoder):
+                before = after = digests[name]
+                with frozen(subject.encoder):  # or it raises
                     verdict = JUDGES[type(card)](subject, card)
-                after = checkpoint.digest((verdict.moved or subject.encoder).state_dict())
+                if verdict.moved is not None:
+                    after = checkpoint.digest(verdict.moved.state_dict())
                 made = Record(
                     protocol, card.hash(protocol), _settings(options, protocol, card),
                     "", 0, "", None, name, parts.name, verdict.n, len(parts.bank), options.seed,
-                    before, after, parts.digest(), leaked,
+                    before, after, data_digest, leaked,
                 )  # fmt: skip
                 fresh += [made._replace(**found._asdict()) for found in verdict.found]
                 if name == "trained" and verdict.head and first:
@@ -220,9 +225,9 @@ def keep(
     facts: checkpoint.EncoderFacts,
 ) -> None:
     """Save what the trained encoder's classifier learned."""
-    told = HeadFacts(
+    about = HeadFacts(
         protocol=made.protocol, card=made.card, settings=made.settings,
         classes=tuple(parts.classes), several=parts.several,
         encoder_digest=made.encoder_digest, model=facts.model, views=facts.views,
     )  # fmt: skip
-    save_head(options.run, head, told)
+    save_head(options.run, head, about)

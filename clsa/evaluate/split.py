@@ -12,6 +12,7 @@ from clsa.few_labels import with_few_labels
 from clsa.sources import Source
 
 MIN_LABELLED = 5
+CHOICE_SLOT = 1  # of the fifth of the bank on which a rate or an L2 weight is chosen
 MAX_NAMED = 5
 
 

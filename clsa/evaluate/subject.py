@@ -200,7 +200,7 @@ def _lists_of(card: Card) -> tuple[str, str | None]:
 def _is_voc(spec: str) -> bool:
     """Whether a folder is laid out as VOC's, of one year or several."""
     root = Path(spec)
-    return (root / "JPEGImages").is_dir() or (root / "VOC2007").is_dir()
+    return (root / "JPEGImages").is_dir() or any(root.glob("VOC20??"))
 
 
 def data_of(given: DataOptions, facts: checkpoint.EncoderFacts) -> DataOptions:

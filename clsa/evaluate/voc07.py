@@ -15,7 +15,7 @@ from clsa.annotations import Annotated, read_voc
 from clsa.cards import Voc07Card
 from clsa.data import batches
 from clsa.errors import ClsaError, Exit
-from clsa.evaluate.average_precision import average_precision
+from clsa.evaluate.average_precision import Points, average_precision
 from clsa.evaluate.features import encode
 from clsa.evaluate.heads import new_layer
 from clsa.evaluate.linear import fitting, normalised, sgd
@@ -104,7 +104,7 @@ def _marked(read: Annotated) -> Marked:
 def mean_ap(
     scores: Float[np.ndarray, "n C"],
     targets: Int64[np.ndarray, "n C"],
-    points: str,
+    points: Points,
     dropped: bool,
 ) -> float:
     """Mean over the classes of average precision over the pictures, in percent.
@@ -123,7 +123,7 @@ def mean_ap(
         there = targets[kept, column] == THERE
         order = np.argsort(-scores[kept, column], kind="stable")
         if there.any():
-            found.append(average_precision(there[order], int(there.sum()), points))  # pyright: ignore
+            found.append(average_precision(there[order], int(there.sum()), points))
     return 100 * float(np.mean(found))
 
 

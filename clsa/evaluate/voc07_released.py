@@ -5,11 +5,12 @@ It is here so that its figures can be compared with others; for a probe take `vo
 
 import copy
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as pixels
-from jaxtyping import Float, Float32, Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor, nn
 
 from clsa import color, rng
@@ -30,6 +31,7 @@ STD = (0.26753769276329037, 0.2638145880487105, 0.2776826934044154)
 VIEW, SLOTS = 1008, np.arange(5)
 LARGER = 330 / 300
 BRIGHTNESS, GRAY, FLIP, DEGREES = 0.2, 0.25, 0.25, 25.0
+Network = tuple[nn.Module, nn.Linear]
 PLACES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 
 
@@ -56,9 +58,10 @@ def voc07_released(
     layer = new_layer(width, len(lists.classes), seed).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=card.lr, momentum=card.momentum)
     rows, pictures = squares(lists.train.source, card.size)
+    seen_in_val = [squares(selecting.source, card.size, crop_at(*PLACES[-1]))]  # every epoch
     targets = torch.from_numpy(lists.train.targets[rows]).to(device)
     order = Order(len(rows), min(card.batch_size, len(rows)), seed)
-    highest, kept = -1.0, (0, copy.deepcopy(moved), copy.deepcopy(layer))
+    highest, best = -1.0, (0, (moved, layer))
     for epoch in watched(range(card.epochs), card.epochs, "released protocol"):
         optimizer.param_groups[0]["lr"] = rate_at(epoch, card)
         moved.train(card.moving_statistics)
@@ -73,14 +76,13 @@ def voc07_released(
             optimizer.step()
             optimizer.zero_grad()
         moved.eval()
-        values, _ = judged(moved, layer, selecting, card, PLACES[-1:])
+        ((values, _),) = judged([(moved, layer)], seen_in_val, selecting, card)
         if values[card.headline] > highest:
             highest = values[card.headline]
-            kept = epoch + 1, copy.deepcopy(moved), copy.deepcopy(layer)
-    last, count = judged(moved, layer, lists.test, card, PLACES)
-    epoch, then, its_layer = kept
-    best, _ = judged(then, its_layer, lists.test, card, PLACES)
-    return told(last, "last", card.epochs) + told(best, "best", epoch), count, moved
+            best = epoch + 1, (copy.deepcopy(moved), copy.deepcopy(layer))
+    crops = (squares(lists.test.source, card.size, crop_at(*place)) for place in PLACES)
+    (last, count), (then, _) = judged([(moved, layer), best[1]], crops, lists.test, card)
+    return told(last, "last", card.epochs) + told(then, "best", best[0]), count, moved
 
 
 def rate_at(epoch: int, card: ReleasedCard) -> float:
@@ -89,13 +91,13 @@ def rate_at(epoch: int, card: ReleasedCard) -> float:
 
 
 def squares(
-    source: Source, side: int
+    source: Source, side: int, cut: Cut = whole
 ) -> tuple[Int64[np.ndarray, "m"], UInt8[Tensor, "m 3 side side"]]:
-    """The readable pictures, whole, distorted to squares, with their numbers; on the CPU."""
-    found = list(eval_crops(source, np.arange(len(source)), side, whole, torch.device("cpu")))
+    """A cut of the readable pictures (all of them, distorted), with their numbers; on the CPU."""
+    found = list(eval_crops(source, np.arange(len(source)), side, cut, torch.device("cpu")))
     if not found:
         why = f"none of its {len(source)} pictures can be read"
-        raise ClsaError("nothing to learn from", why, "check the data", Exit.BAD_DATA)
+        raise ClsaError("nothing to judge by", why, "check the data", Exit.BAD_DATA)
     numbers = np.concatenate([rows for rows, _ in found])
     return numbers, torch.cat([images.round().byte() for _, images in found])
 
@@ -118,36 +120,37 @@ def distorted(
 
 
 def judged(
-    encoder: nn.Module,
-    layer: nn.Linear,
+    networks: Sequence[Network],
+    crops: Iterable[tuple[Int64[np.ndarray, "m"], UInt8[Tensor, "m 3 S S"]]],
     marked: Marked,
     card: ReleasedCard,
-    places: tuple[tuple[float, float], ...],
-) -> tuple[dict[str, float], int]:
-    """`per-image-ap` and, beside it, the `map` of all points; of how many pictures.
+) -> list[tuple[dict[str, float], int]]:
+    """Of each network `per-image-ap` and, beside it, the `map` of all points; of how many pictures.
 
-    Of mean logits over crops, whose pictures have a short side 1.1 times theirs.
+    Of mean logits over the crops, whose pictures have a short side 1.1 times theirs.
 
     Args:
-        places: of the crops, as shares of the room there is below and to the right.
+        networks: encoder and layer.
+        crops: one item a place: `squares` of all pictures there.
     """
-    device = layer.weight.device
-    logits, numbers = [], np.zeros(0, np.int64)
-    rows = np.arange(len(marked.source))
-    for place in places:
-        parts: list[Float[Tensor, "b C"]] = []
-        seen = []
-        for numbers, images in eval_crops(marked.source, rows, card.size, crop_at(*place), device):
-            images = color.normalize(images / 255, MEAN, STD)
-            parts.append(layer(encode(encoder, images, card.batch_size)))
-            seen.append(numbers)
-        logits.append(torch.cat(parts))
-        numbers = np.concatenate(seen)
-    scores = torch.stack(logits).mean(0).double().cpu().numpy()
-    targets = marked.targets[numbers]
-    pictures = per_picture_ap(scores, targets == THERE)
-    found = {"per-image-ap": pictures, "map": mean_ap(scores, targets, "all", dropped=False)}
-    return found, len(targets)
+    logits: list[list[Tensor]] = [[] for _ in networks]
+    targets = marked.targets
+    for numbers, images in crops:
+        targets = marked.targets[numbers]
+        parts: list[list[Tensor]] = [[] for _ in networks]
+        for some in images.split(card.batch_size):
+            for part, (encoder, layer) in zip(parts, networks, strict=True):
+                shown = color.normalize(some.to(layer.weight.device) / 255, MEAN, STD)
+                part.append(layer(encode(encoder, shown, len(shown))))
+        for each, part in zip(logits, parts, strict=True):
+            each.append(torch.cat(part))
+    found = []
+    for each in logits:
+        scores = torch.stack(each).mean(0).double().cpu().numpy()
+        pictures = per_picture_ap(scores, targets == THERE)
+        values = {"per-image-ap": pictures, "map": mean_ap(scores, targets, "all", dropped=False)}
+        found.append((values, len(targets)))
+    return found
 
 
 def crop_at(down: float, right: float) -> Cut:
