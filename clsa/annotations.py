@@ -9,7 +9,7 @@ that (xmin, ymin, xmax, ymax) there is (xmin - 1, ymin - 1, xmax, ymax) here.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Never
 from xml.etree import ElementTree
@@ -27,6 +27,7 @@ VOC_CLASSES = [
 ]
 VOC_ENDINGS = (".jpg", ".jpeg", ".png")
 MAX_XML_BYTES = 1 << 22
+LEAST_SIDE = 0.01  # of a box in pixels: float32 must tell its edges apart
 
 Box = tuple[float, float, float, float]
 Segmentation = list[list[float]] | dict[str, Any]
@@ -60,7 +61,8 @@ class Annotated(NamedTuple):
         classes: names of the classes.
         things: one list a picture, empty where nothing is marked.
         image_ids: the numbers or names of the pictures in the annotation files.
-        dropped: how many objects were left out because their box has no area.
+        dropped: how many objects were left out because their box has (nearly) no area.
+        sizes: height and width in pixels of each picture, as the files say; None where they do not.
     """
 
     source: Folder
@@ -68,12 +70,26 @@ class Annotated(NamedTuple):
     things: list[list[Thing]]
     image_ids: list[int | str]
     dropped: int = 0
+    sizes: Sequence[tuple[int, int] | None] = ()
+
+    def require_size(self, row: int, height: int, width: int) -> None:
+        """See that a picture is as large as its boxes were drawn on.
+
+        Raises:
+            ClsaError: 65 when it is not: resized since, or turned by its EXIF orientation.
+        """
+        told = self.sizes[row] if self.sizes else None
+        if told is not None and told != (height, width):
+            why = f"{width}x{height} pixels upright, and {told[1]}x{told[0]} in the annotations"
+            hint = "annotate the pictures as they are, without EXIF orientation"
+            _refuse(Path(self.source.ids[row]), why, hint, Exit.BAD_DATA)
 
     def subset(self, rows: Sequence[int]) -> "Annotated":
         """These pictures only, in this order; `dropped` stays the whole set's."""
         source = self.source.subset(np.array(rows, np.int64))
         things, ids = [self.things[row] for row in rows], [self.image_ids[row] for row in rows]
-        return Annotated(source, self.classes, things, ids, self.dropped)
+        sizes = [self.sizes[row] for row in rows] if self.sizes else ()
+        return Annotated(source, self.classes, things, ids, self.dropped, sizes)
 
 
 def read_voc(
@@ -97,12 +113,16 @@ def read_voc(
     top = root if (root / "JPEGImages").is_dir() else None
     if top is not None and len({year for year, _ in years_and_splits}) > 1:
         _refuse(root, "the folder of one year", "give VOCdevkit, which holds all", Exit.NO_INPUT)
+    for year, _ in years_and_splits if top is not None else ():
+        if re.fullmatch(r"VOC\d{4}", root.name) and root.name != f"VOC{year}":
+            _refuse(root, f"not the folder of {year}", "give VOCdevkit, or that one", Exit.NO_INPUT)
     base = root if top is None else root.parent
     stems: list[tuple[Path, str]] = []
     for year, split in years_and_splits:
         folder = root / f"VOC{year}" if top is None else top
         stems += [(folder, stem) for stem in _voc_list(folder, split)]
-    named = [list(_voc_things(folder / "Annotations" / f"{stem}.xml")) for folder, stem in stems]
+    read = [_voc_read(folder / "Annotations" / f"{stem}.xml") for folder, stem in stems]
+    named, sizes = [objects for objects, _ in read], [size for _, size in read]
     found = {name for objects in named for name, _ in objects}
     if classes is None:
         classes = VOC_CLASSES if found <= set(VOC_CLASSES) else sorted(found)
@@ -114,7 +134,7 @@ def read_voc(
         dropped += len(kept) - len(things[-1])
     paths = [str(_voc_picture(folder, stem).relative_to(base)) for folder, stem in stems]
     source = _folder(base, paths, classes)
-    return Annotated(source, list(classes), things, [stem for _, stem in stems], dropped)
+    return Annotated(source, list(classes), things, [stem for _, stem in stems], dropped, sizes)
 
 
 def _voc_list(folder: Path, split: str) -> list[str]:
@@ -127,7 +147,8 @@ def _voc_list(folder: Path, split: str) -> list[str]:
     if not path.is_file():
         known = sorted(each.stem for each in path.parent.glob("*.txt") if "_" not in each.stem)
         _refuse(path, "no such split", f"use one of {', '.join(known)}", Exit.NO_INPUT)
-    names = [line.split()[0] for line in path.read_text("utf-8").splitlines() if line.strip()]
+    text = path.read_text("utf-8", errors="replace")
+    names = [line.split()[0] for line in text.splitlines() if line.strip()]
     bad = next((name for name in names if not re.fullmatch(r"[\w.-]+", name)), None)
     if bad is not None:
         _refuse(path, f"{bad!r} is no name of a picture", "correct the list", Exit.BAD_DATA)
@@ -143,8 +164,8 @@ def _voc_picture(folder: Path, stem: str) -> Path:
     _refuse(path, "a listed picture is missing", "complete the folder", Exit.NO_INPUT)
 
 
-def _voc_things(path: Path) -> Iterator[tuple[str, Thing]]:
-    """Name and object, its label not yet known, of one XML file."""
+def _voc_read(path: Path) -> tuple[list[tuple[str, Thing]], tuple[int, int] | None]:
+    """Names and objects, their labels not yet known, of one XML file; the picture's size."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -152,8 +173,10 @@ def _voc_things(path: Path) -> Iterator[tuple[str, Thing]]:
         _refuse(path, why, "complete the folder", Exit.NO_INPUT)
     if len(data) > MAX_XML_BYTES or b"<!ENTITY" in data:
         _refuse(path, "no annotation of VOC's", "remove or replace it", Exit.BAD_DATA)
+    found = []
     try:
-        for item in ElementTree.fromstring(data).findall("object"):
+        root = ElementTree.fromstring(data)
+        for item in root.findall("object"):
             corners = item.find("bndbox")
             name = (item.findtext("name") or "").strip()
             if corners is None or not name:
@@ -162,8 +185,11 @@ def _voc_things(path: Path) -> Iterator[tuple[str, Thing]]:
                 _number(corners.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")
             )
             difficult = int(item.findtext("difficult") or 0) == 1
-            yield name, Thing((x1 - 1, y1 - 1, x2, y2), -1, difficult)
-    except (ElementTree.ParseError, ValueError) as error:
+            found.append((name, Thing((x1 - 1, y1 - 1, x2, y2), -1, difficult)))
+        sides = [root.findtext(f"size/{side}") for side in ("height", "width")]
+        high, wide = (int(float(side or 0)) for side in sides)
+        return found, (high, wide) if high and wide else None
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         why = f"damaged ({first_line(error)})"
         _refuse(path, why, "replace it, or take it off the lists", Exit.BAD_DATA)
 
@@ -189,6 +215,8 @@ def read_coco(root: Path, split: str, classes: list[str] | None = None) -> Annot
         name_of = {int(item["id"]): str(item["name"]) for item in content["categories"]}
         images = sorted(content["images"], key=lambda image: image["id"])
         names = [str(image["file_name"]) for image in images]
+        sizes = [(int(image["height"]), int(image["width"])) if "height" in image else None
+                 for image in images]  # fmt: skip
         row_of = {image["id"]: row for row, image in enumerate(images)}
         things: list[list[Thing]] = [[] for _ in images]
         dropped = 0
@@ -196,9 +224,10 @@ def read_coco(root: Path, split: str, classes: list[str] | None = None) -> Annot
         used = {int(item["category_id"]) for item in content["annotations"]}
         position = _positions(labelled, {name_of[number] for number in used}, path)
         for item in content["annotations"]:
-            thing = _coco_thing(item, position[name_of[int(item["category_id"])]])
+            row = row_of[item["image_id"]]
+            thing = _coco_thing(item, position[name_of[int(item["category_id"])]], sizes[row])
             if _has_area(thing.box):
-                things[row_of[item["image_id"]]].append(thing)
+                things[row].append(thing)
             else:
                 dropped += 1
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -210,7 +239,8 @@ def read_coco(root: Path, split: str, classes: list[str] | None = None) -> Annot
         if not (root / name).is_file():
             _refuse(root / name, "a listed picture is missing", "complete it", Exit.NO_INPUT)
     source = _folder(root, paths, labelled)
-    return Annotated(source, list(labelled), things, [image["id"] for image in images], dropped)
+    ids_of = [image["id"] for image in images]
+    return Annotated(source, list(labelled), things, ids_of, dropped, sizes)
 
 
 def _coco_file(root: Path, split: str) -> Path:
@@ -241,13 +271,20 @@ def _coco_pictures(root: Path, name: str, split: str, files: list[str]) -> Path:
     _refuse(root / name / first, "a listed picture is missing", "complete it", Exit.NO_INPUT)
 
 
-def _coco_thing(item: dict[str, Any], label: int) -> Thing:
+def _coco_thing(item: dict[str, Any], label: int, size: tuple[int, int] | None) -> Thing:
+    """One object; polygons of fewer than three corners are none, as in detectron2."""
     x, y, wide, high = (_number(value) for value in item["bbox"])
     outline = item.get("segmentation")
     if isinstance(outline, dict):
         outline = {"size": list(outline["size"]), "counts": outline["counts"]}
+        if size is not None and outline["size"] != list(size):
+            raise ValueError("a mask of another size than its picture")
+        counts = outline["counts"]
+        if isinstance(counts, list) and sum(counts) != outline["size"][0] * outline["size"][1]:
+            raise ValueError("run lengths that do not fill their picture")
     elif outline:
-        outline = [[_number(value) for value in polygon] for polygon in outline]
+        polygons = [[_number(value) for value in polygon] for polygon in outline]
+        outline = [each for each in polygons if len(each) >= 6 and len(each) % 2 == 0]
     crowd = int(item.get("iscrowd", 0)) == 1
     area = _number(item["area"]) if "area" in item else None
     return Thing((x, y, x + wide, y + high), label, False, crowd, outline or None, area)
@@ -272,7 +309,7 @@ def _number(value: Any) -> float:
 
 def _has_area(box: Box) -> bool:
     x1, y1, x2, y2 = box
-    return x2 > x1 and y2 > y1
+    return x2 - x1 > LEAST_SIDE and y2 - y1 > LEAST_SIDE
 
 
 def _folder(root: Path, paths: list[str], classes: list[str]) -> Folder:

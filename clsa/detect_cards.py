@@ -43,7 +43,7 @@ class DetectCard(Card):
     warmup: Annotated[int, pydantic.Field(ge=0)] = 100
     """Steps over which it rises linearly from a thousandth."""
     weight_decay: NotNegative = 1e-4
-    """Of all parameters, as in detectron2's SGD."""
+    """Of all parameters but those of batch norm, as in detectron2's SGD."""
     precise_bn: Annotated[int, pydantic.Field(ge=0)] = 200
     """Batches over which batch norm's statistics are averaged before judging; 0: not at all."""
     width: Count = 256
@@ -71,6 +71,8 @@ class DetectCard(Card):
     def _whole(self) -> "DetectCard":
         if not self.short_sides or not self.anchors:
             raise ValueError("short_sides and anchors need at least one number")
+        if max(*self.short_sides, self.test_side) > self.max_side:
+            raise ValueError("no short side is larger than max_side")
         if self.masks and self.measure == "voc":
             raise ValueError("masks are judged by coco only")
         return self

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from timm.models.resnet import Bottleneck, ResNet
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from clsa import checkpoint, files, views
@@ -17,7 +18,6 @@ from clsa.errors import ClsaError
 DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 WEIGHTS = "encoder.pth"
 SCRIPT = Path(__file__).parent / "assets" / "detectron2_train_net.txt"
-STEM_KERNEL = (7, 7)
 
 
 def export(options: ExportOptions) -> Path:
@@ -76,12 +76,13 @@ def _depth(encoder: nn.Module, name: str) -> int:
         ClsaError: for any other encoder.
     """
     layers = [getattr(encoder, f"layer{k}", ()) for k in range(1, 5)]
-    plain = isinstance(encoder, ResNet) and getattr(encoder.conv1, "kernel_size", 0) == STEM_KERNEL
-    blocks = [block for layer in layers for block in layer]
     depth = DEPTHS.get(tuple(len(layer) for layer in layers))  # pyright: ignore
-    usual = {"conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample"}
-    extra = {key.split(".")[2] for key in encoder.state_dict() if key.startswith("layer")} - usual
-    if not plain or depth is None or extra or not all(isinstance(b, Bottleneck) for b in blocks):
+    plain = isinstance(encoder, ResNet) and depth is not None
+    if plain:
+        with torch.device("meta"):
+            usual = timm.create_model(f"resnet{depth}", num_classes=0)
+        plain = repr(usual) == repr(encoder)  # kinds, sizes, strides and groups of all layers
+    if not plain or depth is None:
         why = "detectron2 builds ResNets of 50, 101 or 152 layers with their 7x7 stem"
         raise ClsaError(f"encoder {name}", why, "export a resnet50, or use --protocol detect-*")
     return depth
@@ -91,7 +92,7 @@ def detectron2_configs(depth: int) -> dict[str, dict[str, Any]]:
     """The papers' protocols as detectron2's configurations, each whole in itself.
 
     VOC07+12 and COCO with a C4 head and the batch norm after res5 (MoCo, CLSA), COCO and LVIS v0.5
-    with FPN (CLIM, which says that it follows MoCo: batch norm in the FPN too, usual heads). Batch
+    with FPN (CLIM, which says that it follows MoCo: batch norm in FPN and mask head too). Batch
     norm over all GPUs, nothing frozen, statistics measured anew before the test. Not run here, as
     detectron2 is on no package index: names and shapes are tested.
     """
@@ -135,7 +136,8 @@ _FPN: dict[str, Any] = {
             "NAME": "FastRCNNConvFCHead", "NUM_FC": 2, "POOLER_RESOLUTION": 7,
         },
         "ROI_MASK_HEAD": {
-            "NAME": "MaskRCNNConvUpsampleHead", "NUM_CONV": 4, "POOLER_RESOLUTION": 14,
+            "NAME": "MaskRCNNConvUpsampleHead", "NUM_CONV": 4, "NORM": "SyncBN",
+            "POOLER_RESOLUTION": 14,
         },
     }
 }  # fmt: skip

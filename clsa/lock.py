@@ -140,6 +140,7 @@ def _is_alive(holder: Holder) -> bool:
 
 def _refusal(path: Path, holder: Holder | None) -> ClsaError:
     what = f"{path.parent} in use by {holder or 'another process'}"
-    return ClsaError(
-        what, "one process at a time writes it", "wait for it, or choose another --out"
-    )
+    hint = "wait for it, or choose another --out"
+    if holder and holder.host != socket.gethostname():
+        hint += f"; if it is gone, remove {path}"
+    return ClsaError(what, "one process at a time writes it", hint)

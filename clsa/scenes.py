@@ -299,7 +299,7 @@ def scenes(options: ScenesOptions) -> Written:
         lists |= {"trainval": names["train"], "test": names["val"]}
         for split, listed in lists.items():
             path = _voc_root(out) / "ImageSets" / "Main" / f"{split}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent)
             files.write_text(path, "".join(f"{name}\n" for name in listed))
     return Written(*totals.tolist())
 
@@ -346,7 +346,7 @@ def _write_coco(
     kinds = [{"id": place + 1, "name": name} for place, name in enumerate(classes)]
     content = {"images": images, "annotations": found, "categories": kinds}
     path = out / "annotations" / f"instances_{split}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     files.write_text(path, json.dumps(content))
 
 
@@ -354,7 +354,7 @@ def _write_voc(
     out: Path, records: list[tuple[str, list[Placed]]], classes: list[str], size: int
 ) -> None:
     folder = _voc_root(out) / "Annotations"
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     for name, placed in records:
         lines = [f"<annotation>\n<folder>VOC2007</folder>\n<filename>{name}.jpg</filename>"]
         lines.append(f"<size><width>{size}</width><height>{size}</height><depth>3</depth></size>")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import encoded, photograph, voc_folder
 from PIL import Image
 
 from clsa.annotations import VOC_CLASSES, Thing, read_coco, read_voc
@@ -193,3 +194,48 @@ def test_what_is_missing_of_coco_is_named(tmp_path: Path) -> None:
     coco(tmp_path / "x", "train", outside, "train")
     with pytest.raises(ClsaError, match="outside of the set"):
         read_coco(tmp_path / "x", "train")
+
+
+def coco_with(folder: Path, **over: object) -> Path:
+    """One picture of 64 x 48 pixels with one object, in COCO's layout."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "train").mkdir()
+    (folder / "train" / "a.jpg").write_bytes(encoded(photograph(0, 48, 64), "JPEG"))
+    thing = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], **over}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 48, "width": 64}],
+        "annotations": [thing],
+        "categories": [{"id": 1, "name": "x"}],
+    }
+    (folder / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_short_polygons_are_none_and_tiny_boxes_dropped(tmp_path: Path) -> None:
+    for place, polygons in enumerate(([[5, 5, 25, 25]], [[]], [[1, 2, 3, 4, 5]])):
+        found = read_coco(coco_with(tmp_path / str(place), segmentation=polygons), "train")
+        assert found.things[0][0].segmentation is None
+    found = read_coco(coco_with(tmp_path / "tiny", bbox=[50.0, 5, 1e-6, 20]), "train")
+    assert found.things == [[]] and found.dropped == 1
+
+
+def test_masks_that_do_not_fit_are_damaged(tmp_path: Path) -> None:
+    for place, mask in enumerate(
+        ({"size": [10, 10], "counts": [100]}, {"size": [48, 64], "counts": [5000, 9000]})
+    ):
+        folder = coco_with(tmp_path / str(place), segmentation=mask)
+        with pytest.raises(ClsaError, match="damaged"):
+            read_coco(folder, "train")
+
+
+def test_a_picture_of_another_size_than_its_annotations_is_refused(tmp_path: Path) -> None:
+    found = read_coco(coco_with(tmp_path), "train")
+    found.require_size(0, 48, 64)
+    with pytest.raises(ClsaError, match=r"48x64 pixels upright, and 64x48 in the annotations"):
+        found.require_size(0, 64, 48)
+
+
+def test_the_folder_of_another_year_is_refused(tmp_path: Path) -> None:
+    top = voc_folder(tmp_path, {"train": 3, "test": 2}) / "VOC2007"
+    with pytest.raises(ClsaError, match="not the folder of 2012"):
+        read_voc(top, [("2012", "train")])

@@ -188,7 +188,8 @@ def test_precise_statistics_are_the_mean_of_the_batches(
 def test_voc_measures(pair: tuple[Annotated, Annotated], encoder: nn.Module) -> None:
     chosen = settings(model="c4", masks=False, measure="voc", anchors=(16, 32), precise_bn=0)
     values = detect(encoder, *pair, chosen, 0, CPU)
-    assert set(values) == {"AP50", "AP50-11pt", "AP75", "AP"}
+    names = {"AP50", "AP75", "AP"}
+    assert set(values) == names | {f"{name}-11pt" for name in names}
     assert all(0 <= value <= 100 for value in values.values())
 
 
@@ -282,3 +283,31 @@ def test_evaluate_judges_detectors_and_keeps_the_encoder(folder: Path, tmp_path:
     assert {(r.split, r.n, r.chosen, r.leaked) for r in records} == {("val", 5, "last", 0)}
     assert all(r.encoder_digest == r.encoder_digest_after for r in records)
     assert {r.encoder for r in records} == {"random", "trained"}
+
+
+def test_batch_norm_is_not_decayed(
+    pair: tuple[Annotated, Annotated], encoder: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """detectron2's WEIGHT_DECAY_NORM is 0."""
+    made: list[torch.optim.SGD] = []
+    real = torch.optim.SGD.__init__
+
+    def watched(self: torch.optim.SGD, *args: object, **values: object) -> None:
+        made.append(self)
+        real(self, *args, **values)  # pyright: ignore
+
+    monkeypatch.setattr(torch.optim.SGD, "__init__", watched)
+    chosen = settings(iters=1, drops=(), precise_bn=0)
+    detector = build_detector(encoder, 3, chosen, 0)
+    fit(detector, pair[0], chosen, 0, CPU)
+    rest, norms = made[0].param_groups
+    assert (rest["weight_decay"], norms["weight_decay"]) == (1e-4, 0.0)
+    wanted = {
+        id(param)
+        for module in detector.modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for param in module.parameters()
+        if param.requires_grad
+    }
+    assert wanted == {id(param) for param in norms["params"]} and wanted
+    assert not any(param.ndim == 1 and id(param) in wanted for param in rest["params"])

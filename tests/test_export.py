@@ -133,6 +133,11 @@ def test_the_command_writes_what_detectron2_reads(
         ("resnet10-w32", {"encoder": "resnet10-w32"}),
         ("resnet50", {"encoder": "resnet50", "small_stem": True}),
         ("seresnet50", {"encoder": "seresnet50"}),
+        ("resnext50_32x4d", {"encoder": "resnext50_32x4d"}),
+        ("wide_resnet50_2", {"encoder": "wide_resnet50_2"}),
+        ("resnetaa50", {"encoder": "resnetaa50"}),
+        ("resnetblur50", {"encoder": "resnetblur50"}),
+        ("resnet50_gn", {"encoder": "resnet50_gn"}),
         ("vit6-w192", {"encoder": "vit6-w192"}),
     ],
 )

@@ -1,7 +1,9 @@
 """Object detection and instance segmentation: train a detector on an encoder, then judge it."""
 
 import functools
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from clsa import checkpoint, dist, rng
+from clsa import dist, rng
 from clsa.annotations import Annotated, Thing, read_coco, read_voc
 from clsa.decode import DecodeError
 from clsa.detect_cards import DetectCard
@@ -119,9 +121,12 @@ class Boxes(NamedTuple):
 
     def digest(self) -> str:
         """One sha256 of names, sizes and objects of both parts."""
-        parts = (self.train, self.test)
-        told = [[str(things) for things in part.things] for part in parts]
-        return checkpoint.digest([part.source.digest() for part in parts] + told)
+        total = hashlib.sha256()
+        for part in (self.train, self.test):
+            total.update(part.source.digest().encode())
+            for things in part.things:
+                total.update(repr(things).encode())
+        return total.hexdigest()
 
 
 def read_boxes(data: DataOptions, card: DetectCard) -> Boxes:
@@ -139,11 +144,19 @@ def read_boxes(data: DataOptions, card: DetectCard) -> Boxes:
         why = "no such folder" if data.data else "there is none"
         raise ClsaError(f"--data {data.data}".strip(), why, f"give {layout}", Exit.NO_INPUT)
     root = Path(data.data)
+    if card.measure == "coco":  # told now, not after the training
+        require("pycocotools.coco", "evaluation", "COCO average precision")
     if card.measure == "voc":
         train = read_voc(root, [(year, "trainval") for year in card.years])
-        return Boxes(train, read_voc(root, [("2007", "test")], train.classes), "test")
-    train = read_coco(root, "train")
-    return Boxes(train, read_coco(root, "val", train.classes), "val")
+        boxes = Boxes(train, read_voc(root, [("2007", "test")], train.classes), "test")
+    else:
+        train = read_coco(root, "train")
+        boxes = Boxes(train, read_coco(root, "val", train.classes), "val")
+    dropped = boxes.train.dropped + boxes.test.dropped
+    if dropped:
+        log = logging.getLogger("clsa")
+        log.warning("note: %d objects without area are left out", dropped)
+    return boxes
 
 
 @torch.enable_grad()
@@ -162,8 +175,18 @@ def fit(
     if not usable:
         raise ClsaError("train pictures", "none holds an object", "check it", Exit.BAD_DATA)
     params = [param for param in detector.parameters() if param.requires_grad]
+    in_norms = {
+        id(param)
+        for module in detector.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for param in module.parameters()
+    }
+    groups = [
+        {"params": [p for p in params if id(p) not in in_norms]},
+        {"params": [p for p in params if id(p) in in_norms], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.SGD(
-        params, settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay
+        groups, settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay
     )
     detector.train()
 
@@ -272,6 +295,7 @@ def _image(annotated: Annotated, row: int) -> Float[Tensor, "3 H W"]:
     except DecodeError as error:
         what, hint = annotated.source.ids[row], "replace it, or take it off the lists"
         raise ClsaError(what, str(error), hint, Exit.BAD_DATA) from None
+    annotated.require_size(row, *pixels.shape[:2])
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 

@@ -2,8 +2,10 @@
 
 Pictures are RGB in [0, 1], normalised by `clsa.views.MEAN` and `STD`. Batch norm takes its
 statistics over all processes. Departures from detectron2, whose C4 and FPN these follow: pictures
-are resized by plain bilinear interpolation, without smoothing; regions of the pyramid are pooled at
-2 x 2 points a cell, without the half-pixel shift.
+are resized by plain bilinear interpolation, without smoothing, their sides rounded down; regions of
+the pyramid are pooled at 2 x 2 points a cell, without the half-pixel shift; the losses of boxes are
+torchvision's smooth L1 (beta 1/9) in place of L1; new layers begin as torchvision's do; bfloat16
+where the hardware computes in it.
 """
 
 import copy
@@ -142,6 +144,7 @@ class LastStage(nn.Module):
         self.stage.add_module("layer4", stage)
         self.stage.hold()
         self.norm = nn.BatchNorm2d(width)
+        self.shares_maps = False
         self.kept: Tensor | None = None
 
     def maps(self, regions: Maps) -> Maps:
@@ -152,7 +155,7 @@ class LastStage(nn.Module):
     def forward(self, regions: Maps) -> Float[Tensor, "R F"]:
         """Features of the box head."""
         maps = self.maps(regions)
-        self.kept = maps if self.training else None
+        self.kept = maps if self.training and self.shares_maps else None
         return maps.mean((2, 3))
 
 
@@ -280,6 +283,7 @@ def _c4(
         "box_roi_pool": pool, "box_head": head, "box_predictor": predictor,
     }  # fmt: skip
     if settings.masks:
+        head.shares_maps = True
         heads["mask_roi_pool"] = SharedMaps(pool, head)
         heads["mask_head"] = nn.Identity()
         heads["mask_predictor"] = MaskRCNNPredictor(widths[3], settings.width, num_classes + 1)
