@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clsa import data, dist, files, views
+from clsa.bad_steps import require_some_good, told_badness
 from clsa.cutting import Crops
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.on_disk import Projections
@@ -61,6 +62,8 @@ class Stats(NamedTuple):
     lr: float
     stop: int
     """Highest `Stop.level` of the ranks."""
+    bad: str = ""
+    """What was not finite, where the step was skipped for it."""
 
     def numbers(self) -> dict[str, float]:
         """The values for the log."""
@@ -88,13 +91,11 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
         crops: this rank's rows of the batch.
         run: options and device.
 
-    Raises:
-        ClsaError: 76 when loss or gradient is not finite; weights, keys and bank have not moved
-            (batch norm's running statistics have, but the run ends and its checkpoints stand).
+    Where loss or gradient is not finite nothing but `state.step` moves, on any rank.
     """
     options, method, optimizer = run.options, state.method, state.optimizer
     batch = make_views(crops, method.view_specs, state.step, run)
-    lr = set_rates(optimizer, state.step, run)
+    state.statistics.keep()
     with autocast(run.device, options.precision):
         output = model(batch)
         loss = sum_of(output.losses.values())
@@ -102,15 +103,22 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
     norm = torch.nn.utils.get_total_norm(
         [p.grad for p in method.parameters() if p.grad is not None]
     )
-    stop = require_finite(loss, norm, state.step, run.stop)
-    if options.optim.clip_norm:
-        clip_gradients(method.parameters(), options.optim.clip_norm)
-    optimizer.step()
+    is_good, stop = agree(loss, norm, run.stop)
+    lr, why_bad = 0.0, ""
+    if is_good:
+        lr = set_rates(optimizer, state.step, run)
+        if options.optim.clip_norm:
+            clip_gradients(method.parameters(), options.optim.clip_norm)
+        optimizer.step()
+    else:
+        state.statistics.put_back()
+        why_bad = told_badness(method, loss.detach())
     optimizer.zero_grad(set_to_none=True)
-    method.after_step(output.state, state.step)
-    state.step += 1
+    if is_good:
+        method.after_step(output.state, state.step)
+    state.done(not is_good)
     terms = {"loss": loss, **output.losses, **output.metrics, "grad_norm": norm}
-    return Stats({name: value.detach() for name, value in terms.items()}, lr, stop)
+    return Stats({name: value.detach() for name, value in terms.items()}, lr, stop, why_bad)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
@@ -122,20 +130,17 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
     return lr
 
 
-def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> int:
-    """The one look of the host at the device in a step: raise on a bad number, agree on stopping.
+def agree(loss: Tensor, norm: Tensor, stop: Stop) -> tuple[bool, int]:
+    """The one look of the host at the device in a step: is it good, and is it the last?
 
     Returns:
-        The highest level at which a rank was asked to stop.
+        Whether loss and gradient are finite on all ranks; the highest level at which one of them
+        was asked to stop.
     """
     bad = ~torch.isfinite(loss.detach() + norm)
     flags = torch.stack([bad.float(), torch.full_like(norm, stop.level)])
     any_bad, any_stop = dist.all_max(flags).tolist()
-    if any_bad:
-        why = "the loss or its gradient is not finite; no weight, key or bank row has moved"
-        hint = "in a new --out, lower --optim.lr, add --optim.warmup-epochs or --precision fp32"
-        raise ClsaError(f"step {step}", why, hint, Exit.UNHEALTHY)
-    return int(any_stop)
+    return not any_bad, int(any_stop)
 
 
 def fit(
@@ -169,11 +174,14 @@ def fit(
                 draw_views(source, crops, method.view_specs, run, folder.views)
             stats = train_step(model, state, crops, run)
             journal.count(options.batch_size, waited)
+            if stats.bad:
+                journal.skipped(state.step, state.skipped, stats.bad)
+                require_some_good(state.step, state.bad_in_row, stats.bad)
             epoch, rest = divmod(state.step, run.steps_per_epoch)
             reason = end_reason(state.step, last, run) or run.stop.reason(stats.stop)
             if reason or not rest:
                 quarantine.share(run.device)
-            if reason or not rest or state.step % options.log_every == 0:
+            if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
                 journal.log(state.step, stats.numbers())
             if reason or not rest or saver.is_due():
                 better = not rest and speaks and judge(epoch)
@@ -232,7 +240,8 @@ def pretrain(options: RunOptions) -> Path:
     """Run, or resume, what `options` describe; returns the run folder.
 
     Raises:
-        ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run.
+        ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run, 76
+            when bad numbers do not end.
     """
     keep_freed_memory()
     device = dist.pick_device(options.device)
