@@ -105,7 +105,7 @@ class Spans:
             (stronger, "streams", "divergence, forward"),
             (stronger, "divergence", "divergence, forward"),
             (torch.nn.utils, "get_total_norm", "gradient norm"),
-            (train, "require_finite", "the host's look at the loss"),
+            (train, "agree", "the host's look at the loss"),
             (optimizer, "step", "optimiser"),
             (moco, "move_towards", "momentum copy"),
             (KeyQueue, "enqueue", "queue"),

@@ -156,7 +156,7 @@ def demo(args: list[str]) -> None:
     """Three minutes on a CPU: pretrain on embedded drawings, compare random and trained."""
     options = _parse("demo", DemoOptions, args)
     from clsa.evaluate.run import evaluate as judge
-    from clsa.train import pretrain as run
+    from clsa.start import pretrain as run
 
     overrides_of(options.recipe)  # is there such a recipe?
     if not options.recipe.endswith("-small"):

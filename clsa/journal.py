@@ -114,6 +114,11 @@ class Journal:
         told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.say(f"before epoch {step // self.steps_per_epoch + 1}: {told}")
 
+    def skipped(self, step: int, total: int, reason: str) -> None:
+        """Write and tell that the step which makes `step` of them was skipped, `total` so far."""
+        self.write({"step": step, "epoch": round(step / self.steps_per_epoch, 4), "skipped": total})
+        self.say(f"warning: step {step - 1} was skipped, nothing has moved - {reason}")
+
     def write(self, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and its numbers to TensorBoard."""
         if not self.speaks:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from rich.console import Console
 
-from clsa import checkpoint, dist, files, forgetting, intake, rng, train
+from clsa import checkpoint, dist, files, forgetting, intake, rng, start
 from clsa.clustering import require_faiss
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.split import MIN_LABELLED, Split, split, without_held_out_labels
@@ -39,10 +39,10 @@ def pretrain(options: RunOptions) -> Path:
     """Run, or resume, what `options` describe, in stages if there are any; returns the folder.
 
     Raises:
-        ClsaError: as `train.pretrain`.
+        ClsaError: as `start.pretrain`.
     """
     if not options.stages:
-        return train.pretrain(options)
+        return start.pretrain(options)
     keep_freed_memory()
     device = dist.pick_device(options.device)
     with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
@@ -213,7 +213,7 @@ class Stage:
         self._say(f"{name}: {len(source)} pictures{told}")
         self.folder.check(self.options)
         pictures = joined([shown[self.number - 1], *kept])
-        state = train.train(self.options, pictures, device, stop, self.begin, num_exemplars)
+        state = start.train(self.options, pictures, device, stop, self.begin, num_exemplars)
         _wait(device)  # for what rank 0 writes of the end
         done = self.is_trained()
         if done and self.keeps and self.number < self.count:

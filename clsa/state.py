@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clsa import checkpoint, dist
+from clsa.bad_steps import Statistics
 from clsa.errors import ClsaError
 from clsa.folder import RunFolder
 from clsa.methods.method import Method
@@ -27,6 +28,9 @@ class State:
         best: highest accuracy of the online probe so far, percent.
         resumed: name of the checkpoint that this start went on from.
         unsound: names of those that it passed over.
+        bad_in_row: how many steps, the last ones, were skipped for a bad number.
+        skipped: steps skipped so far.
+        statistics: what batch norm's were before the step.
     """
 
     method: Method
@@ -37,6 +41,17 @@ class State:
     best: float = -1.0
     resumed: str = ""
     unsound: set[str] = field(default_factory=set)
+    bad_in_row: int = 0
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        self.statistics = Statistics(self.method)
+
+    def done(self, bad: bool) -> None:
+        """A step is done; a bad one has moved nothing else."""
+        self.step += 1
+        self.bad_in_row = self.bad_in_row + 1 if bad else 0
+        self.skipped += bad
 
     def as_dict(self) -> dict[str, Any]:
         """Nested dict of tensors, numbers and strings."""
@@ -46,6 +61,7 @@ class State:
             "step": self.step,
             "best": self.best,
             "data_digest": self.data_digest,
+            "skips": {"in_row": self.bad_in_row, "total": self.skipped},
         }
 
     def num_bytes(self) -> int:
@@ -99,6 +115,8 @@ class State:
         self.method.load_state_dict(saved.state["method"])
         self.optimizer.load_state_dict(saved.state["optimizer"])
         self.step, self.best = saved.state["step"], saved.state["best"]
+        skips = saved.state.get("skips", {"in_row": 0, "total": 0})  # older runs have none
+        self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
         return [f"{why}, using {self.resumed}" for why in saved.skipped]

@@ -1,10 +1,8 @@
 """The run: `train_step` is one step, `fit` the loop around it. Read this first."""
 
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,26 +11,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clsa import data, dist, files, views
+from clsa.bad_steps import require_some_good, told_badness
 from clsa.cutting import Crops
-from clsa.errors import ClsaError, Exit
 from clsa.evaluate.on_disk import Projections
 from clsa.evaluate.results import append_records
-from clsa.evaluate.split import without_held_out_labels
-from clsa.few_labels import num_held, told_labels, with_few_labels
-from clsa.folder import RunFolder
-from clsa.host import keep_freed_memory, upload
-from clsa.intake import open_source, val_of
+from clsa.host import upload
 from clsa.journal import Journal
 from clsa.judge import Judge, divides
-from clsa.methods import build_method
-from clsa.methods.method import Batch, Extent, Method, sum_of
+from clsa.methods.method import Batch, Method, sum_of
 from clsa.models import Network, autocast
-from clsa.optim import build_optimizer, clip_gradients, lr_at, peak_lr, set_lr, weight_decay_at
+from clsa.optim import clip_gradients, lr_at, peak_lr, set_lr, weight_decay_at
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.preview import draw_neighbours
-from clsa.saver import Saver, write_encoder
-from clsa.signals import Stop, stop_on_signals
+from clsa.saver import Saver
+from clsa.signals import Stop
 from clsa.sources import Source
 from clsa.state import State
 
@@ -61,6 +54,8 @@ class Stats(NamedTuple):
     lr: float
     stop: int
     """Highest `Stop.level` of the ranks."""
+    bad: str = ""
+    """What was not finite, where the step was skipped for it."""
 
     def numbers(self) -> dict[str, float]:
         """The values for the log."""
@@ -88,13 +83,11 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
         crops: this rank's rows of the batch.
         run: options and device.
 
-    Raises:
-        ClsaError: 76 when loss or gradient is not finite; weights, keys and bank have not moved
-            (batch norm's running statistics have, but the run ends and its checkpoints stand).
+    Where loss or gradient is not finite nothing but `state.step` moves, on any rank.
     """
     options, method, optimizer = run.options, state.method, state.optimizer
     batch = make_views(crops, method.view_specs, state.step, run)
-    lr = set_rates(optimizer, state.step, run)
+    state.statistics.keep()
     with autocast(run.device, options.precision):
         output = model(batch)
         loss = sum_of(output.losses.values())
@@ -102,15 +95,22 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
     norm = torch.nn.utils.get_total_norm(
         [p.grad for p in method.parameters() if p.grad is not None]
     )
-    stop = require_finite(loss, norm, state.step, run.stop)
-    if options.optim.clip_norm:
-        clip_gradients(method.parameters(), options.optim.clip_norm)
-    optimizer.step()
+    is_good, stop = agree(loss, norm, run.stop)
+    lr, why_bad = 0.0, ""
+    if is_good:
+        lr = set_rates(optimizer, state.step, run)
+        if options.optim.clip_norm:
+            clip_gradients(method.parameters(), options.optim.clip_norm)
+        optimizer.step()
+    else:
+        state.statistics.put_back()
+        why_bad = told_badness(method, loss.detach())
     optimizer.zero_grad(set_to_none=True)
-    method.after_step(output.state, state.step)
-    state.step += 1
+    if is_good:
+        method.after_step(output.state, state.step)
+    state.done(not is_good)
     terms = {"loss": loss, **output.losses, **output.metrics, "grad_norm": norm}
-    return Stats({name: value.detach() for name, value in terms.items()}, lr, stop)
+    return Stats({name: value.detach() for name, value in terms.items()}, lr, stop, why_bad)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
@@ -122,20 +122,17 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
     return lr
 
 
-def require_finite(loss: Tensor, norm: Tensor, step: int, stop: Stop) -> int:
-    """The one look of the host at the device in a step: raise on a bad number, agree on stopping.
+def agree(loss: Tensor, norm: Tensor, stop: Stop) -> tuple[bool, int]:
+    """The one look of the host at the device in a step: is it good, and is it the last?
 
     Returns:
-        The highest level at which a rank was asked to stop.
+        Whether loss and gradient are finite on all ranks; the highest level at which one of them
+        was asked to stop.
     """
     bad = ~torch.isfinite(loss.detach() + norm)
     flags = torch.stack([bad.float(), torch.full_like(norm, stop.level)])
     any_bad, any_stop = dist.all_max(flags).tolist()
-    if any_bad:
-        why = "the loss or its gradient is not finite; no weight, key or bank row has moved"
-        hint = "in a new --out, lower --optim.lr, add --optim.warmup-epochs or --precision fp32"
-        raise ClsaError(f"step {step}", why, hint, Exit.UNHEALTHY)
-    return int(any_stop)
+    return not any_bad, int(any_stop)
 
 
 def fit(
@@ -169,11 +166,14 @@ def fit(
                 draw_views(source, crops, method.view_specs, run, folder.views)
             stats = train_step(model, state, crops, run)
             journal.count(options.batch_size, waited)
+            if stats.bad:
+                journal.skipped(state.step, state.skipped, stats.bad)
+                require_some_good(state.step, state.bad_in_row, stats.bad)
             epoch, rest = divmod(state.step, run.steps_per_epoch)
             reason = end_reason(state.step, last, run) or run.stop.reason(stats.stop)
             if reason or not rest:
                 quarantine.share(run.device)
-            if reason or not rest or state.step % options.log_every == 0:
+            if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
                 journal.log(state.step, stats.numbers())
             if reason or not rest or saver.is_due():
                 better = not rest and speaks and judge(epoch)
@@ -226,118 +226,6 @@ def end_reason(step: int, last: int, run: Run) -> str:
     if step >= run.num_steps:
         return "finished"
     return "max_steps" if step >= last else ""
-
-
-def pretrain(options: RunOptions) -> Path:
-    """Run, or resume, what `options` describe; returns the run folder.
-
-    Raises:
-        ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run.
-    """
-    keep_freed_memory()
-    device = dist.pick_device(options.device)
-    with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
-        folder = RunFolder(options.out)
-        folder.check(options)
-        source = open_source(options.data.data, "train", options.data)
-        with folder.held(options):
-            train(options, source, device, stop)
-    return options.out
-
-
-def train(
-    options: RunOptions,
-    source: Source,
-    device: torch.device,
-    stop: Stop,
-    begin: Callable[[State], None] = lambda _: None,
-    num_exemplars: int = 0,
-) -> State:
-    """Run, or resume, what `options` describe on the pictures of `source`; returns the end.
-
-    Args:
-        begin: changes the state that a run starts with, before its first step.
-        num_exemplars: how many pictures, the last ones, are kept from earlier stages.
-
-    Raises:
-        ClsaError: as `pretrain`.
-    """
-    folder = RunFolder(options.out)
-    shown = source if val_of(options.data) else without_held_out_labels(source)
-    held = source.ids.take((shown.labels != source.labels).nonzero()[0])
-    if options.labels is not None:
-        shown = with_few_labels(shown, options.labels, options.seed, held)
-    order = Order(len(source), options.batch_size, options.seed)
-    quarantine = Quarantine(source, folder.read_quarantine())
-    steps = order.steps_per_epoch
-    last = steps * options.epochs
-    extent = Extent(len(source), len(source.classes), steps, last, shown.labels, num_exemplars)
-    method = build_method(options, extent).to(device)
-    optimizer = build_optimizer(method, options.optim, method.fixed_rate)
-    digest = source.digest() if options.labels is None else shown.digest()
-    state = State(method, optimizer, digest, folder)
-    passed_over = state.resume()
-    if not state.step:
-        begin(state)
-    require_same_step(state.step, device)  # and every rank has checked before the first writes
-    if dist.rank() == 0:
-        for skipped in passed_over:
-            print(f"note: {skipped}", file=sys.stderr)
-        folder.require_room(state.num_bytes())
-        folder.claim(options)
-        folder.cut_metrics(state.step)
-        if options.labels is not None:
-            print(told_labels(shown, num_held(options.labels, held)), file=sys.stderr)
-        queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
-        if queue_size > len(source):
-            print(
-                f"note: the queue ({queue_size}) is longer than the set ({len(source)}); "
-                "try a smaller --method.queue-size",
-                file=sys.stderr,
-            )
-    run = Run(options, device, order.steps_per_epoch, stop)
-    with report_end(folder, state, quarantine):
-        reason = fit(state, source, shown, order, quarantine, run)
-        if dist.rank() == 0:
-            write_encoder(state, options, folder.encoder)
-            folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
-            if quarantine.reasons:
-                count = len(quarantine.reasons)
-                told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
-                print(told, file=sys.stderr)
-        if reason not in ("finished", "max_steps", "max_minutes"):
-            what = f"stopped at step {state.step} of {run.num_steps}"
-            hint = "the same command resumes it"
-            raise ClsaError(what, f"{reason}; the state is saved", hint, Exit.PREEMPTED)
-    return state
-
-
-def require_same_step(step: int, device: torch.device) -> None:
-    """Raise on every rank unless all resume at the same step (a shared folder is needed)."""
-    highest, lowest = dist.all_max(torch.tensor([step, -step], device=device)).tolist()
-    if highest != -lowest:
-        why = f"the processes found checkpoints of steps {-lowest} and {highest}"
-        raise ClsaError("cannot resume", why, "give all machines the same --out", Exit.NO_INPUT)
-
-
-@contextmanager
-def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Iterator[None]:
-    """Leave `status.json` and `quarantine.jsonl` behind whatever happens."""
-    try:
-        yield
-    except BaseException as error:
-        if dist.rank() == 0:
-            code = Exit.PREEMPTED if isinstance(error, KeyboardInterrupt) else Exit.BUG
-            code = error.code if isinstance(error, ClsaError) else code
-            with suppress(ClsaError):  # the disk may be what failed
-                resumable = code in (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)
-                reason = str(error) or type(error).__name__
-                folder.write_status(code, reason, state.step, resumable)
-        raise
-    finally:
-        if dist.rank() == 0 and quarantine.reasons:
-            with suppress(ClsaError):
-                folder.write_quarantine(quarantine.by_id())
 
 
 def parallel(method: Method, options: RunOptions) -> nn.Module:

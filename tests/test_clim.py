@@ -20,7 +20,7 @@ from clsa.methods import build_method
 from clsa.methods.clim import CLIM
 from clsa.options import RunOptions
 from clsa.recipes import resolve
-from clsa.train import pretrain
+from clsa.start import pretrain
 
 MIXTURE: dict[str, Any] = {"num_clusters": 3, "neighbours": 8, "refresh_epochs": 2, "start": 0.25}
 

@@ -38,8 +38,9 @@ from clsa.order import Order
 from clsa.recipes import resolve
 from clsa.signals import Stop
 from clsa.sources import Pictures
+from clsa.start import pretrain
 from clsa.state import State
-from clsa.train import Run, pretrain, train_step
+from clsa.train import Run, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU, CPU = torch.device("cuda"), torch.device("cpu")

@@ -14,7 +14,7 @@ from PIL import Image
 from refusals import refusal
 from rich.console import Console
 
-from clsa import checkpoint, train
+from clsa import checkpoint, start
 from clsa import diagnose as diagnose_module
 from clsa.bench import Bench, Finding, spread_over
 from clsa.cli import main
@@ -58,7 +58,7 @@ def pretrained(data: Path, out: Path, recipe: str, **over: Any) -> RunOptions:
         "model": {"projector_hidden": 32, "norm_groups": 2},
     }
     options = resolve(merge(tiny, over))
-    train.pretrain(options)
+    start.pretrain(options)
     return options
 
 

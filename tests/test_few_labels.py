@@ -9,7 +9,7 @@ import pytest
 import torch
 from pictures import clipart_folder
 
-from clsa import train
+from clsa import start
 from clsa.checkpoint import load_encoder, run_digest
 from clsa.command_options import EvaluateOptions
 from clsa.config import merge
@@ -22,7 +22,7 @@ from clsa.methods import build_method
 from clsa.methods.method import Extent
 from clsa.options import DataOptions, RunOptions
 from clsa.recipes import resolve
-from clsa.train import pretrain
+from clsa.start import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_labels_that_judging_holds_out_are_never_seen(
         seen.append(extent.labels)
         return build_method(given, extent)
 
-    monkeypatch.setattr(train, "build_method", watched)
+    monkeypatch.setattr(start, "build_method", watched)
     pretrain(options(drawings, tmp_path / "run", max_steps=1, labels="100%"))
     source = open_source(str(drawings), "train", DataOptions())
     held = set(split(source, None, seed=0).queries.ids)

@@ -22,6 +22,7 @@ from contract import (
 from torch.multiprocessing.spawn import spawn
 
 from clsa import checkpoint
+from clsa.bad_steps import Statistics
 from clsa.errors import ClsaError
 from clsa.losses import distribution_divergence
 from clsa.methods import METHODS, build_method
@@ -90,6 +91,18 @@ def test_forward_changes_no_key_weight_and_no_bank(recipe: str, stronger: bool) 
     for name, value in method.state_dict().items():
         if "running_" not in name and "num_batches" not in name:
             assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("recipe", [*NAMES, *VARIANTS])
+def test_what_forward_has_moved_can_be_put_back(recipe: str) -> None:
+    method = build(recipe, stronger=True)  # the plain method is inside
+    before = checkpoint.digest(method.state_dict())
+    statistics = Statistics(method)
+    statistics.keep()
+    method(batch_of(method))
+    moved = checkpoint.digest(method.state_dict())
+    statistics.put_back()
+    assert checkpoint.digest(method.state_dict()) == before != moved
 
 
 @every_method

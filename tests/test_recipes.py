@@ -297,7 +297,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Any:
         seen.append(options)
         return options.out
 
-    monkeypatch.setattr("clsa.train.pretrain", run)
+    monkeypatch.setattr("clsa.start.pretrain", run)
 
     def parse(*args: object) -> RunOptions:
         assert main(["pretrain", *map(str, args)]) == 0

@@ -196,7 +196,7 @@ def test_the_watch_sees_what_waits() -> None:
 
 @pytest.mark.parametrize("recipe", ["clsa-small", "moco-v2-small", "clsa-multi-small"])
 def test_the_host_reads_one_thing_of_the_device_in_a_step(recipe: str, tmp_path: Path) -> None:
-    """`require_finite` by one tolist; `numpy` is of index, labels and draws, on the CPU."""
+    """`agree` by one tolist; `numpy` is of index, labels and draws, on the CPU."""
     trainer = Trainer(tmp_path, 8, recipe)
     trainer.step()
     crops = trainer.crops()

@@ -188,14 +188,14 @@ def test_a_run_stopped_inside_a_stage_goes_on_to_the_same_bits(
 def test_a_run_stopped_inside_the_second_stage_goes_on_to_the_same_bits(
     whole: Path, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, train = tmp_path / "cut", stages.train.train
+    out, train = tmp_path / "cut", stages.start.train
 
     def interrupted(given: RunOptions, *args: Any, **rest: Any) -> Any:
         if given.out.name == "stage-2":
             given = given.model_copy(update={"max_steps": 3})
         return train(given, *args, **rest)
 
-    monkeypatch.setattr(stages.train, "train", interrupted)
+    monkeypatch.setattr(stages.start, "train", interrupted)
     stages.pretrain(options(drawings, out))
     assert not (out / "stage-3").exists()
     assert json.loads((out / "status.json").read_text())["reason"] == "stage 2 of 3 ended"

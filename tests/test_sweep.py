@@ -18,8 +18,8 @@ from clsa.checkpoint import run_digest
 from clsa.command_options import SweepOptions
 from clsa.errors import ClsaError, Exit
 from clsa.recipes import resolve
+from clsa.start import pretrain
 from clsa.sweep import sweep
-from clsa.train import pretrain
 
 TINY: dict[str, Any] = {
     "recipe": "clsa-small",

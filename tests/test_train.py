@@ -18,10 +18,11 @@ from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import frozen
 from clsa.methods import build_method
 from clsa.methods.method import Extent
+from clsa.methods.moco import MoCo
 from clsa.models import Network
 from clsa.options import RunOptions
 from clsa.recipes import resolve
-from clsa.train import pretrain
+from clsa.start import pretrain
 
 HERE = Path(__file__).parent
 
@@ -155,25 +156,86 @@ def test_resident_and_streamed_runs_see_the_same_crops(
         assert (streamed - resident.round()).abs().max() <= 1
 
 
-def test_a_bad_number_stops_before_anything_moves(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_views = train.make_views
+class _NaNBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
 
-    def poisoned(crops: Any, specs: Any, step: int, run: Any) -> Any:
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * torch.nan
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, where: str, bad_steps: range) -> list[bool]:
+    """Make steps bad at `where`; returns, as they are taken, whether each has moved anything."""
+    make_views, step_of, forward = train.make_views, train.train_step, MoCo.forward
+    moved: list[bool] = []
+
+    def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
         batch = make_views(crops, specs, step, run)
-        if step == 3:
-            batch.views[1][0, 0, 0, 0] = torch.nan
+        if where == "image" and step in bad_steps:
+            batch.views[1][0, 0, 0, 0] = torch.inf
         return batch
 
-    pretrain(options(pictures, tmp_path / "run", max_steps=3))
-    before = run_digest(tmp_path / "run")
-    monkeypatch.setattr(train, "make_views", poisoned)
-    with pytest.raises(ClsaError, match=r"step 3 - the loss or its gradient") as caught:
-        pretrain(options(pictures, tmp_path / "run"))
-    assert caught.value.code == Exit.UNHEALTHY
-    assert run_digest(tmp_path / "run") == before
+    def losses(self: MoCo, batch: Any) -> Any:
+        output = forward(self, batch)
+        contrast = output.losses["contrast"]
+        if batch.step in bad_steps and where == "loss":
+            contrast = contrast * torch.nan
+        if batch.step in bad_steps and where == "gradient":
+            contrast = _NaNBackward.apply(contrast)
+        return output._replace(losses={"contrast": contrast})
+
+    def watched(model: Any, state: Any, crops: Any, run: Any) -> Any:
+        if where == "key network" and state.step in bad_steps:
+            next(model.base.key_network.parameters()).data[0] = torch.nan
+        before = digest([state.method.state_dict(), state.optimizer.state_dict()])
+        stats = step_of(model, state, crops, run)
+        moved.append(before != digest([state.method.state_dict(), state.optimizer.state_dict()]))
+        return stats
+
+    monkeypatch.setattr(train, "make_views", views)
+    monkeypatch.setattr(MoCo, "forward", losses)
+    monkeypatch.setattr(train, "train_step", watched)
+    return moved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["image", "loss", "gradient", "key network"])
+def test_a_bad_step_moves_nothing_and_the_run_goes_on(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, precision: str
+) -> None:
+    moved = poison(monkeypatch, where, range(3, 4))
+    out = pretrain(
+        options(pictures, tmp_path / "run", precision=precision, log_every=1, max_steps=6)
+    )
+    lasting = where == "key network"  # the harness broke a weight, which stays broken
+    assert moved == [True] * 3 + [False] + [not lasting] * 2
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line["step"] for line in lines if "skipped" in line]
+    assert skipped == ([4, 5, 6] if lasting else [4])
+    assert [line["step"] for line in lines if "loss" in line] == [
+        step for step in range(1, 7) if step not in skipped
+    ]
+
+
+def test_bad_steps_in_a_row_end_the_run_also_over_a_resume(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, "gradient", range(3, 100))
+    pretrain(options(pictures, tmp_path / "run", epochs=8, max_steps=12))
+    with pytest.raises(ClsaError, match=r"non-finite gradient in base\..* at step 27 - 25") as end:
+        pretrain(options(pictures, tmp_path / "run", epochs=8))
+    assert end.value.code == Exit.UNHEALTHY
     assert json.loads((tmp_path / "run" / "status.json").read_text())["code"] == 76
+
+
+def test_a_run_whose_first_steps_are_all_bad_ends_soon(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, "loss", range(100))
+    with pytest.raises(ClsaError, match=r"non-finite loss .* at step 4 - 5 bad steps"):
+        pretrain(options(pictures, tmp_path / "run"))
 
 
 def test_changed_pictures_and_changed_options_are_refused(pictures: Path, tmp_path: Path) -> None:

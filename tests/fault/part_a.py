@@ -1,29 +1,17 @@
 """Checks 1 to 7: checkpoints. `python -m tests.fault.part_a long` keeps the figures."""
 
-import json
-import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from tests.fault import damage, disk, order, pruning, races, storm, tiny
-from tests.fault.damage import Tally
-from tests.fault.figures import Figure, keep
-from tests.fault.machine import NEEDS, cannot, has
+from tests.fault import damage, disk, lane, order, pruning, races, storm
+from tests.fault.figures import Figure
+from tests.fault.lane import Check, figure_of
+from tests.fault.machine import has
 from tests.fault.tiny import Setup
 
-Check = Callable[[Setup, Path, bool], list[Figure]]
 STORM_S = 600.0  # a long storm ends then, whatever it has come to
-
-
-def _figure(number: int, fault: str, tally: Tally, note: str = "") -> Figure:
-    faults = tuple(tally.faults)
-    return Figure(number, fault, tally.tries, tally.tries - len(faults), note, faults)
 
 
 def _lacking(*needs: str) -> str:
@@ -82,8 +70,8 @@ def damages(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     cases = list(damage.CASES) if is_long else ["a bit of the newest", "all of them"]
     note = f"{flips} flipped bits, {cuts} lengths, the rest in the manifest"
     return [
-        _figure(4, "one flipped bit, a cut tail", bits, note),
-        _figure(
+        figure_of(4, "one flipped bit, a cut tail", bits, note),
+        figure_of(
             4, "damage, then a new start", damage.runs(setup, root, out, cases), "; ".join(cases)
         ),
     ]
@@ -95,12 +83,14 @@ def disks(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     if has("mount"):
         long = [0.3, 0.9, 1.1, 1.5, 2.1, 2.5, 2.9, 5, 6, 8]
         full = disk.full_disks(setup, setup.at("full"), long if is_long else [0.9, 2.5])
-        rows.append(_figure(5, "a disk of 0.3 to 8 checkpoints", full))
+        rows.append(figure_of(5, "a disk of 0.3 to 8 checkpoints", full))
     cases = [(0, 0), (1, 1), (2, 2), (2, 9)] if is_long else [(0, 0), (2, 1)]
     kinds, _ = disk.kinds(setup, setup.at("kinds"), cases)
-    rows.append(_figure(5, f"{', '.join(disk.FAULTS)}: at the start, once, for good", kinds, needs))
+    rows.append(
+        figure_of(5, f"{', '.join(disk.FAULTS)}: at the start, once, for good", kinds, needs)
+    )
     writers = disk.writers(setup, setup.at("writers"), 10 if is_long else 1)
-    rows.append(_figure(5, "the disk fills up within a file, each writer", writers))
+    rows.append(figure_of(5, "the disk fills up within a file, each writer", writers))
     return rows
 
 
@@ -109,12 +99,12 @@ def prunings(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     kills = pruning.kills(setup, setup.at("pruned"), 50 if is_long else 4, seed=0)
     damaged = pruning.damaged(setup, setup.at("pruned-damaged"))
     rows = [
-        _figure(6, "SIGKILL between publishing and pruning", kills),
-        _figure(6, "the newest two damaged, saves between, new starts", damaged),
+        figure_of(6, "SIGKILL between publishing and pruning", kills),
+        figure_of(6, "the newest two damaged, saves between, new starts", damaged),
     ]
     if has("chattr"):
         refused = pruning.refused(setup, setup.at("pruned-refused"))
-        rows.append(_figure(6, "a checkpoint that cannot be deleted", refused))
+        rows.append(figure_of(6, "a checkpoint that cannot be deleted", refused))
     return rows
 
 
@@ -125,8 +115,8 @@ def owners(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
         where, count = "" if locks else ", no flock", 20 if is_long else 2
         race = races.race(setup, setup.at(f"race-{locks}"), count, locks)
         stale = races.stale(setup, setup.at(f"stale-{locks}"), count // 2, locks)
-        rows.append(_figure(7, f"two starts at once{where}", race))
-        rows.append(_figure(7, f"a lock left by kill -9{where}", stale))
+        rows.append(figure_of(7, f"two starts at once{where}", race))
+        rows.append(figure_of(7, f"a lock left by kill -9{where}", stale))
     return rows
 
 
@@ -142,63 +132,5 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def run(is_long: bool, jobs: int, names: list[str]) -> list[Figure]:
-    """The figures of the checks, `jobs` of them at a time."""
-    root = Path(tempfile.mkdtemp(prefix="clsa-fault-"))
-    root.chmod(0o755)  # one check reads the pictures as somebody else
-    try:
-        setup, running, waiting = tiny.set_up(root), dict[int, str](), list(names)
-        while running or waiting:
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                running[tiny.start(_job(setup, name, is_long), root / f"{name}.log")] = name
-            for pid in list(running):
-                if (code := tiny.ended(pid)) is not None:
-                    name = running.pop(pid)
-                    said = (root / f"{name}.log").read_text(errors="replace")
-                    print(said if not code else f"{name} broke: {said}", flush=True)
-            time.sleep(0.05)
-        found = [root / f"{name}.json" for name in names]
-        rows = [row for path in found if path.exists() for row in json.loads(path.read_text())]
-        missing = [path.stem for path in found if not path.exists()]
-        broken = [Figure(0, name, 1, 0, "", ("the check itself broke",)) for name in missing]
-        return [Figure(*row[:5], faults=tuple(row[5])) for row in rows] + broken
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _job(setup: Setup, name: str, is_long: bool) -> Callable[[], int]:
-    def body() -> int:
-        begun, place = time.monotonic(), setup.at(name)
-        rows = CHECKS[name](setup._replace(root=place), place, is_long)
-        (setup.root / f"{name}.json").write_text(json.dumps(rows))
-        print("\n".join(map(str, rows)), f"\n  {time.monotonic() - begun:.0f} s", sep="")
-        return 0
-
-    return body
-
-
-def main(args: list[str]) -> int:
-    """`short` or `long`, then `--jobs N`, `--json FILE`, and names of checks (default: all)."""
-    is_long = args[:1] == ["long"]
-    values = {args[i]: args[i + 1] for i in range(len(args) - 1) if args[i].startswith("--")}
-    names = [name for name in args[1:] if name in CHECKS] or list(CHECKS)
-    torch.set_num_threads(1)
-    lacking = [need for need in NEEDS if need != "strace" and not has(need)]
-    unnamed = [need for need in lacking if need not in cannot()]
-    begun = time.monotonic()
-    figures = run(is_long, int(values.get("--jobs", 1)), names)
-    if is_long and len(names) == len(CHECKS):
-        keep("A", figures, time.monotonic() - begun)
-    if "--json" in values:
-        Path(values["--json"]).write_text(json.dumps([figures, unnamed]))
-    for need in unnamed:
-        what = f"this machine lacks {need}: {NEEDS[need]}"
-        print(f"error: {what} - checks need it - name it in CLSA_CANNOT", file=sys.stderr)
-    print(f"{time.monotonic() - begun:.0f} s")
-    failed = [figure for figure in figures if figure.survived < figure.tries or figure.faults]
-    return int(bool(failed) or bool(unnamed and os.environ.get("CI")))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(lane.main("A", CHECKS, sys.argv[1:]))

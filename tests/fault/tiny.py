@@ -206,7 +206,8 @@ def losses(out: Path) -> dict[int, float]:
         for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n") and b"\0" not in line:
                 values = json.loads(line)
-                found[values["step"]] = values["loss"]
+                if "loss" in values:  # not of a step that was skipped
+                    found[values["step"]] = values["loss"]
     return found
 
 

@@ -1,0 +1,72 @@
+"""Steps whose loss or gradient is not finite: what they must not move, and when they end a run."""
+
+import torch
+from torch import Tensor, nn
+
+from clsa.errors import ClsaError, Exit
+
+IN_A_ROW = 25
+# Before any good step the weights are the first ones, and skipping cannot mend what is wrong.
+AT_THE_START = 5
+
+
+class Statistics:
+    """A copy of batch norm's running statistics, which `forward` moves.
+
+    Args:
+        module: whose norms, those of a key network too.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.now = [
+            buffer
+            for child in module.modules()
+            if isinstance(child, nn.modules.batchnorm._BatchNorm)
+            for buffer in child.buffers(recurse=False)
+        ]
+        self.kept = [torch.empty_like(buffer) for buffer in self.now]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember them as they are."""
+        if self.now:
+            torch._foreach_copy_(self.kept, self.now)  # pyright: ignore
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make them what they were."""
+        if self.now:
+            torch._foreach_copy_(self.now, self.kept)  # pyright: ignore
+
+
+def told_badness(module: nn.Module, loss: Tensor) -> str:
+    """What is not finite on this process, in a few words: the loss, or the gradient of what.
+
+    Backward reaches the parameters from the last to the first: the last bad one is named.
+    """
+    graded = [(name, param.grad) for name, param in module.named_parameters()]
+    bad = [name for name, grad in graded if grad is not None and not grad.isfinite().all()]
+    if not loss.isfinite():
+        return f"non-finite loss ({float(loss)})" + (f" and gradient in {bad[-1]}" if bad else "")
+    if not bad:
+        return "the norm of the gradient overflows, or another process has a bad number"
+    count = sum(grad is not None for _, grad in graded)
+    return f"non-finite gradient in {bad[-1]} ({len(bad)} of {count} parameters)"
+
+
+def require_some_good(step: int, in_a_row: int, reason: str) -> None:
+    """End the run when skipping does not help.
+
+    Args:
+        step: steps done, the skipped ones too.
+        in_a_row: how many of them, the last ones, were bad.
+        reason: what was bad in the last one.
+
+    Raises:
+        ClsaError: 76 after `IN_A_ROW` bad steps, or `AT_THE_START` that were the first of the run.
+    """
+    if in_a_row < (AT_THE_START if in_a_row == step else IN_A_ROW):
+        return
+    why = f"{in_a_row} bad steps in a row were skipped"
+    hint = "in a new --out, lower --optim.lr, add --optim.warmup-epochs or --precision fp32"
+    raise ClsaError(f"{reason} at step {step - 1}", why, hint, Exit.UNHEALTHY)
