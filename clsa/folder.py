@@ -16,6 +16,7 @@ from clsa.options import RunOptions
 FREE = {
     "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
     "save_minutes", "keep_every", "probe_every", "log_every", "device",
+    "stop_on_collapse",
 }  # fmt: skip
 
 
@@ -25,6 +26,7 @@ class RunFolder:
     def __init__(self, out: Path):
         self.path = out
         self.checkpoints = out / "checkpoints"
+        self.bad = out / "bad"
         self.metrics = out / "metrics.jsonl"
         self.encoder = out / "encoder.safetensors"
         self.best_encoder = out / "encoder-best.safetensors"

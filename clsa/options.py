@@ -189,6 +189,8 @@ class RunOptions(Config):
     """Epochs between online 20-NN probes, when there are labels (0: none)."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
+    stop_on_collapse: bool = False
+    """End the run (exit code 76) at an alarm that the projections have collapsed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -112,11 +112,15 @@ class State:
         if saved.state["data_digest"] != self.data_digest:
             why = "the pictures are not those that the run began with"
             raise ClsaError(str(self.folder.path), why, "restore them, or choose another --out")
-        self.method.load_state_dict(saved.state["method"])
-        self.optimizer.load_state_dict(saved.state["optimizer"])
-        self.step, self.best = saved.state["step"], saved.state["best"]
-        skips = saved.state.get("skips", {"in_row": 0, "total": 0})  # older runs have none
-        self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
+        self.take(saved.state)
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
         return [f"{why}, using {self.resumed}" for why in saved.skipped]
+
+    def take(self, saved: dict[str, Any]) -> None:
+        """Become what `as_dict` has told."""
+        self.method.load_state_dict(saved["method"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.best = saved["step"], saved["best"]
+        skips = saved.get("skips", {"in_row": 0, "total": 0})  # older runs have none
+        self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
