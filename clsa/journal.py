@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from clsa import files
+from clsa.alarms import Alarm
 from clsa.folder import RunFolder
-from clsa.health import Alarm
 from clsa.methods.method import Landmarks
 
 

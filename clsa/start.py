@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 from clsa import dist
+from clsa.alarms import COLLAPSES
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.split import without_held_out_labels
 from clsa.few_labels import num_held, told_labels, with_few_labels
 from clsa.folder import RunFolder
-from clsa.health import COLLAPSES
 from clsa.host import keep_freed_memory
 from clsa.intake import open_source, val_of
 from clsa.methods import build_method

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clsa import data, dist, files, views
+from clsa.alarms import COLLAPSES
 from clsa.bad_steps import require_some_good, told_badness
 from clsa.cutting import Crops
 from clsa.evaluate.on_disk import Projections
 from clsa.evaluate.results import append_records
-from clsa.health import COLLAPSES, Health
+from clsa.health import Health
 from clsa.host import upload
 from clsa.journal import Journal
 from clsa.judge import Judge, divides

@@ -35,7 +35,7 @@ ORDER = [
     "evaluate.voc07", "evaluate.voc07_released", "evaluate.svm",
     "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed", "export",
     "folder", "preview", "networks", "bench", "diagnosis", "diagnose",
-    "bad_steps", "health", "journal", "signals", "state", "judge", "saver",
+    "bad_steps", "alarms", "health", "journal", "signals", "state", "judge", "saver",
     "train", "start", "replay",
     "exemplars", "forgetting", "stages",
     "recipes.recipe", "recipes.imagenet", "recipes.cifar", "recipes.small",
