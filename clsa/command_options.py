@@ -54,7 +54,7 @@ class ReplayOptions(Config):
     data: str | None = None
     """Where the pictures lie now (default: where they lay)."""
     precision: Literal["auto", "bf16", "fp32"] | None = None
-    """To compute in (default: the run's, and fp32 beside it)."""
+    """To compute in (default: the run's)."""
     device: str | None = None
     """auto, cpu, cuda or cuda:N (default: the run's)."""
 

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import yaml
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from clsa import checkpoint, data, dist
 from clsa.bad_steps import bad_gradients
@@ -16,13 +15,19 @@ from clsa.methods.method import Method
 from clsa.options import RunOptions
 from clsa.signals import Stop
 from clsa.start import Parts, assemble
-from clsa.train import Run, gradients, make_views, parallel
+from clsa.train import Run, agree, gradients, make_views, parallel
 
 
 class Replay(NamedTuple):
-    """What one computation of the step has shown."""
+    """A step that a run skipped, and what its computation shows here."""
 
-    precision: str
+    step: int
+    reason: str
+    """Why it was skipped then."""
+    processes: int
+    """That the run had."""
+    is_bad: bool
+    """Whether it is again, on any process."""
     losses: dict[str, float]
     norm: float
     """Of the gradient."""
@@ -34,23 +39,9 @@ class Replay(NamedTuple):
     """Modules whose output is not, in the order of computing."""
     gradients: list[str]
     """Parameters whose gradient is not, as backward reaches them."""
-    is_bad: bool
-    """On any process."""
 
 
-class Replays(NamedTuple):
-    """A step that a run skipped, and what became of it here."""
-
-    step: int
-    reason: str
-    """Why it was skipped then."""
-    processes: int
-    """That the run had."""
-    found: list[Replay]
-    """In the run's precision, then in others."""
-
-
-def replay(options: ReplayOptions) -> Replays:
+def replay(options: ReplayOptions) -> Replay:
     """Compute the gradient of a bad step again, from the state, the pictures and draws it had.
 
     The batch, its order and every draw follow from the run's seed and the step; the state is that
@@ -60,33 +51,32 @@ def replay(options: ReplayOptions) -> Replays:
     Raises:
         ClsaError: 66 when the bundle is not whole; 2 when the pictures are others now.
     """
-    state, facts = checkpoint.load_one(options.bundle)
+    saved, facts = checkpoint.load_one(options.bundle)
     if "options" not in facts:
         why = "a checkpoint, not what a run kept of a bad step"
         raise ClsaError(str(options.bundle), why, "give RUN/bad/step-NNNNNN.ckpt", Exit.NO_INPUT)
-    run = RunOptions.parse(yaml.safe_load(facts["options"]), str(options.bundle))
-    moved = {"data": run.data.model_copy(update={"data": options.data or run.data.data})}
-    run = run.model_copy(update={**moved, "device": options.device or run.device, "compile": False})
-    precisions = [options.precision] if options.precision else [run.precision, "fp32"]
-    device = dist.pick_device(run.device)
+    asked = RunOptions.parse(yaml.safe_load(facts["options"]), str(options.bundle))
+    changes = {
+        "data": asked.data.model_copy(update={"data": options.data or asked.data.data}),
+        "precision": options.precision or asked.precision,
+        "device": options.device or asked.device,
+        "compile": False,  # the graphs would hide the modules
+    }
+    asked = asked.model_copy(update=changes)
+    device = dist.pick_device(asked.device)
     with dist.process_group(device):
-        parts = assemble(run, open_source(run.data.data, "train", run.data), device)
-        if state["data_digest"] != parts.state.data_digest:
+        parts = assemble(asked, open_source(asked.data.data, "train", asked.data), device)
+        if saved["data_digest"] != parts.state.data_digest:
             why = "the pictures are not those of the run"
-            raise ClsaError(run.data.data, why, "give them by --data")
-        found = []
-        for precision in dict.fromkeys(precisions):
-            parts.state.take(state)
-            asked = run.model_copy(update={"precision": precision})
-            at = Run(asked, device, parts.order.steps_per_epoch, Stop())
-            found.append(_once(parts, at))
-            if not found[-1].is_bad:
-                break
-    return Replays(facts["step"], facts["reason"], facts["processes"], found)
+            raise ClsaError(asked.data.data, why, "give them by --data")
+        parts.state.take(saved)
+        run = Run(asked, device, parts.order.steps_per_epoch, Stop())
+        shown = _computed(parts, run)
+    return Replay(facts["step"], facts["reason"], facts["processes"], *shown)
 
 
-def _once(parts: Parts, run: Run) -> Replay:
-    """One computation; nothing moves but batch norm's statistics."""
+def _computed(parts: Parts, run: Run) -> tuple[bool, dict[str, float], float, *tuple[list, ...]]:
+    """The step's computation, as `Replay` tells it; moves nothing but batch norm's statistics."""
     method, step = parts.state.method, parts.state.step
     weights = [name for name, value in method.state_dict().items() if not _is_finite(value)]
     (crops,) = data.batches(
@@ -94,19 +84,11 @@ def _once(parts: Parts, run: Run) -> Replay:
         parts.quarantine, method.companions(),
     )  # fmt: skip
     batch = make_views(crops, method.view_specs, step, run)
-    views = _bad_views(batch.views, crops, parts)
-    outputs, handles = _watch(method)
+    views, outputs = _bad_views(batch.views, crops, parts), _watch(method)
     output, loss, norm = gradients(parallel(method, run.options), batch, method, run)
-    for handle in handles:
-        handle.remove()
-    graded = bad_gradients(method)
-    is_bad = not (loss.isfinite() and norm.isfinite())
-    agreed = bool(dist.all_max(loss.new_tensor(float(is_bad))).item())
-    method.zero_grad(set_to_none=True)
+    is_bad = agree(loss, norm, run.stop).is_bad
     losses = {name: float(value.detach()) for name, value in output.losses.items()}
-    return Replay(
-        run.options.precision, losses, float(norm), weights, views, outputs, graded, agreed
-    )
+    return is_bad, losses, float(norm), weights, views, outputs, bad_gradients(method)
 
 
 def _bad_views(views: list[Tensor], crops: Crops, parts: Parts) -> list[tuple[str, str]]:
@@ -117,59 +99,52 @@ def _bad_views(views: list[Tensor], crops: Crops, parts: Parts) -> list[tuple[st
     return found
 
 
-def _watch(method: Method) -> tuple[list[str], list[RemovableHandle]]:
-    """Names of modules, as their outputs are found not to be finite."""
+def _watch(method: Method) -> list[str]:
+    """Names of modules, filled as their outputs are found not to be finite."""
     found: list[str] = []
+    names = {module: name for name, module in method.named_modules() if name}
 
-    def hook(name: str):
-        def see(_: nn.Module, __: object, output: object) -> None:
-            if isinstance(output, Tensor) and not _is_finite(output) and name not in found:
-                found.append(name)
+    def see(module: nn.Module, _: object, output: object) -> None:
+        if not _is_finite(output) and names[module] not in found:
+            found.append(names[module])
 
-        return see
-
-    named = [(name, module) for name, module in method.named_modules() if name]
-    return found, [module.register_forward_hook(hook(name)) for name, module in named]
+    for module in names:
+        module.register_forward_hook(see)
+    return found
 
 
 def _is_finite(value: object) -> bool:
     return not isinstance(value, Tensor) or bool(value.isfinite().all())
 
 
-def told(replays: Replays) -> str:
+def told(shown: Replay) -> str:
     """What a replay shows, in lines for people."""
-    lines = [f"step {replays.step} was skipped: {replays.reason}"]
-    for each in replays.found:
-        terms = ", ".join(f"{name} {value:.4g}" for name, value in each.losses.items())
-        state = "not finite again" if each.is_bad else "finite"
-        lines.append(
-            f"in {each.precision}: {state} ({terms}, norm of the gradient {each.norm:.4g})"
-        )
-        for what, names in (
-            ("weights before the step that are not finite", each.weights),
-            ("views that are not", [f"{view} of {name}" for view, name in each.views]),
-            ("the first outputs that are not", each.outputs),
-            ("gradients that are not, as backward reaches them", each.gradients),
-        ):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                lines.append(f"  {what}: {', '.join(names[:3])}{more}")
-    lines.append(_verdict(replays))
-    if replays.processes != dist.world_size():
-        lines.append(
-            f"The run had {replays.processes} processes: start as many by torchrun to see its sums."
-        )
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in shown.losses.items())
+    state = "not finite again" if shown.is_bad else "finite"
+    lines = [
+        f"step {shown.step} was skipped: {shown.reason}",
+        f"here it is {state}: {terms}, norm of the gradient {shown.norm:.4g}",
+    ]
+    for what, names in (
+        ("weights before the step", shown.weights),
+        ("views", [f"{view} of {picture}" for view, picture in shown.views]),
+        ("outputs, in the order of computing", shown.outputs),
+        ("gradients, as backward reaches them", shown.gradients),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"  not finite: {what}: {', '.join(names[:3])}{more}")
+    lines.append(_verdict(shown))
+    if shown.processes != dist.world_size():
+        lines.append(f"The run had {shown.processes} processes: torchrun shows their very sums.")
     return "\n".join(lines)
 
 
-def _verdict(replays: Replays) -> str:
-    first, last = replays.found[0], replays.found[-1]
-    if not first.is_bad:
-        return "It is good here: what made it bad then is not in the state, the pictures or draws."
-    if not last.is_bad:
-        return f"Only {first.precision} overflows: go on with --precision {last.precision}."
-    if first.weights:
+def _verdict(shown: Replay) -> str:
+    if not shown.is_bad:
+        return "What made it bad then is not in the state, the pictures or the draws."
+    if shown.weights:
         return "The weights were broken before: go on from an earlier checkpoint, at a lower rate."
-    if first.views:
+    if shown.views:
         return "A view is broken: look at these pictures, and tell us."
     return "The network overflows: lower --optim.lr, or add --optim.warmup-epochs, in a new --out."

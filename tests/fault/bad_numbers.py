@@ -147,9 +147,8 @@ def _replayer(place: str, bundle: Path, found: Path) -> Callable[[], int]:
         inject(place)
         result = replaying.replay(ReplayOptions(bundle=bundle))
         if dist.rank() == 0 and os.environ["RANK"] == "0":
-            first = result.found[0]
-            broken = bool(first.weights) or place == "weight"
-            found.write_text(json.dumps([result.step, first.is_bad, broken]))
+            broken = bool(result.weights) or place == "weight"
+            found.write_text(json.dumps([result.step, result.is_bad, broken]))
             print(replaying.told(result))
         return 0
 
