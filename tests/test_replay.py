@@ -120,7 +120,7 @@ def test_a_broken_picture_is_named(
     out = pretrain(options(pictures, tmp_path / "run", max_steps=BAD + 1))
     found = replay(ReplayOptions(bundle=out / "bad" / f"step-{BAD:06d}.ckpt"))
     names = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.*"))
-    assert shown[0] == shown[1] and found.views == [("weak", names[shown[0]])]
+    assert shown[0] == shown[1] and found.views == [("weak0", names[shown[0]])]
 
 
 def test_a_step_that_is_good_here_is_said_to_be(
