@@ -14,7 +14,7 @@ class Alarm(NamedTuple):
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.name} - {self.looks} - likely cause: {self.cause} - try: {self.advice}"
+        return f"{self.name}: {self.looks}\n  likely cause: {self.cause}\n  try: {self.advice}"
 
 
 COLLAPSE, LOW_RANK, NO_LEARNING = "collapse", "low rank", "no learning"

@@ -174,7 +174,9 @@ class Health:
             LOW_RANK: rank < low,
             NO_LEARNING: abs(loss.item() - chance) < limits.chance * abs(chance)
             and self.step > self.warmup_steps,
-            LEAK: top1 > limits.top1 and self.step <= self.steps_per_epoch,
+            LEAK: top1 > limits.top1
+            and spread > limits.spread
+            and self.step <= self.steps_per_epoch,
             FROZEN_QUEUE: self._queue_stands(),
             NO_LAG: self._keys_are_queries(),
         }

@@ -126,7 +126,7 @@ class Journal:
         if self.speaks:
             line = {"step": step, "epoch": epoch, "alarm": alarm.name, "looks": alarm.looks}
             self._append(json.dumps(line) + "\n")
-        self.say(f"warning: step {step}: {alarm}")
+        self.say(f"warning: at step {step}, {alarm}")
 
     def write(self, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and its numbers to TensorBoard."""
