@@ -44,13 +44,13 @@ WINDOW, LEAST = 200, 100  # steps that a spike is measured against
 class Limits(NamedTuple):
     """Where an alarm begins; set by ten healthy runs of 2,000 steps (docs/reliability.md)."""
 
-    spread: float = 0.1
+    spread: float = 0.05
     """`feature_spread`: lower is a collapse. 0 of constant rows, near 1 of healthy ones."""
     rank: float = 1.5
     """RankMe of the centred rows: lower is low rank."""
     rank_share: float = 0.05
     """The same over the most that is possible."""
-    rank_drop: float = 0.2
+    rank_drop: float = 0.1
     """The same over its peak."""
     chance: float = 0.01
     """Distance of the loss from chance, as a share of chance: nearer is no learning."""
@@ -172,7 +172,9 @@ class Health:
             COLLAPSE: spread < limits.spread,
             BLANK: least < limits.spread < spreads.median().item(),
             LOW_RANK: rank < low,
+            # With prototypes a healthy loss may stand there for long.
             NO_LEARNING: abs(loss.item() - chance) < limits.chance * abs(chance)
+            and self.method.has_positives
             and self.step > self.warmup_steps,
             LEAK: top1 > limits.top1
             and spread > limits.spread
