@@ -189,6 +189,9 @@ class RunOptions(Config):
     """Epochs between online 20-NN probes, when there are labels (0: none)."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
+    accept_data_change: bool = False
+    """Go on although pictures have been added, taken away or changed: from the run's newest
+    weights, at the begin of the epoch that they stand in."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

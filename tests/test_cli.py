@@ -140,6 +140,7 @@ def test_overview_names_every_command(command: Command) -> None:
 
 KINDS: dict[str, type[Config]] = {
     "pretrain": options.RunOptions,
+    "extend": command_options.ExtendOptions,
     "evaluate": command_options.EvaluateOptions,
     "predict": command_options.PredictOptions,
     "diagnose": command_options.DiagnoseOptions,
@@ -320,7 +321,7 @@ def test_folder_of_a_run_on_other_pictures(
     kept = contents(out / "checkpoints")
     next(folder.rglob("*.webp")).unlink()
     code, text = refusal(command("pretrain", "--data", folder, "--out", out, *TINY))
-    assert code == Exit.USAGE and "the pictures are not those that the run began with" in text
+    assert code == Exit.USAGE and "data changed: " in text
     assert contents(out / "checkpoints") == kept
 
 
