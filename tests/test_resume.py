@@ -37,6 +37,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.shrink_encoder()
 
 
+def run_of(pictures: Path, out: Path, **over: Any) -> RunOptions:
+    """A tiny run, saved once an epoch."""
+    return tiny.options(pictures, out, save_minutes=15, **over)
+
+
 def make_state(root: Path, pictures: Source | None = None, **over: Any) -> State:
     options = tiny.options(Path("none"), root)
     method = build_method(options, Extent(100, 0, 6, 120))
@@ -193,11 +198,11 @@ def test_accepted_pictures_begin_the_epoch_anew(
     tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str], stop: int, begin: int
 ) -> None:
     root, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "run"
-    pretrain(tiny.options(root, out, epochs=3, max_steps=stop))
+    pretrain(run_of(root, out, epochs=3, max_steps=stop))
     weights = checkpoint.load_newest(out / "checkpoints")
     grown(root)
     with pytest.raises(ClsaError, match=r"data changed: \+16 -0 ~0 \(.*--accept-data-change$"):
-        pretrain(tiny.options(root, out, epochs=3))
+        pretrain(run_of(root, out, epochs=3))
     seen: dict[str, Any] = {}
     keep = State.keep_pictures
 
@@ -208,7 +213,7 @@ def test_accepted_pictures_begin_the_epoch_anew(
 
     State.keep_pictures = spied
     try:
-        pretrain(tiny.options(root, out, epochs=3, accept_data_change=True, max_steps=begin + 9))
+        pretrain(run_of(root, out, epochs=3, accept_data_change=True, max_steps=begin + 9))
     finally:
         State.keep_pictures = keep
     assert weights and seen["step"] == begin and max(seen["on disk"]) == begin
@@ -216,7 +221,7 @@ def test_accepted_pictures_begin_the_epoch_anew(
     missing = set(range(stop + 1, begin + 1))  # steps are numbered as if all had been long epochs
     assert set(tiny.losses(out)) == set(range(1, min(begin + 9, 21) + 1)) - missing
     capsys.readouterr()
-    pretrain(tiny.options(root, out, epochs=3))  # accepted once, and for good
+    pretrain(run_of(root, out, epochs=3))  # accepted once, and for good
     assert "data changed" not in capsys.readouterr().err
     assert max(tiny.losses(out)) == 21 and max(tiny.manifests(out)) == 21
     (line,) = RunFolder(out).read_history()
@@ -297,7 +302,7 @@ def test_an_extended_run_goes_on_and_says_so(
     tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "run"
-    pretrain(tiny.options(root, out, epochs=2, max_steps=100))
+    pretrain(run_of(root, out, epochs=2, max_steps=100))
     short = tiny.losses(out)
     out = out.rename(tmp_path / "moved")  # the folder is where it lies, not where it began
     for epochs in (1, 2):
@@ -317,14 +322,14 @@ def test_an_extended_run_goes_on_and_says_so(
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
     whole = tmp_path / "whole"
-    pretrain(tiny.options(root, whole, epochs=4))
+    pretrain(run_of(root, whole, epochs=4))
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     longer = {line["step"]: line["lr"] for line in lines if "lr" in line}
     assert all(rates[step] == longer[step] for step in range(13, 25)) and rates[8] != longer[8]
     assert RunFolder(out).read_history() == [{"step": 12, "epochs": [2, 4]}]
     with pytest.raises(ClsaError, match=r"holds another run \(epochs: 4 -> 2\)"):
-        pretrain(tiny.options(root, out, epochs=2))
-    pretrain(tiny.options(root, out, epochs=4))
+        pretrain(run_of(root, out, epochs=2))
+    pretrain(run_of(root, out, epochs=4))
     extend(ExtendOptions(run=out, epochs=5))
     assert [line["epochs"] for line in RunFolder(out).read_history()] == [[2, 4], [4, 5]]
 
