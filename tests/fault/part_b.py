@@ -26,6 +26,13 @@ def stops(precision: str) -> Check:
     return check
 
 
+def inexact(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Check 8 on runs that do not resume exactly."""
+    found = resumes.mutants(resumes.classed(root / "pictures"), root)
+    what = f"a bad resume ({', '.join(resumes.MUTANTS)}): found out"
+    return [figure_of(8, what, found)]
+
+
 def keys(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 9."""
     pictures = resumes.classed(root / "pictures")
@@ -86,6 +93,7 @@ def drift(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 CHECKS: dict[str, Check] = {
     "stops-fp32": stops("fp32"),
     "stops-bf16": stops("bf16"),
+    "inexact": inexact,
     "keys": keys,
     "seeds": seeds,
     "processes": processes,

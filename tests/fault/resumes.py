@@ -3,15 +3,17 @@
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from clsa import checkpoint
+from clsa import checkpoint, views
 from clsa.errors import Exit
 from clsa.options import RunOptions
+from clsa.order import Order
 from tests.fault import seen, tiny
 from tests.fault.damage import Tally
 
@@ -54,8 +56,53 @@ def scramble(seed: int) -> None:
     random.seed(seed)
 
 
+def _global_generator() -> None:
+    """Jitter is drawn from a generator of the process, which nothing saves."""
+    sample = views.sample
+
+    def drawn(spec: views.ViewSpec, seed: int, epoch: int, index: Any) -> views.Params:
+        return sample(spec, seed + int(np.random.randint(1 << 30)), epoch, index)
+
+    views.sample = drawn
+
+
+def _order_anew() -> None:
+    """Each start begins the epoch's order at its first picture, as loaders without a state do."""
+    indices, first = Order.indices, list[int]()
+
+    def taken(self: Order, step: int) -> Any:
+        first.append(step)
+        return indices(self, step - first[0] % self.steps_per_epoch)
+
+    Order.indices = taken
+
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    "jitter from a global generator": _global_generator,
+    "the order begins anew": _order_anew,
+}
+
+
+def mutants(pictures: Path, root: Path) -> Tally:
+    """Runs that do not resume exactly: both must be found out."""
+    tally = Tally()
+    for name, mutate in MUTANTS.items():
+        logs = [
+            stopped(pictures, root / f"{name}-{k}", "fp32", stops, VARIANTS[0], mutate)[2]
+            for k, stops in enumerate(([], [9]))
+        ]
+        whole, cut = map(seen.read, logs)
+        tally.note(whole.steps != cut.steps and whole.drawn != cut.drawn, f"{name}: not seen")
+    return tally
+
+
 def stopped(
-    pictures: Path, root: Path, precision: str, stops: list[int], variant: tuple[int, Any]
+    pictures: Path,
+    root: Path,
+    precision: str,
+    stops: list[int],
+    variant: tuple[int, Any],
+    mutate: Callable[[], None] = lambda: None,
 ) -> tuple[list[str], Path, Path]:
     """A run stopped by a signal at each of `stops`: what went wrong, its folder, what it saw."""
     root.mkdir()
@@ -67,6 +114,7 @@ def stopped(
 
         def body(run: RunOptions = run, stop: int = stop, start: int = start) -> int:
             scramble(17 + start)
+            mutate()
             seen.watch(log, [stop])
             return tiny.pretrain(run)
 

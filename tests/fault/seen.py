@@ -49,12 +49,12 @@ def watch(log: Path, stop_at: Collection[int] = ()) -> None:
     def tell(lines: list[Any]) -> None:
         os.write(handle, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def cut(plan: cutting.Plan, epoch: int, drawn: Any, heights: Any, widths: Any) -> Any:
-        found = cuts(plan, epoch, drawn, heights, widths)
+    def cut(self: cutting.Plan, epoch: int, drawn: Any, heights: Any, widths: Any) -> Any:
+        found = cuts(self, epoch, drawn, heights, widths)
         tell(
             [
                 [["cut", epoch, spec.view, number], [box, flip]]
-                for spec, (boxes, flips) in zip(plan.specs, found, strict=True)
+                for spec, (boxes, flips) in zip(self.specs, found, strict=True)
                 for number, box, flip in zip(
                     drawn.tolist(), boxes.tolist(), flips.tolist(), strict=True
                 )
