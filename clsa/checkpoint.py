@@ -101,9 +101,9 @@ def prune(folder: Path, held: str = "", unsound: Collection[str] = ()) -> list[s
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps than `step`, the best among them."""
-    for kind in (STEP, BEST):
-        for manifest in _numbered(folder, kind):
+    """Delete the checkpoints of later steps than `step`, the best among them; raises 73."""
+    with files.output_errors(folder):
+        for manifest in [*_numbered(folder, STEP), *_numbered(folder, BEST)]:
             if int(manifest.stem.partition("-")[2]) > step:
                 manifest.unlink()
     _remove_uncommitted(folder)

@@ -191,7 +191,7 @@ class RunOptions(Config):
     """Steps between lines of metrics.jsonl."""
     accept_data_change: bool = False
     """Go on although pictures have been added, taken away or changed: from the run's newest
-    weights, at the begin of the epoch that they stand in."""
+    weights, at the beginning of the epoch that they stand in."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -115,7 +115,7 @@ class State:
     def resume(self) -> list[str]:
         """Take up the newest whole checkpoint; stays as it is when there is none.
 
-        With other pictures, where those are accepted, it stands at the begin of the epoch.
+        With other pictures, where those are accepted, it stands at the beginning of the epoch.
 
         Returns:
             Why newer checkpoints were passed over, what has changed in pictures and environment,
@@ -175,8 +175,8 @@ class State:
         if self.source is None or dist.rank():
             return
         if self.changed:
+            self.folder.note(self.step, data_changed=self.changed)  # first: it must not be missing
             self.save(keep=False, best=False)
-            self.folder.note(self.step, data_changed=self.changed)
             checkpoint.remove_after(self.folder.checkpoints, self.step)
             self.resumed = checkpoint.name_of(checkpoint.STEP, self.step)
         roster.keep(self.folder.pictures, self.source, self.data_digest)
