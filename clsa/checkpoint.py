@@ -169,6 +169,20 @@ def load_each(folder: Path) -> Iterator[Saved]:
             continue
 
 
+def load_one(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State and manifest of a single checkpoint.
+
+    Raises:
+        ClsaError: 66 when it is not there, or not whole; 77 as `load_newest`.
+    """
+    manifest = path.with_suffix(".json")
+    try:
+        return _load_verified(manifest), _facts(manifest)
+    except (OSError, ValueError) as error:
+        why = f"no whole checkpoint ({error})"
+        raise ClsaError(str(path), why, "give its .ckpt, beside its .json", Exit.NO_INPUT) from None
+
+
 def _load_verified(manifest: Path) -> dict[str, Any]:
     path, facts = manifest.with_suffix(".ckpt"), _facts(manifest)
     with open(path, "rb") as file:

@@ -22,6 +22,7 @@ from clsa.command_options import (
     PredictOptions,
     PreviewOptions,
     ProtocolsOptions,
+    ReplayOptions,
     ScenesOptions,
     SweepOptions,
 )
@@ -235,6 +236,17 @@ def digest(args: list[str]) -> None:
     print(run_digest(options.run))
 
 
+def replay(args: list[str]) -> None:
+    """Take a step that was not finite again, and tell where the bad number comes from."""
+    options = _parse("replay", ReplayOptions, args)
+    from clsa.replay import replay as run
+    from clsa.replay import told
+
+    found = run(options)
+    if is_first():
+        print(told(found))
+
+
 def scenes(args: list[str]) -> None:
     """Compose scenes with known objects from the embedded drawings, to try detection on."""
     options = _parse("scenes", ScenesOptions, args)
@@ -276,6 +288,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "recipes": recipes,
     "export": export,
     "digest": digest,
+    "replay": replay,
 }
 
 

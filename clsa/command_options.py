@@ -59,6 +59,19 @@ class EvaluateOptions(Config):
     """auto, cpu, cuda or cuda:N."""
 
 
+class ReplayOptions(Config):
+    """A step that went bad, taken again."""
+
+    bundle: Annotated[Path, tyro.conf.Positional]
+    """RUN/bad/step-NNNNNN.ckpt, which a run writes when a step is not finite."""
+    data: str | None = None
+    """Where the pictures lie now (default: where they lay)."""
+    precision: Literal["auto", "bf16", "fp32"] | None = None
+    """To compute in (default: the run's)."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N (default: the run's)."""
+
+
 class PredictOptions(Config):
     """Labels of pictures, by a classifier that evaluation learned."""
 

@@ -16,6 +16,7 @@ from clsa.options import RunOptions
 FREE = {
     "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
     "save_minutes", "keep_every", "probe_every", "log_every", "device", "accept_data_change",
+    "stop_on_collapse",
 }  # fmt: skip
 
 
@@ -29,6 +30,7 @@ class RunFolder:
     def __init__(self, out: Path, free: Collection[str] = frozenset(FREE)):
         self.path, self.free = out, free
         self.checkpoints = out / "checkpoints"
+        self.bad = out / "bad"
         self.metrics = out / "metrics.jsonl"
         self.encoder = out / "encoder.safetensors"
         self.best_encoder = out / "encoder-best.safetensors"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from clsa import files
+from clsa.alarms import Alarm
 from clsa.folder import RunFolder
 from clsa.methods.method import Landmarks
 
@@ -118,6 +119,14 @@ class Journal:
         """Write and tell that the step which makes `step` of them was skipped, `total` so far."""
         self.write({"step": step, "epoch": round(step / self.steps_per_epoch, 4), "skipped": total})
         self.say(f"warning: step {step - 1} was skipped, nothing has moved - {reason}")
+
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Write and tell an alarm that began with `step` (steps done)."""
+        epoch = round(step / self.steps_per_epoch, 4)
+        if self.speaks:
+            line = {"step": step, "epoch": epoch, "alarm": alarm.name, "looks": alarm.looks}
+            self._append(json.dumps(line) + "\n")
+        self.say(f"warning: at step {step}, {alarm}")
 
     def write(self, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and its numbers to TensorBoard."""

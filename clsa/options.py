@@ -192,6 +192,8 @@ class RunOptions(Config):
     accept_data_change: bool = False
     """Go on although pictures have been added, taken away or changed: from the run's newest
     weights, at the beginning of the epoch that they stand in."""
+    stop_on_collapse: bool = False
+    """End the run (exit code 76) at an alarm that the projections have collapsed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -3,13 +3,14 @@
 import time
 from pathlib import Path
 
-from clsa import checkpoint, files
+from clsa import checkpoint, dist, files
 from clsa.errors import ClsaError, Exit
 from clsa.journal import Journal
 from clsa.options import RunOptions
 from clsa.state import State
 
 MISSES = 3
+BUNDLES = 3
 
 
 class Saver:
@@ -52,6 +53,29 @@ class Saver:
             self._prune()
         self.journal.restart_clock()
         self.since = time.monotonic()
+
+    def keep_bad(self, reason: str) -> str:
+        """Write what `clsa replay` takes again: the state before the first bad step of a row.
+
+        The bad steps have moved nothing, so it is the state of now but for the step. A run keeps
+        the first `BUNDLES` of them.
+
+        Returns:
+            The file of this row, or an empty string.
+        """
+        state = self.state
+        first = state.step - state.bad_in_row
+        name = checkpoint.name_of(checkpoint.STEP, first)
+        path = state.folder.bad / f"{name}.ckpt"
+        if dist.rank() == 0 and state.bad_in_row == 1 and not path.exists():
+            facts = {"step": first, "reason": reason, "processes": dist.world_size(),
+                     "options": self.options.to_yaml()}  # fmt: skip
+            if len(list(state.folder.bad.glob("*.json"))) < BUNDLES:
+                try:
+                    checkpoint.save(path.parent, name, {**state.as_dict(), "step": first}, facts)
+                except ClsaError as error:
+                    self.journal.say(f"warning: nothing to replay is kept of step {first}: {error}")
+        return str(path) if path.exists() else ""
 
     def _prune(self) -> None:
         for refused in self.state.prune():

@@ -15,6 +15,8 @@ class Stop:
     """
 
     signal_name = ""
+    alarm = ""
+    """Of this process's own watch, that ends the run."""
 
     def __init__(self, max_minutes: float | None = None):
         self.deadline = time.monotonic() + 60 * (math.inf if max_minutes is None else max_minutes)
@@ -27,15 +29,17 @@ class Stop:
 
     @property
     def level(self) -> int:
-        """0: go on; 1: the deadline has passed; 2: a signal came. Ranks agree on the highest."""
+        """0: go on; 1: past the deadline; 2: an alarm; 3: a signal; of all ranks the highest."""
         if self.signal_name:
+            return 3
+        if self.alarm:
             return 2
         return int(time.monotonic() > self.deadline)
 
     def reason(self, level: int) -> str:
         """What `level`, the highest of all ranks, means here."""
-        names = ("", "max_minutes", self.signal_name or "another process was stopped")
-        return names[level]
+        other = "another process was stopped"
+        return ("", "max_minutes", self.alarm or "an alarm", self.signal_name or other)[level]
 
 
 @contextmanager

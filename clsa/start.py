@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from clsa import dist
+from clsa.alarms import COLLAPSES
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.split import without_held_out_labels
 from clsa.few_labels import num_held, told_labels, with_few_labels
@@ -98,6 +99,10 @@ def train(
     run = Run(options, device, order.steps_per_epoch, stop)
     with report_end(folder, state, quarantine):
         reason = fit(state, source, parts.shown, order, quarantine, run)
+        if reason in COLLAPSES or reason == "an alarm":
+            what, why = f"stopped at step {state.step} of {run.num_steps}", f"alarm: {reason}"
+            hint = "its words are above and in metrics.jsonl; in a new --out, change what they say"
+            raise ClsaError(what, why, hint, Exit.UNHEALTHY)
         if dist.rank() == 0:
             write_encoder(state, options, folder.encoder)
             folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)

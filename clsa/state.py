@@ -133,14 +133,10 @@ class State:
         if saved.state["data_digest"] != self.data_digest:
             self.changed = self._accepted_change(saved)
         try:
-            self.method.load_state_dict(saved.state["method"])
-            self.optimizer.load_state_dict(saved.state["optimizer"])
+            self.take(saved.state)
         except (RuntimeError, ValueError) as error:  # torch names the tensor last
             why = str(error).strip().splitlines()[-1].strip()
             raise ClsaError(str(saved.path), why, "start anew", Exit.NO_INPUT) from None
-        self.step, self.best = saved.state["step"], saved.state["best"]
-        skips = saved.state["skips"]
-        self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
         if self.changed:
@@ -150,6 +146,14 @@ class State:
             notes.append(f"data changed: {self.changed}; goes on {begin}")
         moved = environment.told_change(saved.facts.get("environment"), self.environment())
         return notes + ([moved] if moved else [])
+
+    def take(self, saved: dict[str, Any]) -> None:
+        """Become what `as_dict` has told."""
+        self.method.load_state_dict(saved["method"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step, self.best = saved["step"], saved["best"]
+        skips = saved["skips"]
+        self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
 
     def _accepted_change(self, saved: checkpoint.Saved) -> str:
         """What has changed among the pictures; raises 2 unless the run may go on with them."""

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clsa import data, dist, files, views
+from clsa.alarms import COLLAPSES
 from clsa.bad_steps import require_some_good, told_badness
 from clsa.cutting import Crops
 from clsa.evaluate.on_disk import Projections
 from clsa.evaluate.results import append_records
+from clsa.health import Health
 from clsa.host import upload
 from clsa.journal import Journal
 from clsa.judge import Judge, divides
-from clsa.methods.method import Batch, Method, sum_of
+from clsa.methods.method import Batch, Method, Output, sum_of
 from clsa.models import Network, autocast
 from clsa.optim import clip_gradients, lr_at, peak_lr, set_lr, weight_decay_at
 from clsa.options import RunOptions
@@ -46,14 +49,29 @@ class Run(NamedTuple):
         """Length of the whole schedule."""
         return self.steps_per_epoch * self.options.epochs
 
+    @property
+    def warmup_steps(self) -> float:
+        """Steps in which the learning rate rises."""
+        return self.steps_per_epoch * self.options.optim.warmup_epochs
+
+
+class Seen(NamedTuple):
+    """What the host reads of the device in a step, the highest of all ranks."""
+
+    is_bad: bool
+    """Whether a loss or a gradient is not finite."""
+    stop: int
+    """`Stop.level`."""
+    loss: float
+    grad_norm: float
+
 
 class Stats(NamedTuple):
-    """Detached tensors of one step, read by the host only when logged."""
+    """Of one step: what the host has seen, and detached tensors that it reads only when logged."""
 
     terms: dict[str, Tensor]
     lr: float
-    stop: int
-    """Highest `Stop.level` of the ranks."""
+    seen: Seen
     bad: str = ""
     """What was not finite, where the step was skipped for it."""
 
@@ -88,29 +106,40 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
     options, method, optimizer = run.options, state.method, state.optimizer
     batch = make_views(crops, method.view_specs, state.step, run)
     state.statistics.keep()
-    with autocast(run.device, options.precision):
+    output, loss, norm = gradients(model, batch, method, run)
+    seen = agree(loss, norm, run.stop)
+    lr, why_bad = 0.0, ""
+    if seen.is_bad:
+        state.statistics.put_back()
+        why_bad = told_badness(method, loss.detach())
+    else:
+        lr = set_rates(optimizer, state.step, run)
+        if options.optim.clip_norm:
+            clip_gradients(method.parameters(), options.optim.clip_norm)
+        optimizer.step()
+        method.after_step(output.state, state.step)
+    optimizer.zero_grad(set_to_none=True)
+    state.done(seen.is_bad)
+    terms = {"loss": loss, **output.losses, **output.metrics, "grad_norm": norm}
+    return Stats({name: value.detach() for name, value in terms.items()}, lr, seen, why_bad)
+
+
+def gradients(
+    model: nn.Module, batch: Batch, method: Method, run: Run
+) -> tuple[Output, Float[Tensor, ""], Float[Tensor, ""]]:
+    """Output, loss and norm of the gradient, which lies at the parameters; moves statistics only.
+
+    Args:
+        model: `method`, or the same inside DistributedDataParallel.
+    """
+    with autocast(run.device, run.options.precision):
         output = model(batch)
         loss = sum_of(output.losses.values())
     loss.backward()
     norm = torch.nn.utils.get_total_norm(
         [p.grad for p in method.parameters() if p.grad is not None]
     )
-    is_good, stop = agree(loss, norm, run.stop)
-    lr, why_bad = 0.0, ""
-    if is_good:
-        lr = set_rates(optimizer, state.step, run)
-        if options.optim.clip_norm:
-            clip_gradients(method.parameters(), options.optim.clip_norm)
-        optimizer.step()
-    else:
-        state.statistics.put_back()
-        why_bad = told_badness(method, loss.detach())
-    optimizer.zero_grad(set_to_none=True)
-    if is_good:
-        method.after_step(output.state, state.step)
-    state.done(not is_good)
-    terms = {"loss": loss, **output.losses, **output.metrics, "grad_norm": norm}
-    return Stats({name: value.detach() for name, value in terms.items()}, lr, stop, why_bad)
+    return output, loss, norm
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
@@ -122,17 +151,13 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
     return lr
 
 
-def agree(loss: Tensor, norm: Tensor, stop: Stop) -> tuple[bool, int]:
-    """The one look of the host at the device in a step: is it good, and is it the last?
-
-    Returns:
-        Whether loss and gradient are finite on all ranks; the highest level at which one of them
-        was asked to stop.
-    """
-    bad = ~torch.isfinite(loss.detach() + norm)
-    flags = torch.stack([bad.float(), torch.full_like(norm, stop.level)])
-    any_bad, any_stop = dist.all_max(flags).tolist()
-    return not any_bad, int(any_stop)
+def agree(loss: Float[Tensor, ""], norm: Float[Tensor, ""], stop: Stop) -> Seen:
+    """The one look of the host at the device in a step: is it good, and is it the last?"""
+    numbers = torch.stack([loss.detach().float(), norm.float()])
+    is_bad = (~numbers.isfinite()).any().float()
+    flags = torch.stack([is_bad, torch.full_like(is_bad, stop.level)])
+    any_bad, level, *highest = dist.all_max(torch.cat([flags, numbers.nan_to_num()])).tolist()
+    return Seen(bool(any_bad), int(level), *highest)
 
 
 def fit(
@@ -145,7 +170,7 @@ def fit(
         shown: the same with the labels that the method may see.
 
     Returns:
-        Why it ended: "finished", "max_steps", "max_minutes" or the name of a signal.
+        Why it ended: "finished", "max_steps", "max_minutes", or the name of an alarm or a signal.
     """
     options, method, folder = run.options, state.method, state.folder
     last = min(run.num_steps, options.max_steps or run.num_steps)
@@ -154,6 +179,7 @@ def fit(
     speaks, marks = dist.rank() == 0, method.landmarks
     with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
         judge = Judge(state, source, options, run.device, journal)
+        health = Health(method, run.steps_per_epoch, run.warmup_steps, state.step, speaks)
         saver = Saver(state, options, journal)
         epoch, rest = divmod(state.step, run.steps_per_epoch)
         reason = end_reason(state.step, last, run)
@@ -167,14 +193,19 @@ def fit(
             stats = train_step(model, state, crops, run)
             journal.count(options.batch_size, waited)
             if stats.bad:
+                kept = saver.keep_bad(stats.bad)
                 journal.skipped(state.step, state.skipped, stats.bad)
-                require_some_good(state.step, state.bad_in_row, stats.bad)
+                require_some_good(state.step, state.bad_in_row, stats.bad, kept)
+            for alarm in health.after(stats.seen.loss, stats.seen.grad_norm, stats.seen.is_bad):
+                journal.alarm(state.step, alarm)
+                if options.stop_on_collapse and alarm.name in COLLAPSES:
+                    run.stop.alarm = alarm.name
             epoch, rest = divmod(state.step, run.steps_per_epoch)
-            reason = end_reason(state.step, last, run) or run.stop.reason(stats.stop)
+            reason = end_reason(state.step, last, run) or run.stop.reason(stats.seen.stop)
             if reason or not rest:
                 quarantine.share(run.device)
             if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
-                journal.log(state.step, stats.numbers())
+                journal.log(state.step, {**stats.numbers(), **health.numbers})
             if reason or not rest or saver.is_due():
                 better = not rest and speaks and judge(epoch)
                 keep = not rest and divides(options.keep_every, epoch)

@@ -12,7 +12,7 @@ def test_a_signal_raises_a_flag_and_the_old_handlers_come_back() -> None:
     with stop_on_signals() as stop:
         assert stop.level == 0 and stop.reason(0) == ""
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.level == 2 and stop.reason(2) == "SIGTERM"
+        assert stop.level == 3 and stop.reason(3) == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -21,7 +21,7 @@ def test_a_second_interrupt_leaves_at_once() -> None:
     try:
         with stop_on_signals() as stop, pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.level == 2
+            assert stop.level == 3
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     finally:
@@ -45,4 +45,4 @@ def test_the_deadline_ranks_below_a_signal_and_is_told_to_the_other_ranks() -> N
     agreed = max(late.level, patient.level)
     assert late.reason(agreed) == patient.reason(agreed) == "max_minutes"
     late.ask(signal.SIGUSR1, None)
-    assert late.reason(2) == "SIGUSR1" and patient.reason(2) == "another process was stopped"
+    assert late.reason(3) == "SIGUSR1" and patient.reason(3) == "another process was stopped"

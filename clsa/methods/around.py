@@ -23,6 +23,7 @@ class Around(Method):
         self.base, self.view_specs = base, base.view_specs
         self.landmarks, self.fixed_rate = base.landmarks, base.fixed_rate
         self.has_positives, self.has_keys = base.has_positives, base.has_keys
+        self.first_queued = base.first_queued
 
     @property
     def network(self) -> Network:  # pyright: ignore[reportIncompatibleVariableOverride]

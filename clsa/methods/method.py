@@ -115,15 +115,16 @@ class Method(nn.Module, ABC):
         has_keys: whether it compares streams with [the batch's keys; other rows], the keys being
             those of `key_network`; `CLIM` needs that.
         weight: of each query's term in the loss of the landmarks.
+        first_queued: step from which on its queues move.
     """
 
     network: Network
     view_specs: list[ViewSpec]
     landmarks: Landmarks
     fixed_rate: tuple[nn.Module, ...] = ()
-    has_positives: bool = True
-    has_keys = holds_pictures = False
+    has_positives, has_keys, holds_pictures = True, False, False
     weight: float = 1.0
+    first_queued: int = 0
 
     def __init__(self, options: RunOptions, extent: Extent):
         super().__init__()

@@ -43,13 +43,14 @@ class Stronger(Around):
         num_weak = len(self.base.view_specs)
         output = self.base(batch._replace(views=batch.views[:num_weak]))
         strong = [self.base.query(view, batch) for view in batch.views[num_weak:]]
-        losses, metrics = zip(
+        terms, metrics = zip(
             *(self._compare(strong, comparison) for comparison in output.comparisons), strict=True
         )
         name = "strong_contrast" if self.options.target == "one-hot" else "divergence"
-        added = {name: self.options.beta / len(losses) * sum_of(losses)}
+        added = {name: self.options.beta / len(terms) * sum_of(terms)}
         means = {key: torch.stack([each[key] for each in metrics]).mean() for key in metrics[0]}
-        return Output({**output.losses, **added}, output.state, [], {**output.metrics, **means})
+        losses = {**output.losses, **added}
+        return output._replace(losses=losses, metrics={**output.metrics, **means})
 
     def _compare(
         self, strong: list[Tensor], comparison: Comparison

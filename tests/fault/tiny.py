@@ -1,6 +1,7 @@
 """A run that takes seconds, what it should come to, and attempts at it that can be killed."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -85,15 +86,15 @@ def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
     return resolve(merge(tiny, over))
 
 
-def shrink_encoder() -> None:
+def shrink_encoder(channels: tuple[int, ...] = (3, 8, 16)) -> None:
     """In an attempt: an encoder whose step takes milliseconds, whatever the options say."""
 
     def create(*_: Any) -> nn.Module:
         layers: list[nn.Module] = []
-        for before, after in ((3, 8), (8, 16)):
+        for before, after in itertools.pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
         encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        encoder.num_features = encoder.head_hidden_size = 16  # pyright: ignore
+        encoder.num_features = encoder.head_hidden_size = channels[-1]  # pyright: ignore
         return encoder
 
     models._create = create
@@ -140,9 +141,9 @@ def other(value: Any) -> Any:
     return f"{value}-other" if value is not None else 7
 
 
-def pretrain(run: RunOptions) -> int:
+def pretrain(run: RunOptions, channels: tuple[int, ...] = (3, 8, 16)) -> int:
     """What the command line does with these options: the exit code, an error on one line."""
-    shrink_encoder()
+    shrink_encoder(channels)
     try:
         stages.pretrain(run)
     except ClsaError as error:

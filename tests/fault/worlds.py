@@ -36,7 +36,7 @@ def without_batch_norm() -> None:
         encoder.num_features = encoder.head_hidden_size = 16  # pyright: ignore
         return encoder
 
-    tiny.shrink_encoder = lambda: setattr(models, "_create", create)
+    tiny.shrink_encoder = lambda *_: setattr(models, "_create", create)
 
 
 def in_processes(world: int, run: RunOptions, root: Path, log: Path) -> tuple[list[int], str]:

@@ -1,0 +1,179 @@
+"""Check 21: a number that is not finite, at each place, precision and number of processes."""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clsa.replay as replaying
+from clsa import dist, train
+from clsa.checkpoint import digest
+from clsa.command_options import ReplayOptions
+from clsa.methods.method import Output
+from clsa.methods.moco import MoCo
+from clsa.state import State
+from tests.fault import tiny
+from tests.fault.damage import Tally
+from tests.fault.tiny import Setup
+
+PLACES = ("image", "loss", "gradient", "key network", "weight")
+ONE_RANK = "loss of one process"
+BAD, STEPS = 7, 12
+PATIENCE_S = 120.0
+
+
+class _NaNBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * torch.nan
+
+
+def inject(place: str, until: int = BAD + 1) -> None:
+    """In an attempt: a bad number at `place` in the steps from `BAD` to before `until`."""
+    make_views, forward = train.make_views, MoCo.forward
+
+    def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
+        batch = make_views(crops, specs, step, run)
+        if place == "image" and BAD <= step < until:
+            batch.views[1][0, 0, 0, 0] = torch.inf
+        return batch
+
+    def losses(self: MoCo, batch: Any) -> Output:
+        output = forward(self, batch)
+        contrast = output.losses["contrast"]
+        here = BAD <= batch.step < until
+        if here and (place == "loss" or (place == ONE_RANK and dist.rank() == 1)):
+            contrast = contrast * torch.nan
+        if here and place == "gradient":
+            contrast = _NaNBackward.apply(contrast)
+        return output._replace(losses={"contrast": contrast})
+
+    train.make_views = replaying.make_views = views
+    MoCo.forward = losses
+
+
+def watch(place: str, told: Path) -> None:
+    """In an attempt: write whether the bad step has moved anything, and the next has."""
+    step_of = train.train_step
+
+    def watched(model: Any, state: State, crops: Any, run: Any) -> Any:
+        method: Any = state.method
+        if state.step == BAD and place == "key network":
+            next(method.key_network.parameters()).data[0] = torch.nan
+        if state.step == BAD and place == "weight":
+            next(method.network.parameters()).data.mul_(3e38)
+        before, step = _digest(state), state.step
+        stats = step_of(model, state, crops, run)
+        if step in (BAD, BAD + 1):
+            with open(f"{told}-{dist.rank()}", "a", encoding="utf-8") as file:
+                file.write(json.dumps([step, before != _digest(state), stats.lr]) + "\n")
+        return stats
+
+    train.train_step = watched
+
+
+def _digest(state: State) -> str:
+    return digest({"method": state.method.state_dict(), "optimizer": state.optimizer.state_dict()})
+
+
+def ranks(world: int, body: Callable[[], int], log: Path) -> list[int]:
+    """Exit codes of `world` processes, as torchrun would start them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+
+    def started(rank: int) -> Callable[[], int]:
+        def run() -> int:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+            return body()
+
+        return run
+
+    pids = [tiny.start(started(rank), Path(f"{log}-{rank}")) for rank in range(world)]
+    return [tiny.wait(pid, PATIENCE_S) for pid in pids]
+
+
+def cases(setup: Setup, root: Path, chosen: list[tuple[str, str, int]]) -> Tally:
+    """Each (place, precision, processes): the step moves nothing, the run goes on, replay shows it.
+
+    A broken weight stays broken: those runs must end with 76 once their steps are bad 25 times.
+    """
+    tally = Tally()
+    for place, precision, world in chosen:
+        tally.tries += 1
+        name = f"{place}, {precision}, {world} processes"
+        out, told = root / name.replace(" ", "-"), root / f"{name}.told"
+        run = tiny.options(setup.pictures, out, precision=precision, max_steps=STEPS,
+                           save_minutes=60.0)  # fmt: skip
+
+        def body(run=run, place=place, told=told) -> int:
+            inject(place)
+            watch(place, told)
+            return tiny.pretrain(run)
+
+        codes = ranks(world, body, root / f"{name}.log")
+        lasts = place in ("key network", "weight")
+        lines = [json.loads(line) for path in sorted(root.glob(f"{name}.told-*"))
+                 for line in path.read_text().splitlines()]  # fmt: skip
+        expected = sorted([[BAD, False, True], [BAD + 1, not lasts, lasts]] * world)
+        seen = sorted([step, moved, lr == 0.0] for step, moved, lr in lines)
+        logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        skipped = [line["step"] for line in logged if "skipped" in line]
+        bundle = out / "bad" / f"step-{BAD:06d}.ckpt"
+        again = root / f"{name}.again"
+        shown = ranks(world, _replayer(place, bundle, again), root / f"{name}.replay.log")
+        if any(codes) or seen != expected:
+            tally.faults.append(f"{name}: ended {codes}, moved {seen}")
+        elif skipped != list(range(BAD + 1, STEPS + 1 if lasts else BAD + 2)):
+            tally.faults.append(f"{name}: skipped {skipped}")
+        elif any(shown) or json.loads(again.read_text()) != [BAD, True, lasts]:
+            tally.faults.append(f"{name}: replay ended {shown}, {again.exists()}")
+    return tally
+
+
+def _replayer(place: str, bundle: Path, found: Path) -> Callable[[], int]:
+    def body() -> int:
+        tiny.shrink_encoder()
+        inject(place)
+        result = replaying.replay(ReplayOptions(bundle=bundle))
+        if dist.rank() == 0 and os.environ["RANK"] == "0":
+            broken = bool(result.weights) or place == "weight"
+            found.write_text(json.dumps([result.step, result.is_bad, broken]))
+            print(replaying.told(result))
+        return 0
+
+    return body
+
+
+def in_a_row(setup: Setup, root: Path) -> Tally:
+    """Bad steps that do not end, over a new start too: 76, and the message names what to replay."""
+    tally = Tally()
+    for place, bad in (("gradient", 25), ("loss", 25)):
+        tally.tries += 1
+        out = root / f"{place}-row"
+        said = ""
+        for last, code in ((BAD + 10, 0), (None, 76)):
+            run = tiny.options(setup.pictures, out, max_steps=last)
+
+            def body(run=run, place=place) -> int:
+                inject(place, until=10**6)
+                return tiny.pretrain(run)
+
+            ended, said = tiny.attempt(body, root / f"{place}-row.log")
+            if ended != code:
+                tally.faults.append(f"{place}: ended {ended}, not {code}")
+        status = json.loads((out / "status.json").read_text())
+        wanted = f"{bad} bad steps in a row were skipped - `clsa replay {out}/bad/step-{BAD:06d}"
+        if status["code"] != 76 or status["resumable"] or wanted not in said:
+            tally.faults.append(f"{place}: {status}, {said[-300:]}")
+    return tally

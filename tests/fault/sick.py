@@ -1,0 +1,250 @@
+"""Checks 22 and 23: runs that sicken are told of soon and by name, healthy ones never."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clsa import train
+from clsa.alarms import (
+    BLANK,
+    COLLAPSE,
+    FROZEN_QUEUE,
+    LEAK,
+    LOW_RANK,
+    NO_LAG,
+    NO_LEARNING,
+    SPIKE,
+)
+from clsa.bank import KeyQueue
+from clsa.config import merge
+from clsa.methods import moco
+from clsa.models import Network
+from clsa.options import RunOptions
+from clsa.recipes import resolve
+from clsa.state import State
+from tests.fault import tiny
+from tests.fault.damage import Tally
+from tests.fault.tiny import Setup
+
+CHANNELS = (3, 16, 32, 64)
+FROM = 300  # step at which a run sickens
+HEALTHY_STEPS = 2000
+HEALTHY = [
+    ("moco-v2-small", 0), ("clsa-small", 0), ("simclr-small", 0), ("byol-small", 0),
+    ("swav-small", 0), ("dino-resnet-small", 0), ("adco-small", 0), ("simsiam-small", 0),
+    ("moco-v2-small", 1), ("clsa-small", 1),
+]  # fmt: skip
+
+
+class Sickness(NamedTuple):
+    """What is done to a run, and how it must be called."""
+
+    begin: Callable[[int], None]
+    """In an attempt: make the run sicken from this step on."""
+    names: set[str]
+    within: int
+    """Steps."""
+    at_once: bool = False
+    """From the first step on."""
+    over: dict[str, Any] = {}  # noqa: RUF012
+
+
+def options(out: Path, recipe: str, seed: int, steps: int, **over: Any) -> RunOptions:
+    """A run on the embedded drawings, 64 a step."""
+    small: dict[str, Any] = {
+        "recipe": recipe,
+        "data": {"data": "clipart"},
+        "out": str(out),
+        "batch_size": 64,
+        "epochs": 25,
+        "max_steps": steps,
+        "seed": seed,
+        "probe_every": 0,
+        "log_every": 20,
+        "save_minutes": 600.0,
+        "device": "cpu",
+        "views": {"size": 32, "weak": {} if recipe[:4] in ("swav", "dino") else {"sizes": (32,)}},
+        "model": {"projector_hidden": 64, "projector_dim": 32},
+    }
+    return resolve(merge(small, over))
+
+
+def alarms(root: Path, name: str, run: RunOptions, sicken: Callable[[], None]) -> tuple[int, str]:
+    """Exit code of a run, and what it said."""
+
+    def body() -> int:
+        sicken()
+        return tiny.pretrain(run, CHANNELS)
+
+    return tiny.attempt(body, root / f"{name}.log")
+
+
+def told(out: Path) -> list[tuple[int, str]]:
+    """Step and name of each alarm of a run."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["alarm"]) for line in lines if "alarm" in line]
+
+
+# ---- what is done to runs
+
+
+def _each_step(change: Callable[[State], None], first: int, last: int | None = None) -> None:
+    step_of = train.train_step
+
+    def changed(model: Any, state: State, crops: Any, run: Any) -> Any:
+        if first <= state.step < (last or 10**9):
+            change(state)
+        return step_of(model, state, crops, run)
+
+    train.train_step = changed
+
+
+def _rates(factor: float, first: int, last: int | None = None) -> None:
+    set_lr = train.set_lr
+
+    def raised(optimizer: Any, lr: float, peak: float, decay: float) -> None:
+        here = first <= current[0] < (last or 10**9)
+        set_lr(optimizer, lr * factor if here else lr, peak * factor if here else peak, decay)
+
+    current = [0]
+    _each_step(lambda state: current.__setitem__(0, state.step), 0)
+    train.set_lr = raised
+
+
+def _shaken(first: int) -> None:
+    def shake(state: State) -> None:
+        torch.manual_seed(first)
+        for weight in state.method.network.parameters():
+            if weight.ndim > 1:
+                weight.data += 5 * weight.data.std() * torch.randn_like(weight)
+
+    _each_step(shake, first, first + 1)
+
+
+def _constant_pictures(first: int) -> None:
+    make_views = train.make_views
+
+    def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
+        batch = make_views(crops, specs, step, run)
+        same = [torch.zeros_like(view) for view in batch.views]
+        return batch._replace(views=same) if step == first else batch
+
+    train.make_views = views
+
+
+def _dead_layer(first: int) -> None:
+    def zero(state: State) -> None:
+        last = [m for m in state.method.network.modules() if isinstance(m, nn.Linear)][-1]
+        for tensor in last.parameters():
+            tensor.data.zero_()
+
+    _each_step(zero, first)
+
+
+def _one_direction(first: int) -> None:
+    project, current = Network.forward, [0]
+    _each_step(lambda state: current.__setitem__(0, state.step), 0)
+
+    def flat(self: Network, images: Tensor) -> Tensor:
+        rows = project(self, images)
+        if current[0] < first:
+            return rows
+        one = torch.nn.functional.normalize(torch.ones_like(rows[:1]), dim=1)
+        along = (rows - rows.mean(0)) @ one.T  # to either end
+        return torch.nn.functional.normalize(along * one + 1e-5 * rows, dim=1)
+
+    Network.forward = flat
+
+
+def _keys_are_queries(_: int) -> None:
+    held: list[State] = []
+    _each_step(lambda state: held.append(state) if not held else None, 0)
+    make_views = train.make_views
+
+    def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
+        batch = make_views(crops, specs, step, run)
+        return batch._replace(views=[batch.views[1], *batch.views[1:]])
+
+    def leak(_network: Any, view: Tensor, *_: Any) -> Tensor:
+        with torch.no_grad():
+            return held[0].method.network(view)
+
+    train.make_views, moco.encode_shuffled = views, leak
+
+
+def _queue_stands(first: int) -> None:
+    enqueue, current = KeyQueue.enqueue, [0]
+    _each_step(lambda state: current.__setitem__(0, state.step), 0)
+
+    def stopped(self: KeyQueue, keys: Tensor) -> None:
+        if current[0] < first:
+            enqueue(self, keys)
+
+    KeyQueue.enqueue = stopped
+
+
+SPIKES = {
+    "learning rate x60 in one step": Sickness(lambda at: _rates(60, at, at + 1), {SPIKE}, 20),
+    "a batch of constants": Sickness(_constant_pictures, {BLANK}, 20),
+    "weights moved by 5 deviations": Sickness(_shaken, {SPIKE}, 20),
+}
+COLLAPSES = {
+    "last layer zeroed": Sickness(_dead_layer, {COLLAPSE}, 200),
+    "projections along one direction": Sickness(_one_direction, {LOW_RANK}, 200),
+    "learning rate x100": Sickness(
+        lambda at: _rates(100, at), {SPIKE, COLLAPSE, LOW_RANK, NO_LEARNING}, 200
+    ),
+    "keys are queries": Sickness(_keys_are_queries, {LEAK}, 200, at_once=True),
+    "the queue stands": Sickness(_queue_stands, {FROZEN_QUEUE}, 200),
+    "key momentum 0": Sickness(
+        lambda _: None, {NO_LAG}, 200, at_once=True, over={"method": {"key_momentum": 0.0}}
+    ),
+}
+
+
+def sicken(root: Path, name: str, sickness: Sickness, seeds: list[int], first: int) -> Tally:
+    """Runs of several seeds: the alarm must come in time, have its name, and none before."""
+    tally = Tally()
+    for seed in seeds:
+        begin = 0 if sickness.at_once else first
+        out = root / f"{name}-{seed}".replace(" ", "-")
+        run = options(out, "moco-v2-small", seed, begin + sickness.within + 1, **sickness.over)
+        code, said = alarms(root, out.name, run, lambda begin=begin: sickness.begin(begin))
+        found = told(out) if (out / "metrics.jsonl").exists() else []
+        named = [step for step, called in found if called in sickness.names]
+        is_right = code in (0, 76) and named and named[0] <= begin + sickness.within
+        is_right = is_right and all(step > begin for step, _ in found)
+        tally.note(bool(is_right), f"{name}, seed {seed}: ended {code}, {found}, {said[-200:]}")
+    return tally
+
+
+def healthy(root: Path, runs: list[tuple[str, int]], steps: int) -> Tally:
+    """Runs in which nothing is wrong: no alarm."""
+    tally = Tally()
+    for recipe, seed in runs:
+        out = root / f"{recipe}-{seed}"
+        code, said = alarms(root, out.name, options(out, recipe, seed, steps), lambda: None)
+        found = told(out) if not code else []
+        tally.note(not code and not found, f"{recipe}, seed {seed}: {code}, {found}, {said[-200:]}")
+    return tally
+
+
+def stopping(setup: Setup, root: Path, first: int) -> Tally:
+    """Only with --stop-on-collapse does an alarm end the run, with 76; the state is saved."""
+    tally = Tally()
+    for stops in (False, True):
+        out = root / f"stops-{stops}"
+        over = {"stop_on_collapse": stops}
+        run = options(out, "moco-v2-small", 0, first + 100, **over)
+        code, _ = alarms(root, out.name, run, lambda: _dead_layer(first))
+        status = json.loads((out / "status.json").read_text())
+        expected = 76 if stops else 0
+        steps = max(tiny.manifests(out), default=0)
+        is_right = code == status["code"] == expected and status["resumable"] is not stops
+        is_right = is_right and (first < steps < first + 100 if stops else steps == first + 100)
+        tally.note(is_right, f"stop_on_collapse {stops}: ended {code}, {status}, saved {steps}")
+    return tally
