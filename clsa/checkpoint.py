@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clsa import files
+from clsa import __version__, files
 from clsa.config import Config
 from clsa.errors import ClsaError, Exit
 from clsa.models import build_encoder
@@ -21,6 +21,7 @@ from clsa.options import DataOptions, ModelOptions, RunOptions, ViewOptions
 
 NUM_KEPT = 2
 STEP, BEST = "step", "best"
+KEYS = "keys"
 
 
 class EncoderFacts(Config):
@@ -50,14 +51,19 @@ class Saved(NamedTuple):
     path: Path
     skipped: list[str]
     """Why newer checkpoints were passed over."""
+    facts: dict[str, Any]
+    """Its manifest."""
 
 
 def save(folder: Path, name: str, state: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Write `NAME.ckpt`, then its manifest `NAME.json` (sha256, bytes, `facts`): the commit."""
+    """Write `NAME.ckpt`, then its manifest `NAME.json`: the commit.
+
+    The manifest holds sha256 and length of the checkpoint, the version of clsa, and `facts`.
+    """
     path = folder / f"{name}.ckpt"
     files.make_folder(folder)
     sha256, size = files.write_atomic(path, lambda file: torch.save(state, file))
-    manifest = {"sha256": sha256, "bytes": size, **facts}
+    manifest = {"sha256": sha256, "bytes": size, "clsa": __version__, **facts}
     try:
         files.write_text(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
     except ClsaError:
@@ -92,6 +98,15 @@ def prune(folder: Path, held: str = "", unsound: Collection[str] = ()) -> list[s
         except OSError as error:
             refused.append(f"cannot delete {manifest}: {error.strerror}")
     return refused + _remove_uncommitted(folder)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`, the best among them; raises 73."""
+    with files.output_errors(folder):
+        for manifest in [*_numbered(folder, STEP), *_numbered(folder, BEST)]:
+            if int(manifest.stem.partition("-")[2]) > step:
+                manifest.unlink()
+    _remove_uncommitted(folder)
 
 
 def _remove_uncommitted(folder: Path) -> list[str]:
@@ -134,7 +149,8 @@ def load_newest(folder: Path) -> Saved | None:
     skipped: list[str] = []
     for manifest in _numbered(folder, STEP):
         try:
-            return Saved(_load_verified(manifest), manifest.with_suffix(".ckpt"), skipped)
+            path, facts = manifest.with_suffix(".ckpt"), _facts(manifest)
+            return Saved(_load_verified(manifest), path, skipped, facts)
         except (OSError, ValueError) as error:
             skipped.append(f"{manifest.stem}: {error}")
     if skipped:
@@ -147,7 +163,8 @@ def load_each(folder: Path) -> Iterator[Saved]:
     """Every whole checkpoint but the copies of the best, oldest first, one at a time."""
     for manifest in reversed(_numbered(folder, STEP)):
         try:
-            yield Saved(_load_verified(manifest), manifest.with_suffix(".ckpt"), [])
+            path, facts = manifest.with_suffix(".ckpt"), _facts(manifest)
+            yield Saved(_load_verified(manifest), path, [], facts)
         except (OSError, ValueError):
             continue
 
@@ -194,6 +211,37 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{name}/{place}")
     else:
         yield name, value
+
+
+def with_keys(state: dict[str, Any]) -> dict[str, Any]:
+    """`state` and, under KEYS, the names of all its leaves: none can go missing unseen."""
+    return {**state, KEYS: "\n".join(name for name, _ in _leaves(state))}
+
+
+def require_same_keys(saved: Saved, own: dict[str, Any]) -> None:
+    """See that a checkpoint holds all that was saved, and no more nor less than `own`.
+
+    Args:
+        own: what the run would save now. Its optimiser is not looked at: that has no moments
+            before the first step, and other fields in other versions of torch.
+
+    Raises:
+        ClsaError: 66 with the first key that is missing, or that nothing here takes.
+    """
+    found = {name for name, _ in _leaves(saved.state)}
+    written = set(str(saved.state.get(KEYS, "")).split("\n")) - {""} or found
+    needed = {name for name, _ in _leaves(own) if not name.startswith("/optimizer/")}
+    known = needed | {name for name in written if name.startswith("/optimizer/")}
+    for told, keys in (
+        ("missing", (needed | written) - found),
+        ("unexpected", found - (known & (written | {f"/{KEYS}"}))),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            version = saved.facts.get("clsa", "unknown")
+            why = f"{told} key {min(keys)[1:]}{more} (written by clsa {version})"
+            hint = "start anew, or go on with the version that wrote it"
+            raise ClsaError(str(saved.path), why, hint, Exit.NO_INPUT)
 
 
 def digest(state: Any) -> str:

@@ -17,6 +17,7 @@ from clsa.command_options import (
     EmbedOptions,
     EvaluateOptions,
     ExportOptions,
+    ExtendOptions,
     PackOptions,
     PredictOptions,
     PreviewOptions,
@@ -69,6 +70,14 @@ def say_next(out: Path) -> None:
         print(f"  clsa embed {name}       a vector for every picture")
         print(f"  tensorboard --logdir {shlex.quote(str(out if staged else board))}")
         print(f'  python -c "import clsa; encoder = clsa.load_encoder({str(out)!r})"')
+
+
+def extend(args: list[str]) -> None:
+    """Train a run longer, finished or not; the same command again resumes it."""
+    options = _parse("extend", ExtendOptions, args)
+    from clsa.extend import extend as run
+
+    say_next(run(options))
 
 
 def evaluate(args: list[str]) -> None:
@@ -266,6 +275,7 @@ def diagnose(args: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "pretrain": pretrain,
+    "extend": extend,
     "evaluate": evaluate,
     "protocols": protocols,
     "predict": predict,

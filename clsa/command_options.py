@@ -13,6 +13,19 @@ from clsa.protocols import Name
 Diagnosis = Literal["similarity", "neighbours", "classes", "spread", "operations"]
 
 
+class ExtendOptions(Config):
+    """A run, for longer than it was begun."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder; the run goes on as its config.yaml has it, but for --max-steps."""
+    epochs: Count
+    """The new total. Rates follow the schedule of a run of so many epochs from the step where the
+    run stands, so that the result is not that of such a run from the start; after the end of a
+    cosine they rise again."""
+    max_minutes: Positive | None = None
+    """Stop after this long; the same command goes on."""
+
+
 class EvaluateOptions(Config):
     """How features are judged: protocol cards (`clsa protocols` lists them)."""
 

@@ -1,8 +1,8 @@
 """The run folder: its files, whose it is, and what the run last said of itself."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,20 @@ from clsa.options import RunOptions
 # (pictures may have moved: their digest decides).
 FREE = {
     "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
-    "save_minutes", "keep_every", "probe_every", "log_every", "device",
+    "save_minutes", "keep_every", "probe_every", "log_every", "device", "accept_data_change",
     "stop_on_collapse",
 }  # fmt: skip
 
 
 class RunFolder:
-    """Paths inside `out`; nothing is created before `claim`."""
+    """Paths inside `out`; nothing is created before `claim`.
 
-    def __init__(self, out: Path):
-        self.path = out
+    Args:
+        free: names of options in which a run may differ from what the folder holds.
+    """
+
+    def __init__(self, out: Path, free: Collection[str] = frozenset(FREE)):
+        self.path, self.free = out, free
         self.checkpoints = out / "checkpoints"
         self.bad = out / "bad"
         self.metrics = out / "metrics.jsonl"
@@ -37,6 +41,8 @@ class RunFolder:
         self.tensorboard = out / "tensorboard"
         self.status_file = out / "status.json"
         self.config = out / "config.yaml"
+        self.pictures = out / "pictures.npz"
+        self.history = out / "history.jsonl"
 
     def check(self, options: RunOptions) -> None:
         """See that `out` is free, or holds the run that `options` describe.
@@ -52,17 +58,13 @@ class RunFolder:
         if not self.config.exists():
             why = "neither empty nor a run's folder"
             raise ClsaError(str(self.path), why, "choose another --out")
-        try:
-            before = flatten(RunOptions.parse(read_yaml(self.config), str(self.config)))
-        except ClsaError as error:
-            why = f"its config.yaml is not a run's ({error})"
-            raise ClsaError(str(self.path), why, "choose another --out") from None
+        before = flatten(self.read_options())
         results = (self.encoder, self.results, *self.checkpoints.glob("*.json"))
         if not any(path.exists() for path in results):
             return  # it stopped before its first checkpoint: nothing to lose
         now = flatten(options)
         # Options of another method are in only one of the two.
-        changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
+        changed = [key for key in now if key not in self.free and now[key] != before.get(key)]
         if changed:
             changed.sort(key=lambda key: key != "method.name")  # what tells most, first
             differences = ", ".join(
@@ -71,6 +73,18 @@ class RunFolder:
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             why = f"holds another run ({differences}{more})"
             raise ClsaError(str(self.path), why, "choose another --out, or the run's own options")
+
+    def read_options(self) -> RunOptions:
+        """What its config.yaml says.
+
+        Raises:
+            ClsaError: 2 when that is not a run's; it names what is not an option.
+        """
+        try:
+            return RunOptions.parse(read_yaml(self.config), str(self.config))
+        except ClsaError as error:
+            why = f"its config.yaml is not a run's ({error})"
+            raise ClsaError(str(self.path), why, "choose another --out", error.code) from None
 
     @contextmanager
     def held(self, options: RunOptions) -> Iterator[None]:
@@ -92,12 +106,40 @@ class RunFolder:
         exists = self.checkpoints.is_dir()  # it may lie on a disk of its own
         files.require_room(self.checkpoints if exists else self.path, num_bytes)
 
-    def claim(self, options: RunOptions) -> None:
-        """Create the folder, write the resolved `config.yaml`, clear what killed starts left."""
+    def claim(self, options: RunOptions, step: int = 0) -> str:
+        """Create the folder, write the resolved `config.yaml`, clear what killed starts left.
+
+        Args:
+            step: that the run stands at.
+
+        Returns:
+            That it goes on for longer than it was begun, as `history.jsonl` then says too; or an
+            empty string.
+        """
         files.make_folder(self.path)
         for folder in (self.path, self.checkpoints):
             files.remove_leftovers(folder)
-        files.write_text(self.config, options.to_yaml())
+        before = self.read_options().epochs if step and self.config.exists() else options.epochs
+        if before != options.epochs:
+            self.note(step, epochs=[before, options.epochs])
+        once = options.model_copy(update={"accept_data_change": False})  # not for all later starts
+        files.write_text(self.config, once.to_yaml())
+        since = f"epochs {before} -> {options.epochs} at step {step}"
+        told = f"{since}: rates follow the longer schedule from here on, unlike a run begun so"
+        return told if before != options.epochs else ""
+
+    def note(self, step: int, **told: Any) -> None:
+        """Add a line to `history.jsonl`: what changed in the midst of the run."""
+        before, line = self.read_history(), {"step": step, **told}
+        if before[-1:] != [line]:  # a start killed just after has noted it
+            text = "".join(json.dumps(each) + "\n" for each in [*before, line])
+            files.write_text(self.history, text)
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """What has been noted; what cannot be read is left out."""
+        with suppress(OSError, ValueError):
+            return [json.loads(line) for line in self.history.read_text("utf-8").splitlines()]
+        return []
 
     def write_status(self, code: int, reason: str, step: int, resumable: bool) -> None:
         """`status.json`: how the last start of the run ended."""

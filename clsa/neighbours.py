@@ -196,6 +196,7 @@ class Neighbours(nn.Module):
 
     positives: Int[Tensor, "n P"]
     found: Bool[Tensor, ""]
+    holds_pictures = True  # as a method may
 
     def __init__(self, num_pictures: int, options: MixtureOptions, seed: int):
         super().__init__()

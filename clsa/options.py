@@ -189,6 +189,9 @@ class RunOptions(Config):
     """Epochs between online 20-NN probes, when there are labels (0: none)."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
+    accept_data_change: bool = False
+    """Go on although pictures have been added, taken away or changed: from the run's newest
+    weights, at the beginning of the epoch that they stand in."""
     stop_on_collapse: bool = False
     """End the run (exit code 76) at an alarm that the projections have collapsed."""
     device: str = "auto"

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Final, Self, final
@@ -55,6 +56,13 @@ class Source(ABC):
     @abstractmethod
     def digest(self) -> str:
         """SHA-256 (hex) of what the source holds; equal digests mean the same data."""
+
+    @abstractmethod
+    def marks(self) -> Int64[np.ndarray, " N"]:
+        """A number for each picture that is another where its content is, as far as `digest` sees.
+
+        Only to tell which pictures have changed; `digest` decides whether any has.
+        """
 
     @abstractmethod
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
@@ -116,11 +124,15 @@ class Folder(Source):
 
     def digest(self) -> str:
         """SHA-256 of relative paths, file sizes (bytes), labels and classes, not of contents."""
+        digest = self._names_digest()
+        digest.update(self.marks().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def marks(self) -> Int64[np.ndarray, " N"]:
+        """The files' sizes in bytes."""
         if self._sizes is None:
             self._sizes = np.array([self._size(name) for name in self.ids], np.int64)
-        digest = self._names_digest()
-        digest.update(self._sizes.astype("<i8").tobytes())
-        return digest.hexdigest()
+        return self._sizes
 
     def _size(self, name: str) -> int:
         with contextlib.suppress(OSError, ValueError):
@@ -166,6 +178,9 @@ class Joined(Source):
             digest.update(part.digest().encode())
         digest.update(self._rows.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def marks(self) -> Int64[np.ndarray, " N"]:
+        return np.concatenate([part.marks() for part in self.parts])[self._rows]
 
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
         source = type(self)(self.parts, self._rows[rows])
@@ -219,6 +234,10 @@ class Pictures(Source):
         for image in self.images:
             digest.update(image.tobytes())
         return digest.hexdigest()
+
+    def marks(self) -> Int64[np.ndarray, " N"]:
+        """Checksums of the pixels."""
+        return np.array([zlib.crc32(image.tobytes()) for image in self._stored], np.int64)
 
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
         whole = np.array_equal(rows, np.arange(len(self)))

@@ -51,6 +51,9 @@ def pretrain(options: RunOptions) -> Path:
         if METHODS[options.method.name].holds_pictures:
             why = f"{options.method.name} keeps a row for each picture of one set"
             raise ClsaError("stages", why, "choose another recipe, such as continual-small")
+        if options.accept_data_change:
+            why = "what a stage has learned cannot be told from its pictures of before"
+            raise ClsaError("--accept-data-change", why, "restore the pictures, or start anew")
         if options.continual.keep != "nothing":
             require_faiss()
         sources = stage_sources(options)

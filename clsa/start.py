@@ -1,7 +1,7 @@
 """A run from its options to its exit code: what it is made of, how it begins and how it ends."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from clsa.alarms import COLLAPSES
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.split import without_held_out_labels
 from clsa.few_labels import num_held, told_labels, with_few_labels
-from clsa.folder import RunFolder
+from clsa.folder import FREE, RunFolder
 from clsa.host import keep_freed_memory
 from clsa.intake import open_source, val_of
 from clsa.methods import build_method
@@ -41,8 +41,11 @@ class Parts(NamedTuple):
     quarantine: Quarantine
 
 
-def pretrain(options: RunOptions) -> Path:
+def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Path:
     """Run, or resume, what `options` describe; returns the run folder.
+
+    Args:
+        free: names of options in which a resumed run may differ.
 
     Raises:
         ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run, 76
@@ -51,7 +54,7 @@ def pretrain(options: RunOptions) -> Path:
     keep_freed_memory()
     device = dist.pick_device(options.device)
     with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
-        folder = RunFolder(options.out)
+        folder = RunFolder(options.out, free)
         folder.check(options)
         source = open_source(options.data.data, "train", options.data)
         with folder.held(options):
@@ -87,7 +90,10 @@ def train(
         for skipped in passed_over:
             print(f"note: {skipped}", file=sys.stderr)
         folder.require_room(state.num_bytes())
-        folder.claim(options)
+        longer = folder.claim(options, state.step)
+        if longer:
+            print(f"note: {longer}", file=sys.stderr)
+        state.keep_pictures()
         folder.cut_metrics(state.step)
         tell_start(options, parts)
     run = Run(options, device, order.steps_per_epoch, stop)
@@ -127,8 +133,11 @@ def assemble(
     extent = Extent(len(source), len(source.classes), steps, last, shown.labels, num_exemplars)
     method = build_method(options, extent).to(device)
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
-    digest = source.digest() if options.labels is None else shown.digest()
-    state = State(method, optimizer, digest, folder)
+    told = source if options.labels is None else shown
+    state = State(
+        method, optimizer, told.digest(), folder,
+        source=told, steps_per_epoch=steps, accepts_change=options.accept_data_change,
+    )  # fmt: skip
     return Parts(state, shown, held, order, quarantine)
 
 

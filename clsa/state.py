@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clsa import checkpoint, dist
+from clsa import checkpoint, dist, environment, roster
 from clsa.bad_steps import Statistics
-from clsa.errors import ClsaError
+from clsa.errors import ClsaError, Exit
 from clsa.folder import RunFolder
 from clsa.methods.method import Method
+from clsa.sources import Source
 
 TENSOR_BYTES = 512  # about what a checkpoint's zip file adds to each tensor
 
@@ -30,6 +31,10 @@ class State:
         unsound: names of those that it passed over.
         bad_in_row: how many steps, the last ones, were skipped for a bad number.
         skipped: steps skipped so far.
+        source: the pictures of `data_digest`, to tell what has changed among them.
+        steps_per_epoch: with these pictures.
+        accepts_change: whether to go on with other pictures.
+        changed: what has changed among them.
         statistics: what batch norm's were before the step.
     """
 
@@ -43,6 +48,10 @@ class State:
     unsound: set[str] = field(default_factory=set)
     bad_in_row: int = 0
     skipped: int = 0
+    source: Source | None = None
+    steps_per_epoch: int = 1
+    accepts_change: bool = False
+    changed: str = ""
 
     def __post_init__(self) -> None:
         self.statistics = Statistics(self.method)
@@ -54,15 +63,21 @@ class State:
         self.skipped += bad
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested dict of tensors, numbers and strings."""
-        return {
+        """Nested dict of tensors, numbers and strings, and the names of them all."""
+        values = {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
             "data_digest": self.data_digest,
+            "steps_per_epoch": self.steps_per_epoch,
             "skips": {"in_row": self.bad_in_row, "total": self.skipped},
         }
+        return checkpoint.with_keys(values)
+
+    def environment(self) -> dict[str, str | int]:
+        """What the last bits depend on, here and now."""
+        return environment.environment(next(self.method.parameters()).device)
 
     def num_bytes(self) -> int:
         """About what a checkpoint takes on the disk."""
@@ -79,7 +94,7 @@ class State:
             best: write it as the best one too.
         """
         if dist.rank() == 0:
-            facts = {"step": self.step, "keep": keep}
+            facts = {"step": self.step, "keep": keep, "environment": self.environment()}
             kinds = (checkpoint.BEST, checkpoint.STEP) if best else (checkpoint.STEP,)
             for kind in kinds:
                 name = checkpoint.name_of(kind, self.step)
@@ -100,27 +115,72 @@ class State:
     def resume(self) -> list[str]:
         """Take up the newest whole checkpoint; stays as it is when there is none.
 
+        With other pictures, where those are accepted, it stands at the beginning of the epoch.
+
         Returns:
-            Why newer checkpoints were passed over, a line each.
+            Why newer checkpoints were passed over, what has changed in pictures and environment,
+            a line each.
 
         Raises:
-            ClsaError: 2 when the pictures are not those that the run began with.
+            ClsaError: 2 when the pictures are not those that the run began with, 66 when the
+                checkpoint is not one of such a run.
         """
         saved = checkpoint.load_newest(self.folder.checkpoints)
         if saved is None:
             return []
+        checkpoint.require_same_keys(saved, self.as_dict())
+        notes = [f"{why}, using {saved.path.stem}" for why in saved.skipped]
         if saved.state["data_digest"] != self.data_digest:
-            why = "the pictures are not those that the run began with"
-            raise ClsaError(str(self.folder.path), why, "restore them, or choose another --out")
-        self.take(saved.state)
+            self.changed = self._accepted_change(saved)
+        try:
+            self.take(saved.state)
+        except (RuntimeError, ValueError) as error:  # torch names the tensor last
+            why = str(error).strip().splitlines()[-1].strip()
+            raise ClsaError(str(saved.path), why, "start anew", Exit.NO_INPUT) from None
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
-        return [f"{why}, using {self.resumed}" for why in saved.skipped]
+        if self.changed:
+            epoch = self.step // saved.state["steps_per_epoch"]
+            self.step, self.best = epoch * self.steps_per_epoch, -1.0  # judged on others
+            begin = f"with the weights of {self.resumed} at step {self.step}, epoch {epoch + 1}"
+            notes.append(f"data changed: {self.changed}; goes on {begin}")
+        moved = environment.told_change(saved.facts.get("environment"), self.environment())
+        return notes + ([moved] if moved else [])
 
     def take(self, saved: dict[str, Any]) -> None:
         """Become what `as_dict` has told."""
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.best = saved["step"], saved["best"]
-        skips = saved.get("skips", {"in_row": 0, "total": 0})  # older runs have none
+        skips = saved["skips"]
         self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
+
+    def _accepted_change(self, saved: checkpoint.Saved) -> str:
+        """What has changed among the pictures; raises 2 unless the run may go on with them."""
+        what, told = str(self.folder.path), "other pictures"
+        if self.source is not None:
+            before = saved.state["data_digest"]
+            told = roster.told_change(self.folder.pictures, self.source, before, self.data_digest)
+        hint = "restore the pictures, or choose another --out"
+        parts = self.method.modules()  # what goes around a method may hold them, as CLIM does
+        if any(getattr(part, "holds_pictures", False) for part in parts):
+            why = f"data changed: {told}, and the method keeps a row for each picture"
+            raise ClsaError(what, why, hint)
+        if not self.accepts_change:
+            hint += ", or begin the epoch anew with these: --accept-data-change"
+            raise ClsaError(what, f"data changed: {told}", hint)
+        return told
+
+    def keep_pictures(self) -> None:
+        """Note on rank 0 which pictures these are; changed ones make this the newest checkpoint.
+
+        Killed at any moment, the next start finds either the run of before or the changed one.
+        """
+        if self.source is None or dist.rank():
+            return
+        if self.changed:
+            self.folder.note(self.step, data_changed=self.changed)  # first: it must not be missing
+            self.save(keep=False, best=False)
+            checkpoint.remove_after(self.folder.checkpoints, self.step)
+            self.resumed = checkpoint.name_of(checkpoint.STEP, self.step)
+        roster.keep(self.folder.pictures, self.source, self.data_digest)

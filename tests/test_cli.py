@@ -140,6 +140,7 @@ def test_overview_names_every_command(command: Command) -> None:
 
 KINDS: dict[str, type[Config]] = {
     "pretrain": options.RunOptions,
+    "extend": command_options.ExtendOptions,
     "evaluate": command_options.EvaluateOptions,
     "predict": command_options.PredictOptions,
     "diagnose": command_options.DiagnoseOptions,
@@ -320,7 +321,7 @@ def test_folder_of_a_run_on_other_pictures(
     kept = contents(out / "checkpoints")
     next(folder.rglob("*.webp")).unlink()
     code, text = refusal(command("pretrain", "--data", folder, "--out", out, *TINY))
-    assert code == Exit.USAGE and "the pictures are not those that the run began with" in text
+    assert code == Exit.USAGE and "data changed: " in text
     assert contents(out / "checkpoints") == kept
 
 
@@ -626,3 +627,42 @@ def test_unlabelled_pictures_are_judged_on_a_labelled_val(
     assert code == 0 and "20-NN" in err, err
     code, out, err = command("evaluate", tmp_path / "run", "--protocol", "knn-20")
     assert code == 0 and "val-holdout" in out, err
+
+
+def test_an_extended_run_is_on_record_and_the_old_command_refused(
+    drawings: Path, command: Command, tmp_path: Path
+) -> None:
+    out, begun = (
+        tmp_path / "run",
+        ("pretrain", "--data", drawings, "--out", tmp_path / "run", *TINY),
+    )
+    assert command(*begun, "--epochs", "1")[0] == 0
+    code, told, err = command("extend", out, "--epochs", "2", "--max-minutes", "5")
+    assert code == 0 and "clsa evaluate" in told
+    assert "note: epochs 1 -> 2 at step 2: rates follow the longer schedule" in err
+    assert json.loads((out / "history.jsonl").read_text()) == {"step": 2, "epochs": [1, 2]}
+    assert json.loads((out / "status.json").read_text())["step"] == 10
+    code, text = refusal(command(*begun, "--epochs", "1"))
+    assert code == Exit.USAGE and "holds another run (epochs: 2 -> 1)" in text
+    assert command(*begun, "--epochs", "2")[0] == 0
+    code, text = refusal(command("extend", out, "--epochs", "1"))
+    assert code == Exit.USAGE and text.startswith(f"{out}: --epochs 1 - the run has 2 already - ")
+    code, text = refusal(command("extend", tmp_path / "nowhere", "--epochs", "1"))
+    assert code == Exit.NO_INPUT and "config.yaml" in text
+
+
+def test_changed_pictures_are_accepted_when_asked_for(
+    drawings: Path, command: Command, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "run"
+    shutil.copytree(drawings, folder)
+    args = ("pretrain", "--data", folder, "--out", out, *TINY)
+    assert command(*args)[0] == 0
+    next(folder.rglob("*.webp")).unlink()
+    code, text = refusal(command(*args))
+    assert code == Exit.USAGE and "data changed: +0 -1 ~0 (digest " in text
+    code, _, err = command(*args, "--accept-data-change")
+    assert code == 0 and "goes on with the weights of step-000002 at step 0, epoch 1" in err
+    assert command(*args)[0] == 0
+    staged = (*args, "--stages", "classes:2", "--out", tmp_path / "other", "--accept-data-change")
+    assert "cannot be told from" in refusal(command(*staged))[1]

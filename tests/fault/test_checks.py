@@ -1,10 +1,11 @@
 """The checks themselves: an order of system calls that is wrong is seen, figures are told."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.fault import figures
+from tests.fault import figures, seen, tiny
 from tests.fault.figures import BEGIN, END, Figure
 from tests.fault.order import Event, order_faults
 
@@ -63,3 +64,25 @@ def test_figures_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [line[:5] for line in lines] == ["| A1 ", "| A4 ", "| B1 ", "| B4 "]
     assert "old" not in text and "bit 3" not in text
     assert str(rows[1]) == "check 4 bits: 9 of 10; 1 faults: bit 3"
+
+
+def test_what_was_seen_is_put_together_and_compared(tmp_path: Path) -> None:
+    log = tmp_path / "seen"
+    lines = [
+        [["cut", 0, 1, 7], [[0, 0, 9, 9], True]],
+        [["step", 0], [1, [5, 7], [5, 7], 3.0]],
+        [["step", 0], [0, [2, 3], [2, 3], 1.0]],
+        [["cut", 0, 1, 7], [[0, 0, 9, 9], True]],
+    ]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = seen.read(log)
+    assert found.order() == {0: [2, 3, 5, 7]} and found.losses() == {0: 2.0}
+    assert found.drawn == {("cut", 0, 1, 7): [[0, 0, 9, 9], True]} and not found.faults
+    with open(log, "a") as file:
+        file.write(json.dumps([["cut", 0, 1, 7], [[0, 0, 9, 8], True]]) + "\n")
+    assert len(seen.read(log).faults) == 1
+
+
+def test_every_kind_of_value_has_another() -> None:
+    for value in (True, False, 3, 0.5, "moco", None, (1, 2), (), Path("a")):
+        assert tiny.other(value) != value

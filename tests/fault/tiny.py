@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -29,6 +30,7 @@ from clsa.state import State
 EPOCH, STEPS = 6, 120
 SAVE_EVERY_FEW_STEPS = 0.0006  # minutes
 PATIENCE_S = 180.0
+_SCANDIR, _LISTDIR = os.scandir, os.listdir
 
 
 class Setup(NamedTuple):
@@ -96,6 +98,47 @@ def shrink_encoder(channels: tuple[int, ...] = (3, 8, 16)) -> None:
         return encoder
 
     models._create = create
+
+
+class _Shuffled:
+    """What os.scandir returns, in another order."""
+
+    def __init__(self, path: Any):
+        with _SCANDIR(path) as found:
+            self.found = list(found)
+        random.Random(1).shuffle(self.found)
+
+    def __enter__(self) -> Any:
+        return iter(self.found)
+
+    def __iter__(self) -> Any:
+        return iter(self.found)
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def shuffle_listings() -> None:
+    """The system lists folders in another order from here on."""
+    os.scandir = _Shuffled  # pyright: ignore[reportAttributeAccessIssue]
+    os.listdir = lambda path=".": _LISTDIR(path)[::-1]  # pyright: ignore
+
+
+def restore_listings() -> None:
+    """And as it did before."""
+    os.scandir, os.listdir = _SCANDIR, _LISTDIR
+
+
+def other(value: Any) -> Any:
+    """Another value of an option's kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, value[-1]) if value else ("classes:2",)
+    if isinstance(value, (int, float)):
+        return value + 1
+    return f"{value}-other" if value is not None else 7
 
 
 def pretrain(run: RunOptions, channels: tuple[int, ...] = (3, 8, 16)) -> int:

@@ -1,0 +1,196 @@
+"""Checks 12 and 13: other pictures, or other options, are refused with what differs."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clsa import checkpoint, cli
+from clsa.config import flatten
+from clsa.errors import Exit
+from clsa.folder import FREE, RunFolder
+from clsa.options import RunOptions
+from tests.fault import tiny
+from tests.fault.damage import Tally
+from tests.fault.resumes import LAST, options
+from tests.fault.tiny import EPOCH
+
+# ---- pictures
+
+
+def _add(root: Path) -> None:
+    for number in range(16):
+        shutil.copy(root / "a" / f"{number:03d}.png", root / "b" / f"new-{number:02d}.png")
+
+
+def _change(root: Path) -> None:
+    with open(root / "a" / "009.png", "ab") as file:
+        file.write(b"x")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "16 added": (_add, "+16 -0 ~0"),
+    "one gone": (lambda root: (root / "a" / "007.png").unlink(), "+0 -1 ~0"),
+    "one renamed": (
+        lambda root: (root / "a" / "008.png").rename(root / "a" / "new.png"), "+1 -1 ~0",
+    ),
+    "one with other bytes": (_change, "+0 -0 ~1"),
+    "another order of listing": (lambda _: None, ""),
+}  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pictures(sources: Path, root: Path, stops: list[int]) -> tuple[Tally, Tally]:
+    """Each change at each stop: refused with its counts; accepted, it begins the epoch anew."""
+    refused, accepted = Tally(), Tally()
+    whole = root / "whole"
+    code, said = tiny.attempt(lambda: tiny.pretrain(options(sources, whole)), root / "log")
+    if code:
+        raise RuntimeError(said)
+    for stop in stops:
+        base = root / f"stop-{stop}"
+        first = options(sources, base, max_steps=stop)
+        code, said = tiny.attempt(lambda run=first: tiny.pretrain(run), root / "log")
+        for name, (change, counts) in CHANGES.items():
+            place = root / f"{stop}-{name}".replace(" ", "-")
+            data, out = place / "pictures", place / "run"
+            shutil.copytree(sources, data)
+            shutil.copytree(base, out)
+            change(data)
+
+            def body(run: RunOptions, name: str = name) -> int:
+                if "listing" in name:
+                    tiny.shuffle_listings()
+                return tiny.pretrain(run)
+
+            kept, run = contents(out / "checkpoints"), options(data, out)
+            code, said = tiny.attempt(lambda body=body, run=run: body(run), place / "log")
+            if not counts:
+                same = checkpoint.run_digest(out) == checkpoint.run_digest(whole)
+                refused.note(code == 0 and same, f"{place.name}: {code}, {said[-200:]}")
+                continue
+            told = (
+                rf"error: {out} - data changed: {re.escape(counts)} \(digest \w{{4}} -> \w{{4}}\)"
+            )
+            right = code == Exit.USAGE and bool(re.search(told, said)) and "--accept" in said
+            right = right and contents(out / "checkpoints") == kept
+            refused.note(right, f"{place.name}: {code}, {said[-200:]}")
+            accepted.note(*_accept(run, place, stop, counts))
+    return refused, accepted
+
+
+def _accept(run: RunOptions, place: Path, stop: int, counts: str) -> tuple[bool, str]:
+    """Go on with the changed pictures, once straight and once killed amid the change-over."""
+    per_epoch = 7 if "+16" in counts else EPOCH
+    begin, last = stop // EPOCH * per_epoch, LAST // EPOCH * per_epoch
+    given, cut = run.model_copy(update={"accept_data_change": True}), place / "cut"
+    shutil.copytree(run.out, cut)
+    code, said = tiny.attempt(lambda: tiny.pretrain(given), place / "log")
+    wrong = [] if code == 0 and f"at step {begin}, epoch" in said else [f"{code}: {said[-200:]}"]
+    missing = set(range(stop + 1, begin + 1))  # none was taken under these numbers
+    if set(tiny.losses(run.out)) != set(range(1, last + 1)) - missing:
+        wrong.append("steps are missing, or too many")
+    noted = RunFolder(run.out).read_history()
+    if len(noted) != 1 or not noted[0]["data_changed"].startswith(counts):
+        wrong.append(f"history: {noted}")
+
+    def killed() -> int:
+        checkpoint.remove_after = lambda *_: os._exit(9)
+        return tiny.pretrain(given.model_copy(update={"out": cut}))
+
+    first, _ = tiny.attempt(killed, place / "log")
+    again = given.model_copy(update={"out": cut})
+    code, said = tiny.attempt(lambda: tiny.pretrain(again), place / "log")
+    if first != 9 or code or checkpoint.run_digest(cut) != checkpoint.run_digest(run.out):
+        wrong.append(f"killed amid it: {first}, {code}, {said[-200:]}")
+    code, said = tiny.attempt(lambda: tiny.pretrain(run), place / "log")  # for good
+    if code or "data changed" in said:
+        wrong.append(f"not for good: {code}, {said[-200:]}")
+    return not wrong, f"{place.name} accepted: {wrong}"
+
+
+# ---- options
+
+
+def _with(options: Any, key: str, value: Any) -> Any:
+    """`options` with another value under a dotted name, unvalidated."""
+    name, _, rest = key.partition(".")
+    inner = _with(getattr(options, name), rest, value) if rest else value
+    return options.model_copy(update={name: inner})
+
+
+def drift(sources: Path, root: Path) -> tuple[Tally, Tally, Tally]:
+    """Every option of a run changed in turn, fixed and free ones; then typos, unknown keys."""
+    fixed, free, names = Tally(), Tally(), Tally()
+    out = root / "run"
+    run = options(sources, out, max_steps=EPOCH)
+    code, said = tiny.attempt(lambda: tiny.pretrain(run), root / "log")
+    if code:
+        raise RuntimeError(said)
+    kept, moved = contents(out), root / "moved"
+    shutil.copytree(sources, moved)
+    others = {
+        "out": root / "elsewhere", "data.data": str(moved), "data.val": str(moved),
+        "config": root / "any.yaml", "device": "auto", "max_minutes": 5.0, "data.workers": 1,
+        "max_steps": EPOCH + 1, "recipe": "moco-v2-small",
+    }  # fmt: skip
+    for key, value in flatten(run).items():
+        place = root / "copy"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(out, place)
+        if key == "out":
+            place = place.rename(others[key])
+        other = others.get(key, tiny.other(value))
+        changed = _with(
+            run.model_copy(update={"out": place}), key, place if key == "out" else other
+        )
+        before = contents(place)
+        code, said = tiny.attempt(lambda changed=changed: tiny.pretrain(changed), root / "log")
+        if key in FREE:
+            free.note(code == 0 and "error" not in said, f"{key}: {code}, {said[-200:]}")
+        else:
+            told = f"holds another run ({key}: {value} -> {other})"
+            right = code == Exit.USAGE and told in said and contents(place) == before
+            fixed.note(right, f"{key}: {code}, {said[-200:]}")
+    fixed.note(contents(out) == kept, "the run itself has changed")
+    if free.tries != len(FREE):
+        free.note(False, f"{free.tries} of {len(FREE)} free options were tried")
+    _names(run, names)
+    return fixed, free, names
+
+
+def _names(run: RunOptions, tally: Tally) -> None:
+    """Names that are none: on the command line, in a file of options, in a run's own file."""
+    config = run.out / "config.yaml"
+    text = config.read_text()
+
+    def command(*args: str) -> tuple[int, str]:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            try:
+                code = cli.main(["pretrain", *args])
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return code, said.getvalue()
+
+    for typed, meant in (("--optim.lrr", "--optim.lr"), ("--epoch", "--epochs")):
+        code, said = command("--out", str(run.out), typed, "1")
+        tally.note(code == Exit.USAGE and meant in said, f"{typed}: {code}, {said[-200:]}")
+    given = run.out.parent / "given.yaml"
+    given.write_text("optim:\n  momentun: 0.5\n")
+    code, said = command("--config", str(given), "--out", str(run.out))
+    tally.note(code == Exit.USAGE and "mean optim.momentum?" in said, f"a file: {code}, {said}")
+    for line, expected in (("ema: 1\n", Exit.USAGE), ("", Exit.OK)):
+        config.write_text(text.replace("keep_every: 0\n", "") + line)
+        code, said = tiny.attempt(lambda: tiny.pretrain(run), run.out.parent / "log")
+        right = code == expected and (not line or "config.yaml: ema - no such setting" in said)
+        tally.note(right, f"config.yaml of another version: {code}, {said[-200:]}")
+        config.write_text(text)

@@ -1,0 +1,92 @@
+"""What a run has seen, picture by picture: written down by the harness, inside an attempt."""
+
+import json
+import os
+import signal
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clsa import cutting, dist, train, views
+
+
+class Seen(NamedTuple):
+    """The log of one run, over all its starts and processes."""
+
+    steps: dict[int, list[list[list[Any]]]]
+    """Of each step, in the order in which it was taken, once a process: rank, numbers of the
+    pictures, numbers that their views are drawn from, loss."""
+    drawn: dict[tuple[Any, ...], Any]
+    """Box and flip of a crop (key: "cut", epoch, view, picture), jitter and operations ("pixels",
+    ...)."""
+    faults: list[str]
+    """What was drawn twice, and not the same."""
+
+    def order(self) -> dict[int, list[int]]:
+        """Pictures of the global batch of each step; of the last start that took it."""
+        return {
+            step: [number for row in sorted(rows) for number in row[1]]
+            for step, rows in self.steps.items()
+        }
+
+    def losses(self) -> dict[int, float]:
+        """Of each step, the mean over the processes."""
+        return {
+            step: sum(float(row[3]) for row in rows) / len(rows)  # pyright: ignore
+            for step, rows in self.steps.items()
+        }
+
+
+def watch(log: Path, stop_at: Collection[int] = ()) -> None:
+    """Write what is cut, drawn and learned from to `log`; loader workers, forked later, do too.
+
+    Args:
+        stop_at: a signal to stop comes in the midst of the step that makes so many.
+    """
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    cuts, sample, step_of = cutting.Plan.cuts, views.sample, train.train_step
+
+    def tell(lines: list[Any]) -> None:
+        os.write(handle, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def cut(self: cutting.Plan, epoch: int, drawn: Any, heights: Any, widths: Any) -> Any:
+        found = cuts(self, epoch, drawn, heights, widths)
+        tell(
+            [
+                [["cut", epoch, spec.view, number], [box, flip]]
+                for spec, (boxes, flips) in zip(self.specs, found, strict=True)
+                for number, box, flip in zip(
+                    drawn.tolist(), boxes.tolist(), flips.tolist(), strict=True
+                )
+            ]
+        )
+        return found
+
+    def sampled(spec: views.ViewSpec, seed: int, epoch: int, drawn: Any) -> views.Params:
+        found = sample(spec, seed, epoch, drawn)
+        rows = zip(*(values.tolist() for values in found), strict=True)
+        numbers = drawn.tolist()
+        tell([[["pixels", epoch, spec.view, n], row] for n, row in zip(numbers, rows, strict=True)])
+        return found
+
+    def stepped(model: Any, state: Any, crops: Any, run: Any) -> Any:
+        if state.step + 1 in stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step, stats = state.step, step_of(model, state, crops, run)
+        rows = crops.index.tolist(), crops.drawn.tolist()
+        tell([[["step", step], [dist.rank(), *rows, float(stats.terms["loss"])]]])
+        return stats
+
+    cutting.Plan.cuts, views.sample, train.train_step = cut, sampled, stepped
+
+
+def read(log: Path) -> Seen:
+    """What `watch` wrote."""
+    seen = Seen({}, {}, [])
+    for line in log.read_text().splitlines():
+        key, told = json.loads(line)
+        if key[0] == "step":
+            seen.steps.setdefault(key[1], []).append(told)
+        elif seen.drawn.setdefault(tuple(key), told) != told:
+            seen.faults.append(f"{key} drawn anew, and not the same")
+    return seen

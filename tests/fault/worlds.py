@@ -1,0 +1,114 @@
+"""Check 11: a run goes on in another number of processes (gloo), on the same pictures."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clsa import checkpoint, models
+from clsa.errors import Exit
+from clsa.options import RunOptions
+from tests.fault import seen, tiny
+from tests.fault.damage import Tally
+from tests.fault.resumes import NOTE
+
+CHANGES = [(1, 2), (2, 1), (2, 4), (4, 1)]
+STOP, LAST = 4, 24
+CLOSE = 1e-5  # relative, of a loss
+HOW = "processes {} -> {}; batch norm's statistics are each process's own"
+
+
+def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
+    """24 steps, of which 20 come after the stop."""
+    given = {"epochs": 4, "save_minutes": 15, "precision": "fp32", **over}
+    return tiny.options(pictures, out, model={"norm_groups": 4}, **given)
+
+
+def without_batch_norm() -> None:
+    """In an attempt: an encoder whose rows do not see each other, so that processes agree."""
+
+    def create(*_: Any) -> nn.Module:
+        layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
+        encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        encoder.num_features = encoder.head_hidden_size = 16  # pyright: ignore
+        return encoder
+
+    tiny.shrink_encoder = lambda *_: setattr(models, "_create", create)
+
+
+def in_processes(world: int, run: RunOptions, root: Path, log: Path) -> tuple[list[int], str]:
+    """A start in so many processes, as torchrun makes them: exit codes, and what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids, said = [], [root / f"said-{rank}" for rank in range(world)]
+    for rank, told in enumerate(said):
+
+        def body(rank: int = rank) -> int:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+            )  # fmt: skip
+            without_batch_norm()
+            seen.watch(log)
+            return tiny.pretrain(run)
+
+        told.unlink(missing_ok=True)
+        pids.append(tiny.start(body, told))
+    codes = [tiny.wait(pid) for pid in pids]
+    return codes, "".join(path.read_text(errors="replace") for path in said)
+
+
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    """Weights, key network and queue at the end."""
+    saved = checkpoint.load_newest(out / "checkpoints")
+    return saved.state["method"] if saved else {}
+
+
+def changes(pictures: Path, root: Path, seeds: int, pairs: list[tuple[int, int]]) -> Tally:
+    """Each pair of worlds with each seed, beside one process that went through."""
+    tally = Tally()
+    for seed in range(seeds):
+        place = root / f"seed-{seed}"
+        place.mkdir()
+        whole, log = place / "whole", place / "seen-whole"
+        codes, said = in_processes(1, options(pictures, whole, seed=seed), place, log)
+        if codes != [0]:
+            raise RuntimeError(said)
+        one = seen.read(log)
+        for before, after in pairs:
+            out, log = place / f"{before}-{after}", place / f"seen-{before}-{after}"
+            run = options(pictures, out, seed=seed, max_steps=STOP)
+            codes, first = in_processes(before, run, place, log)
+            run = options(pictures, out, seed=seed)
+            more, said = in_processes(after, run, place, log)
+            wrong = [] if not any(codes + more) else [f"{codes}, {more}: {(first + said)[-300:]}"]
+            found = seen.read(log)
+            if found.order() != one.order() or found.drawn != one.drawn or found.faults:
+                wrong.append("other pictures, some lost or twice, or cut otherwise")
+            losses, expected = found.losses(), one.losses()
+            gaps = [abs(losses.get(n, 0) / loss - 1) for n, loss in expected.items()]
+            if max(gaps) > CLOSE or len(losses) != LAST:
+                wrong.append(f"losses differ by {max(gaps):.1e}")
+            ends, theirs = state_of(out), state_of(whole)
+            if not all(torch.allclose(ends[k], theirs[k], 1e-3, 1e-5) for k in theirs):
+                wrong.append("weights or queue differ")
+            if said.count(NOTE) != 1 or NOTE + HOW.format(before, after) not in said:
+                wrong.append("not told, or more than once")
+            tally.note(not wrong, f"{before} -> {after}, seed {seed}: {wrong}")
+    return tally
+
+
+def indivisible(pictures: Path, root: Path) -> Tally:
+    """A batch of 16 for three processes: refused by all, and the run stays as it is."""
+    tally, out, log = Tally(), root / "run", root / "seen"
+    codes, said = in_processes(2, options(pictures, out, max_steps=STOP), root, log)
+    before = checkpoint.run_digest(out)
+    more, said = in_processes(3, options(pictures, out), root, log)
+    same = checkpoint.run_digest(out) == before
+    right = codes == [0, 0] and more == [Exit.USAGE] * 3 and "not divisible among 3" in said
+    tally.note(right and same, f"{codes}, {more}: {said[-300:]}")
+    return tally
