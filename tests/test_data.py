@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -327,7 +328,8 @@ def test_what_workers_are_not_to_blame_for_stays_itself() -> None:
     for error in (MemoryError(told), MemoryError()):
         with pytest.raises(ClsaError, match="- MemoryError -"), workers.failures():
             raise error
-    workers._on_death(lambda *_: pytest.fail("a second failure was told"), signal.SIGCHLD, None)
+    told_again = partial(pytest.fail, "a second failure was told")
+    workers._on_death(told_again, lambda: "", signal.SIGCHLD, None)
 
 
 @pytest.mark.parametrize(
