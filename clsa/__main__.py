@@ -1,4 +1,4 @@
-"""`clsa`, `python -m clsa` and `torchrun -m clsa`: heeds signals before anything slow is imported."""
+"""`clsa`, `python -m clsa`, `torchrun -m clsa`: signals are heeded before the slow imports."""
 
 import sys
 

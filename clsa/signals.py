@@ -70,6 +70,19 @@ def _heard() -> list[int]:
     return [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals come when the inside is done; to processes that it starts they never do."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_at_once() -> None:
     """Until a run begins nothing can be lost: have a signal end the process with exit code 75.
 

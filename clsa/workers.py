@@ -138,7 +138,7 @@ def results(
     end = functools.partial(_kill, crew)
     atexit.register(end)  # multiprocessing would wait for one that hangs, deaf to SIGTERM
     try:
-        with failures():
+        with failures(), signals.held_back():  # the workers inherit that
             stream = iter(loader)
         del loader
         crew += [each for each in multiprocessing.active_children() if each not in others]
@@ -154,7 +154,8 @@ def results(
         _kill(crew)
         raise
     finally:
-        stream = None  # workers that do not hang end by themselves
+        if pinned:
+            stream = None  # a thread may be reading what workers hold: they end by themselves
         _kill(crew)
         atexit.unregister(end)
 

@@ -16,7 +16,8 @@ ROOT = Path(clsa.__file__).parent
 # A file imports only from files that stand before it.
 ORDER = [
     "errors", "signals", "slurm", "files", "lock", "host", "peers", "dist", "config",
-    "method_options", "around_options", "options", "cards", "detect_cards", "protocols", "command_options", "extras",
+    "method_options", "around_options", "options", "cards", "detect_cards", "protocols",
+    "command_options", "extras",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
     "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
     "annotations", "scenes",
