@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-from tests.fault import lane, preempt
+from tests.fault import crew, lane, limits, preempt, ranks, soak
 from tests.fault.figures import Figure
 from tests.fault.lane import Check, figure_of
+from tests.fault.machine import has
 from tests.fault.tiny import Setup
 
 
@@ -25,9 +26,62 @@ def queues(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     return [figure_of(15, what, tally)]
 
 
+def peers(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Check 16."""
+    forked = ranks.losses(setup, setup.at("ranks"), 5 if is_long else 1, seed=0)
+    kinds = list(ranks.ENDS) if is_long else ["kill -9"]
+    launched = ranks.launched(setup, setup.at("launched"), kinds)
+    what = f"of 2 or 4 processes one {', '.join(ranks.ENDS)}"
+    return [figure_of(16, what, forked), figure_of(16, "the same under torchrun", launched)]
+
+
+def in_place(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Check 17."""
+    tally = ranks.restarts(setup, setup.at("restarts"), 10 if is_long else 1)
+    return [figure_of(17, "kill -9 of a process under torchrun --max-restarts", tally)]
+
+
+def loaders(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Check 18."""
+    tally = crew.ends(setup, setup.at("crew"), 5 if is_long else 1, seed=0)
+    return [figure_of(18, f"a loader process: {', '.join(crew.ENDS)}", tally)]
+
+
+def resources(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Check 19."""
+    rows, place = [], setup.at("limits")
+    if has("mount"):
+        shm = limits.small_shm(setup, place, 5 if is_long else 1)
+        rows.append(figure_of(19, "/dev/shm of 1 MB, too small and large enough", shm))
+    files = limits.few_files(setup, place, 5 if is_long else 1)
+    memory = limits.little_memory(setup, place, 10 if is_long else 2, seed=0)
+    core = limits.one_core(setup, place, 5 if is_long else 1)
+    return [
+        *rows,
+        figure_of(19, "ulimit -n of 20 to 64", files),
+        figure_of(19, "ulimit -v of 0.3 to 3 GB", memory),
+        figure_of(19, "one core", core),
+    ]
+
+
+def endurance(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Check 20; a few starts and stops where there is little time."""
+    stops = soak.cycles(setup, setup.at("cycles"), soak.CYCLES if is_long else 4, seed=0)
+    rows = [figure_of(20, "starts and stops, every fourth by kill -9", stops)]
+    if is_long:
+        steps, note = soak.long_run(setup, setup.at("soak"))
+        rows.append(figure_of(20, "3,000 steps: memory, files, threads, /dev/shm", steps, note))
+    return rows
+
+
 CHECKS: dict[str, Check] = {
     "terms": terms,
     "queues": queues,
+    "ranks": peers,
+    "restarts": in_place,
+    "crew": loaders,
+    "limits": resources,
+    "soak": endurance,
 }
 
 
