@@ -123,9 +123,13 @@ def named(step: Callable[[], int]) -> Iterator[None]:
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """Rank 0 may take long inside; the others then wait for as long as it lives."""
-    if not _peers:
+def first_alone(together: bool = True) -> Iterator[None]:
+    """Rank 0 may take long inside; the others then wait for as long as it lives.
+
+    Args:
+        together: whether all ranks come here; else nobody waits.
+    """
+    if not _peers or not together:
         yield
         return
     peers = _peers[-1]

@@ -176,7 +176,7 @@ def fit(
             if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
                 journal.log(state.step, stats.numbers())
             if reason or not rest or saver.is_due():
-                with peers.first_alone():
+                with peers.first_alone(together=bool(reason or not rest)):  # clocks differ
                     better = not rest and speaks and judge(epoch)
                     keep = not rest and divides(options.keep_every, epoch)
                     saver.save(keep, better, last=bool(reason))

@@ -144,9 +144,9 @@ def results(
         crew += [each for each in multiprocessing.active_children() if each not in others]
         report = functools.partial(_report, crew, watched.board, name)
         name_deaths(report)
-        for number in numbers:
+        for place in range(len(numbers)):
             with failures(report):
-                found = _next(stream, number, report)
+                found = _next(stream, place % count, report)  # DataLoader takes turns
             if found is None:
                 return
             yield found[0]
@@ -160,8 +160,8 @@ def results(
         atexit.unregister(end)
 
 
-def _next(stream: Iterator[Any], number: int, report: "Report") -> tuple[Any] | None:
-    """The next result; None when this process is asked to stop first."""
+def _next(stream: Iterator[Any], worker: int, report: "Report") -> tuple[Any] | None:
+    """The next result, which `worker` owes; None when this process is asked to stop first."""
     since = time.monotonic()
     while True:
         try:
@@ -170,13 +170,13 @@ def _next(stream: Iterator[Any], number: int, report: "Report") -> tuple[Any] | 
             if not str(error).startswith("DataLoader timed out"):
                 raise
             if time.monotonic() - since > TIMEOUT_S:
-                raise _error(report(number), f"no answer in {TIMEOUT_S} s") from None
+                raise _error(report(worker), f"no answer in {TIMEOUT_S} s") from None
             if signals.asked() and dist.world_size() == 1:
                 return None
             continue
         if isinstance(found, _Raised):
             cause = RuntimeError(found.traceback)
-            raise _error(report(None, found.worker), found.error) from cause
+            raise _error(report(found.worker), found.error) from cause
         return (found,)
 
 
@@ -200,20 +200,17 @@ def _report(
     crew: list[BaseProcess],
     board: Tensor,
     name: Callable[[int], str],
-    number: int | None = None,
     worker: int | None = None,
 ) -> str:
     """Which worker failed, how it ended, and what it was reading.
 
     Args:
-        number: what is waited for in vain; the worker that has it is the one.
-        worker: its number, where it is known.
+        worker: its number where it is known; else the first that has ended.
     """
     codes = {process.pid: process.exitcode for process in crew}
     for line, (pid, busy, picture) in enumerate(board.tolist()):
         code = codes.get(pid)
-        known = line == worker if worker is not None else busy == number
-        if not (known if (worker, number) != (None, None) else code is not None):
+        if code is None if worker is None else line != worker:
             continue
         told = f"worker {line} (pid {pid})"
         if code is not None:
@@ -222,7 +219,7 @@ def _report(
             return f"{told}, between two batches"
         place = name(picture) if picture >= 0 else "no picture yet"
         return f"{told}, at {place}, batch {busy}"
-    return "no worker has begun" if number is not None else ""
+    return ""
 
 
 def _error(what: str, why: str) -> ClsaError:

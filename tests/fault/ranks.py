@@ -161,7 +161,7 @@ def _wrong(out: Path, kind: str, victim: int, codes: dict[int, int], said: list[
 
 
 def torchrun(pictures: Path, out: Path, once: Path, kind: str, restarts: int) -> tuple[int, str]:
-    """The real launcher with two ranks, of which one comes to grief until the file `once` stands."""
+    """The real launcher; one of two ranks comes to grief unless the file `once` stands."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         f"--max-restarts={restarts}", "--shutdown-timeout", "10", "-m", "tests.fault.ranks",

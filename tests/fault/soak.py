@@ -63,7 +63,7 @@ def long_run(setup: Setup, root: Path) -> tuple[Tally, str]:
 
 
 def cycles(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """Starts that are stopped, every fourth by kill -9 of the main process alone; one run in all."""
+    """One run, stopped many times, each fourth time by kill -9 of the main process alone."""
     tally, rng, out = Tally(), random.Random(seed), root / "run"
     before = set(os.listdir("/dev/shm"))
     for number in range(count):
