@@ -54,13 +54,21 @@ class Peers:
             self.ended = True
             with suppress(RuntimeError):
                 self.store.set(f"at/{self.rank}", f"at step {step}")
-        heard, until = {}, time.monotonic() + ROLL_S
-        for rank in range(self.world):
+        heard, until = {self.rank: f"at step {step}"}, time.monotonic() + ROLL_S
+        for rank in set(range(self.world)) - {self.rank}:
             left = timedelta(seconds=max(until - time.monotonic(), 0.01))
             with suppress(RuntimeError):
                 self.store.wait([f"at/{rank}"], left)
                 heard[rank] = self.store.get(f"at/{rank}").decode()
         return _told(heard, self.world, self.rank, step, error)
+
+    def linger(self) -> None:
+        """Rank 0, which may hold the store, lets the others read there why it ends."""
+        others, limit = [f"at/{rank}" for rank in range(1, self.world)], timedelta(seconds=ROLL_S)
+        if self.rank == 0:
+            with suppress(RuntimeError):
+                self.store.wait(others, limit)
+                time.sleep(BEAT_S / 4)  # they have asked, and read next
 
     def beat(self, done: threading.Event) -> None:
         """Show that this process lives, until it is done."""
@@ -94,9 +102,14 @@ def joined(backend: str, timeout_s: float, gpu: torch.device | None) -> Iterator
         with named(lambda: 0):
             yield
         peers.say_end("it was done")
+    except BaseException:
+        td.destroy_process_group()  # now the others meet that
+        peers.linger()
+        raise
+    else:
+        td.destroy_process_group()
     finally:
         _peers.remove(peers)
-        td.destroy_process_group()
 
 
 @contextmanager
@@ -174,4 +187,4 @@ def _told(
 
 def _short(error: BaseException) -> str:
     """What a library says, without the place in its own source."""
-    return re.sub(r"^\[\S+\] ", "", first_line(error))[:120]
+    return re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0][:120]

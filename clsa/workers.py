@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -59,7 +60,8 @@ class _Watched(Dataset):
         try:
             found = self.dataset[number]
         except Exception as error:
-            return _Raised(info.id, first_line(error), traceback.format_exc())
+            doing = tuple(_line.tolist())  # it goes on to other batches before this is heard
+            return _Raised(info.id, doing, first_line(error), traceback.format_exc())
         _line[1] = _line[2] = -1
         return found
 
@@ -68,6 +70,7 @@ class _Raised(NamedTuple):
     """What a worker hands over instead of a result."""
 
     worker: int
+    doing: tuple[int, ...]
     error: str
     traceback: str
 
@@ -135,18 +138,19 @@ def results(
         generator=torch.Generator(),  # its own, so that the caller's draws stay as they are
     )
     crew: list[BaseProcess] = []
-    end = functools.partial(_kill, crew)
+    report = functools.partial(_report, crew, watched.board, name)
+    watch, end = _Watch(crew, report), functools.partial(_kill, crew)
     atexit.register(end)  # multiprocessing would wait for one that hangs, deaf to SIGTERM
     try:
         with failures(), signals.held_back():  # the workers inherit that
             stream = iter(loader)
         del loader
         crew += [each for each in multiprocessing.active_children() if each not in others]
-        report = functools.partial(_report, crew, watched.board, name)
         name_deaths(report)
+        watch.start()
         for place in range(len(numbers)):
             with failures(report):
-                found = _next(stream, place % count, report)  # DataLoader takes turns
+                found = _next(stream, place % count, watch)  # DataLoader takes turns
             if found is None:
                 return
             yield found[0]
@@ -154,30 +158,59 @@ def results(
         _kill(crew)
         raise
     finally:
+        watch.done.set()
         if pinned:
             stream = None  # a thread may be reading what workers hold: they end by themselves
         _kill(crew)
         atexit.unregister(end)
 
 
-def _next(stream: Iterator[Any], worker: int, report: "Report") -> tuple[Any] | None:
+class _Watch(threading.Thread):
+    """Kills the workers when one is silent for too long, or the process is asked to stop.
+
+    The parent may hang itself: it asks the worker for each tensor's memory, without a limit.
+    """
+
+    def __init__(self, crew: list[BaseProcess], report: "Report"):
+        super().__init__(daemon=True)
+        self.crew, self.report, self.done = crew, report, threading.Event()
+        self.waiting: tuple[int, float] | None = None
+        self.told: str | None = None
+        """Set when it has killed them: who was silent; empty when the process shall stop."""
+
+    def run(self) -> None:
+        while not self.done.wait(POLL_S / 4):
+            worker, since = self.waiting or (0, math.inf)
+            if time.monotonic() - since > TIMEOUT_S:
+                self.told = self.report(worker)
+            elif self.waiting and signals.asked() and dist.world_size() == 1:
+                self.told = ""
+            if self.told is not None:
+                _failed.set()
+                for process in self.crew:
+                    process.kill()
+                return
+
+
+def _next(stream: Iterator[Any], worker: int, watch: _Watch) -> tuple[Any] | None:
     """The next result, which `worker` owes; None when this process is asked to stop first."""
-    since = time.monotonic()
+    watch.waiting = worker, time.monotonic()
     while True:
         try:
             found = next(stream)
-        except RuntimeError as error:
+            break
+        except (RuntimeError, OSError, EOFError) as error:
+            if watch.told:
+                raise _error(watch.told, f"no answer in {TIMEOUT_S} s") from None
+            if watch.told is not None:
+                return None
             if not str(error).startswith("DataLoader timed out"):
                 raise
-            if time.monotonic() - since > TIMEOUT_S:
-                raise _error(report(worker), f"no answer in {TIMEOUT_S} s") from None
-            if signals.asked() and dist.world_size() == 1:
-                return None
-            continue
-        if isinstance(found, _Raised):
-            cause = RuntimeError(found.traceback)
-            raise _error(report(found.worker), found.error) from cause
-        return (found,)
+    watch.waiting = None
+    if isinstance(found, _Raised):
+        cause = RuntimeError(found.traceback)
+        raise _error(watch.report(found.worker, found.doing), found.error) from cause
+    return (found,)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -201,14 +234,17 @@ def _report(
     board: Tensor,
     name: Callable[[int], str],
     worker: int | None = None,
+    doing: tuple[int, ...] = (),
 ) -> str:
     """Which worker failed, how it ended, and what it was reading.
 
     Args:
         worker: its number where it is known; else the first that has ended.
+        doing: its line of the board, if that is known better than the board knows it.
     """
     codes = {process.pid: process.exitcode for process in crew}
-    for line, (pid, busy, picture) in enumerate(board.tolist()):
+    for line, noted in enumerate(board.tolist()):
+        pid, busy, picture = doing or noted
         code = codes.get(pid)
         if code is None if worker is None else line != worker:
             continue

@@ -94,7 +94,7 @@ def probe_everything(begun: Callable[[], object], times: int) -> None:
                 extract(encoder, parts.bank, np.arange(len(parts.bank)), *rest)
         return 0.0
 
-    judge.Judge.__init__ = begin
+    judge.Judge.__init__ = begin  # pyright: ignore
     judge.probe = probe
 
 
@@ -169,7 +169,7 @@ def terms(setup: Setup, root: Path, count: int, seed: int) -> Tally:
         out, place = root / f"run-{number}", root / f"at-{number}"
         place.mkdir()
         options = tiny.options(setup.pictures, out, **over)
-        numbers = [signal.SIGTERM] * rng.choice((1, 2))
+        numbers = [int(signal.SIGTERM)] * rng.choice((1, 2))
         code, seconds, said = send(
             lambda options=options: tiny.pretrain(options),
             body, place, numbers, rng.uniform(0, AHEAD_S),
