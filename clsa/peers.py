@@ -7,6 +7,7 @@ ends says why there; when a collective fails, all say where they are, and who sa
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -102,7 +103,8 @@ def joined(backend: str, timeout_s: float, gpu: torch.device | None) -> Iterator
         with named(lambda: 0):
             yield
         peers.say_end("it was done")
-    except BaseException:
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their DistributedDataParallel holds the group
         td.destroy_process_group()  # now the others meet that
         peers.linger()
         raise

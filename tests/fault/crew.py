@@ -65,10 +65,11 @@ def left_of(group: int) -> list[int]:
     return found
 
 
-def ends(setup: Setup, root: Path, each: int, seed: int) -> Tally:
-    """Each of ENDS at a drawn picture, with one to three workers; then a new start."""
+def ends(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
+    """Each of `kinds` at a drawn picture, with one to three workers; then a new start."""
     tally, rng = Tally(), random.Random(seed)
-    for number, (kind, (end, told)) in enumerate(list(ENDS.items()) * each):
+    for number, kind in enumerate(kinds):
+        end, told = ENDS[kind]
         out, note, log = root / f"run-{number}", root / f"note-{number}", root / f"log-{number}"
         run: Any = tiny.options(setup.pictures, out, data={"workers": rng.randrange(1, 4)})
         nth = rng.randrange(1, 600)

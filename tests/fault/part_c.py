@@ -12,26 +12,27 @@ from tests.fault.tiny import Setup
 
 def terms(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 14."""
-    moments = preempt.terms(setup, setup.at("terms"), 49 if is_long else 7, seed=0)
-    imports = preempt.imports(setup, setup.at("imports"), 20 if is_long else 3, seed=0)
+    moments = preempt.terms(setup, setup.at("terms"), 49 if is_long else 4, seed=0)
+    imports = preempt.imports(setup, setup.at("imports"), 20 if is_long else 2, seed=0)
     what = "SIGTERM, half of them twice: begin, first batch, step, preparation, probe, save, end"
     return [figure_of(14, what, moments), figure_of(14, "SIGTERM while it imports", imports)]
 
 
 def queues(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 15."""
-    count = len(preempt.KINDS) * (10 if is_long else 1)
-    tally = preempt.others(setup, setup.at("queues"), count, seed=0)
-    what = f"SIGUSR1 under SLURM, SIGINT, SIGHUP: {', '.join(preempt.KINDS)}"
+    kinds = list(preempt.KINDS) * 6 if is_long else ["an array", "refused", "INT twice"]
+    tally = preempt.others(setup, setup.at("queues"), kinds, seed=0)
+    what = f"SIGUSR1 under SLURM, SIGINT, SIGHUP: {', '.join(dict.fromkeys(kinds))}"
     return [figure_of(15, what, tally)]
 
 
 def peers(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 16."""
-    forked = ranks.losses(setup, setup.at("ranks"), 5 if is_long else 1, seed=0)
-    kinds = list(ranks.ENDS) if is_long else ["kill -9"]
-    launched = ranks.launched(setup, setup.at("launched"), kinds)
-    what = f"of 2 or 4 processes one {', '.join(ranks.ENDS)}"
+    kinds = list(ranks.ENDS) * 5 if is_long else ["raises", "SIGSTOP"]
+    forked = ranks.losses(setup, setup.at("ranks"), kinds, seed=0)
+    under = list(ranks.ENDS) if is_long else ["kill -9"]
+    launched = ranks.launched(setup, setup.at("launched"), under)
+    what = f"of 2 or 4 processes one {', '.join(dict.fromkeys(kinds))}"
     return [figure_of(16, what, forked), figure_of(16, "the same under torchrun", launched)]
 
 
@@ -43,8 +44,9 @@ def in_place(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 
 def loaders(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 18."""
-    tally = crew.ends(setup, setup.at("crew"), 5 if is_long else 1, seed=0)
-    return [figure_of(18, f"a loader process: {', '.join(crew.ENDS)}", tally)]
+    kinds = list(crew.ENDS) * 5 if is_long else ["SIGSTOP", "an exception"]
+    tally = crew.ends(setup, setup.at("crew"), kinds, seed=0)
+    return [figure_of(18, f"a loader process: {', '.join(dict.fromkeys(kinds))}", tally)]
 
 
 def resources(setup: Setup, root: Path, is_long: bool) -> list[Figure]:

@@ -246,11 +246,10 @@ KINDS: dict[str, tuple[list[int], dict[str, str], str, str, str]] = {
 }
 
 
-def others(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """Each of KINDS at a drawn step or save, with a false scontrol; then a new start."""
+def others(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
+    """Each of `kinds` at a drawn step or save, with a false scontrol; then a new start."""
     tally, rng = Tally(), random.Random(seed)
-    for number in range(count):
-        kind = list(KINDS)[number % len(KINDS)]
+    for number, kind in enumerate(kinds):
         numbers, env, answer, asked, told = KINDS[kind]
         out, place = root / f"run-{number}", root / f"at-{number}"
         place.mkdir()

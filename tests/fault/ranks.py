@@ -104,12 +104,12 @@ def whole(setup: Setup, root: Path, world: int) -> tuple[str, dict[int, float]]:
     return checkpoint.run_digest(out), tiny.losses(out)
 
 
-def losses(setup: Setup, root: Path, each: int, seed: int) -> Tally:
-    """Each of ENDS on a drawn rank of two to four at a drawn step; then a new start."""
+def losses(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
+    """Each of `kinds` on a drawn rank of two to four at a drawn step; then a new start."""
     tally, rng = Tally(), random.Random(seed)
     expected = dict[int, tuple[str, dict[int, float]]]()
-    for number, kind in enumerate(list(ENDS) * each):
-        world = rng.choice((2, 4)) if each > 1 else 2
+    for number, kind in enumerate(kinds):
+        world = rng.choice((2, 4)) if len(kinds) > len(ENDS) else 2
         if world not in expected:
             expected[world] = whole(setup, root, world)
         victim, step = rng.randrange(world), rng.randrange(1, LAST - 2)
