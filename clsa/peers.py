@@ -51,17 +51,24 @@ class Peers:
 
     def lost(self, step: int, error: BaseException) -> ClsaError:
         """What a failed collective means: asks all others where they are, for a few seconds."""
-        if not self.ended:
-            self.ended = True
-            with suppress(RuntimeError):
-                self.store.set(f"at/{self.rank}", f"at step {step}")
-        heard, until = {self.rank: f"at step {step}"}, time.monotonic() + ROLL_S
+        heard = {self.rank: f"at step {step}"}
+        # In a thread: where rank 0 holds the store and is stopped, a call may never return.
+        asking = threading.Thread(target=self._call_roll, args=(heard,), daemon=True)
+        asking.start()
+        asking.join(ROLL_S + BEAT_S)
+        return _told(dict(heard), self.world, self.rank, step, error)
+
+    def _call_roll(self, heard: dict[int, str]) -> None:
+        until = time.monotonic() + ROLL_S
+        with suppress(RuntimeError):
+            if not self.ended:
+                self.ended = True
+                self.store.set(f"at/{self.rank}", heard[self.rank])
         for rank in set(range(self.world)) - {self.rank}:
             left = timedelta(seconds=max(until - time.monotonic(), 0.01))
             with suppress(RuntimeError):
                 self.store.wait([f"at/{rank}"], left)
                 heard[rank] = self.store.get(f"at/{rank}").decode()
-        return _told(heard, self.world, self.rank, step, error)
 
     def linger(self) -> None:
         """Rank 0, which may hold the store, lets the others read there why it ends."""
