@@ -1,6 +1,20 @@
-"""`python -m clsa` and `torchrun -m clsa`."""
+"""`clsa`, `python -m clsa`, `torchrun -m clsa`: signals are heeded before the slow imports."""
 
-from clsa.cli import console
+import sys
+
+from clsa import signals
+
+TRAIN = ("pretrain", "extend", "demo", "sweep")
+
+
+def console() -> None:
+    """Entry point of the `clsa` script."""
+    if sys.argv[1:2] and sys.argv[1] in TRAIN:
+        signals.leave_at_once()
+    from clsa.cli import main
+
+    sys.exit(main())
+
 
 if __name__ == "__main__":
     console()

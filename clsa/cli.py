@@ -27,7 +27,7 @@ from clsa.command_options import (
     SweepOptions,
 )
 from clsa.config import Config, merge, nearest, read_yaml, to_yaml
-from clsa.errors import ClsaError, Exit
+from clsa.errors import ClsaError, Exit, memory_told
 from clsa.options import RunOptions
 from clsa.protocols import CARDS
 from clsa.recipes import RECIPES, described, overrides_of, resolve
@@ -308,25 +308,22 @@ def main(argv: list[str] | None = None) -> int:
             close = nearest(args[0], list(COMMANDS))
             hint = f"did you mean {close}?" if close else f"use one of {', '.join(COMMANDS)}"
             raise ClsaError(f"command {args[0]}", "no such command", hint)
-        COMMANDS[args[0]](args[1:])
+        with memory_told():
+            COMMANDS[args[0]](args[1:])
         sys.stdout.flush()
     except ClsaError as error:
         if debug:
             traceback.print_exc()
         print(f"error: {_printable(str(error))}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        print("error: interrupted - nothing more was written - run it again", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        why = f"stopped by {error}" if str(error) else "interrupted"
+        print(f"error: {why} - nothing more was written - run it again", file=sys.stderr)
         return Exit.PREEMPTED
     except BrokenPipeError:  # whoever read our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.IO
     return Exit.OK
-
-
-def console() -> None:
-    """Entry point of the `clsa` script."""
-    sys.exit(main())
 
 
 def _overview() -> str:

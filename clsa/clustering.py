@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor, nn
 
-from clsa import dist
+from clsa import dist, peers
 from clsa.errors import ClsaError
 from clsa.extras import require
 from clsa.host import num_cores
@@ -203,17 +203,21 @@ class Clusters(nn.Module):
     @torch.no_grad()
     def fit(self, features: Float[Tensor, "n D"], seed: int) -> None:
         """Cluster `features` anew on rank 0 and send what it found to all; the others wait."""
-        if dist.rank() == 0:
-            read = features.any(1).nonzero()[:, 0]  # rows of unreadable pictures are zeros
-            found = k_means(features[read].numpy(), len(self.centroids), seed)
-            raw = raw_concentrations(found.distances, found.assignment, len(self.centroids))
-            phi = concentrations(raw, self.temperature)
-            self.centroids.copy_(F.normalize(torch.from_numpy(found.centroids)))
-            self.concentrations.copy_(torch.from_numpy(phi))
-            nearest = torch.from_numpy(found.assignment).to(self.assignment)
-            self.assignment.zero_().index_copy_(0, read.to(nearest.device), nearest)
+        with peers.first_alone():
+            if dist.rank() == 0:
+                self._cluster(features, seed)
         for buffer in (self.centroids, self.concentrations, self.assignment):
             dist.from_first(buffer)
+
+    def _cluster(self, features: Float[Tensor, "n D"], seed: int) -> None:
+        read = features.any(1).nonzero()[:, 0]  # rows of unreadable pictures are zeros
+        found = k_means(features[read].numpy(), len(self.centroids), seed)
+        raw = raw_concentrations(found.distances, found.assignment, len(self.centroids))
+        phi = concentrations(raw, self.temperature)
+        self.centroids.copy_(F.normalize(torch.from_numpy(found.centroids)))
+        self.concentrations.copy_(torch.from_numpy(phi))
+        nearest = torch.from_numpy(found.assignment).to(self.assignment)
+        self.assignment.zero_().index_copy_(0, read.to(nearest.device), nearest)
 
     @torch.no_grad()
     def compare(

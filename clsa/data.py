@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-from clsa import dist
+from clsa import dist, signals
 from clsa.cutting import Crops, Cut, Plan, centre, cut_alone
 from clsa.decode import DecodeError
 from clsa.errors import ClsaError
@@ -149,9 +149,13 @@ def eval_crops(
 
     Yields:
         Numbers of the pictures and their crops in [0, 255], at most 256 at a time.
+
+    Raises:
+        signals.Asked: when a run that looks at pictures so is asked to stop.
     """
     if isinstance(source, Pictures):
         for start in range(0, len(rows), EVAL_CHUNK):
+            signals.check()
             chunk = rows[start : start + EVAL_CHUNK]
             pictures = np.array(source.images[chunk].transpose(0, 3, 1, 2), order="C")
             heights, widths = np.tile(pictures.shape[2:], (len(chunk), 1)).T
@@ -170,6 +174,7 @@ def eval_crops(
     for position, (i, loaded) in enumerate(
         zip(rows.tolist(), _ahead(load, rows.tolist()), strict=True)
     ):
+        signals.check()
         if loaded is not None:
             kept.append(i)
             crops.append(loaded)

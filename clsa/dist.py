@@ -7,7 +7,6 @@ processes there are.
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ import torch.distributed as td
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from clsa.errors import ClsaError, Exit
+from clsa import peers
+from clsa.errors import ClsaError
 from clsa.host import upload
 
 
@@ -63,24 +63,22 @@ def pick_device(name: str) -> torch.device:
 def process_group(device: torch.device, timeout_s: float = 3600.0) -> Iterator[None]:
     """Join the group that torchrun announces (nccl on CUDA, gloo elsewhere); leave it at the end.
 
-    Without torchrun's environment (`WORLD_SIZE`) nothing is set up. The others wait for up to
-    `timeout_s` while rank 0 probes and saves.
+    Without torchrun's environment (`WORLD_SIZE`) nothing is set up.
+
+    Args:
+        timeout_s: how long one process waits for another before that counts as lost; while rank 0
+            works in `peers.first_alone`, without a sign of life.
+
+    Raises:
+        ClsaError: 74 when another process is lost.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or td.is_initialized():
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     gpu = device if device.type == "cuda" else None
-    td.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=gpu)
-    try:
+    with peers.joined(backend, timeout_s, gpu):
         yield
-    except RuntimeError as error:
-        if "onnection" not in str(error):
-            raise
-        what, why = "another process ended", "its own message tells why"
-        raise ClsaError(what, why, "mend that and run again", Exit.IO) from error
-    finally:
-        td.destroy_process_group()
 
 
 def all_gather(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:

@@ -1,5 +1,7 @@
 """Errors that a user can mend: what happened, why, what to do; each kind has its exit code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -31,6 +33,29 @@ class ClsaError(Exception):
     def __init__(self, what: str, why: str, next_step: str, code: Exit = Exit.USAGE):
         super().__init__(f"{what} - {why} - {next_step}")
         self.code = code
+
+
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory",
+              "failed to map segment", "can't start new thread")  # fmt: skip
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Tell of memory that the system refuses in one line.
+
+    Raises:
+        ClsaError: 74.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, ImportError, OSError) as error:
+        told = first_line(error)
+        if not isinstance(error, MemoryError) and not any(
+            text in str(error).lower() for text in _NO_MEMORY
+        ):
+            raise
+        step = "free some, raise ulimit -v, or lower --batch-size and --workers"
+        raise ClsaError("memory is short", told, step, Exit.IO) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -57,8 +57,10 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> tuple[str,
                 hashing = _Hashing(file)
                 try:
                     write(hashing)  # pyright: ignore[reportArgumentType]
-                except RuntimeError as error:  # torch.save hides the disk's refusal behind one
-                    raise hashing.refusal or error from None
+                except RuntimeError as error:  # torch.save hides a refusal and Ctrl-C behind one
+                    hidden = error.__context__
+                    stopped = hidden if isinstance(hidden, KeyboardInterrupt) else None
+                    raise stopped or hashing.refusal or error from None
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -15,8 +15,8 @@ from clsa.options import RunOptions
 # (pictures may have moved: their digest decides).
 FREE = {
     "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
-    "save_minutes", "keep_every", "probe_every", "log_every", "device", "accept_data_change",
-    "stop_on_collapse",
+    "wait_minutes", "save_minutes", "keep_every", "probe_every", "log_every", "device",
+    "accept_data_change", "stop_on_collapse",
 }  # fmt: skip
 
 

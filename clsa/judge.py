@@ -14,6 +14,7 @@ from clsa.evaluate.split import Split, split
 from clsa.intake import open_val
 from clsa.journal import Journal
 from clsa.options import RunOptions, ViewOptions
+from clsa.signals import Asked
 from clsa.sources import Source
 from clsa.state import State
 
@@ -53,7 +54,11 @@ class Judge:
         if not divides(self.every, epoch):
             return False
         encoder = self.state.method.network.encoder
-        accuracy = probe(encoder, self.parts, self.options.views, self.device)
+        try:
+            accuracy = probe(encoder, self.parts, self.options.views, self.device)
+        except Asked as signal:
+            self.journal.say(f"epoch {epoch}: no online probe, {signal} came meanwhile")
+            return False
         self.journal.write({"step": self.state.step, "epoch": epoch, "knn": accuracy})
         self.journal.say(f"epoch {epoch}: 20-NN {accuracy:.1f} %")
         num_queries = min(len(self.parts.queries), PROBE_QUERIES)

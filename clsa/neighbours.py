@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Int64
 from torch import Tensor, nn
 
-from clsa import clustering, dist, rng
+from clsa import clustering, dist, peers, rng
 from clsa.around_options import MixtureOptions
 from clsa.clustering import Nearest
 from clsa.order import Companions, Order, Rows
@@ -224,10 +224,11 @@ class Neighbours(nn.Module):
         begun = time.monotonic()
         features = embed()
         numbers = {"embedding_s": round(time.monotonic() - begun, 3)}
-        if dist.rank() == 0:
-            table, more = find(features.numpy(), self.options, self.seed, epoch)
-            numbers = {"positives": more.pop("positives"), **numbers, **more}
-            self.positives.copy_(torch.from_numpy(table))
+        with peers.first_alone():
+            if dist.rank() == 0:
+                table, more = find(features.numpy(), self.options, self.seed, epoch)
+                numbers = {"positives": more.pop("positives"), **numbers, **more}
+                self.positives.copy_(torch.from_numpy(table))
         dist.from_first(self.positives)
         self.found.fill_(True)
         return numbers

@@ -181,6 +181,8 @@ class RunOptions(Config):
     """Stop after this step; the schedule still follows `epochs`, and the run can be resumed."""
     max_minutes: Positive | None = None
     """Stop after this long; the run can be resumed."""
+    wait_minutes: Positive = 10.0
+    """With several processes: how long one that does not answer is waited for."""
     save_minutes: Positive = 15.0
     """A checkpoint at least this often, besides one an epoch."""
     keep_every: Annotated[int, pydantic.Field(ge=0)] = 0

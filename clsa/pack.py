@@ -135,11 +135,11 @@ class _Encoder(Dataset):
         self.source, self.size, self.quality = source, size, quality
 
     def __getitem__(self, row: int) -> _Encoded | tuple[int, str]:
-        with workers.deadline():
-            try:
-                return _encode(self.source, row, self.size, self.quality)
-            except DecodeError as error:
-                return row, error.reason
+        workers.at(row)
+        try:
+            return _encode(self.source, row, self.size, self.quality)
+        except DecodeError as error:
+            return row, error.reason
 
 
 def _encode_all(
@@ -147,8 +147,9 @@ def _encode_all(
 ) -> Iterator[_Encoded | tuple[int, str]]:
     """Pictures from number `first` on, in order."""
     count = min(num_cores() if options.workers is None else options.workers, len(source) - first)
+    name = source.ids.__getitem__
     encoder = _Encoder(source, options.size, options.quality)
-    yield from workers.results(encoder, range(first, len(source)), count, PREFETCH)
+    yield from workers.results(encoder, range(first, len(source)), count, PREFETCH, name)
 
 
 class _Part(NamedTuple):

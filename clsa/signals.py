@@ -1,10 +1,22 @@
 """Being asked to stop: a signal or a deadline only raises a flag; the loop saves and leaves."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+from clsa.errors import Exit
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+_listening: list["Stop"] = []
+
+
+class Asked(KeyboardInterrupt):
+    """A signal came while the run waited and had nothing unsaved; says which one."""
 
 
 class Stop:
@@ -42,25 +54,74 @@ class Stop:
         return ("", "max_minutes", self.alarm or "an alarm", self.signal_name or other)[level]
 
 
+def asked() -> str:
+    """Name of the signal that has come to whoever listens; empty without one."""
+    return _listening[-1].signal_name if _listening else ""
+
+
+def check() -> None:
+    """Where a run may be busy for long and has nothing unsaved: leave if it was asked to.
+
+    Raises:
+        Asked: when a signal has come.
+    """
+    if asked():
+        raise Asked(asked())
+
+
+def _heard() -> list[int]:
+    """Signals that nobody asked to be ignored, as nohup does."""
+    return [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals come when the inside is done; to processes that it starts they never do."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_at_once() -> None:
+    """Until a run begins nothing can be lost: have a signal end the process with exit code 75.
+
+    Not by an exception, which an import that is half done might swallow.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        line = f"error: stopped by {name} - nothing was to be saved - run it again\n"
+        os.write(2, line.encode())
+        os._exit(Exit.PREEMPTED)
+
+    for number in _heard():
+        signal.signal(number, leave)
+
+
 @contextmanager
 def stop_on_signals(max_minutes: float | None = None) -> Iterator[Stop]:
     """Catch TERM, INT, HUP and USR1 while inside; the old handlers come back afterwards.
 
-    Inside another one, what came is passed on to it at the end.
+    Inside another one, what came to either is told to both.
     """
     stop = Stop(max_minutes)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     try:
-        before = {number: signal.signal(number, stop.ask) for number in heard}
+        before = {number: signal.signal(number, stop.ask) for number in _heard()}
     except ValueError:  # not the main thread: whoever runs us there handles signals
         yield stop
         return
+    outer = _listening[-1] if _listening else Stop()
+    stop.signal_name = stop.signal_name or outer.signal_name
+    _listening.append(stop)
     try:
         yield stop
     finally:
+        _listening.remove(stop)
         for number, handler in before.items():
             signal.signal(number, handler)
-            outer = getattr(handler, "__self__", None)
-            if isinstance(outer, Stop):  # a sweep around a run has heard it too
-                outer.signal_name = outer.signal_name or stop.signal_name
+        outer.signal_name = outer.signal_name or stop.signal_name

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from rich.console import Console
 
-from clsa import checkpoint, dist, files, forgetting, intake, rng, start
+from clsa import checkpoint, dist, files, forgetting, intake, peers, rng, start
 from clsa.clustering import require_faiss
 from clsa.errors import ClsaError, Exit
 from clsa.evaluate.split import MIN_LABELLED, Split, split, without_held_out_labels
@@ -45,7 +45,7 @@ def pretrain(options: RunOptions) -> Path:
         return start.pretrain(options)
     keep_freed_memory()
     device = dist.pick_device(options.device)
-    with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
+    with dist.process_group(device, 60 * options.wait_minutes):
         folder = RunFolder(options.out)
         folder.check(options)
         if METHODS[options.method.name].holds_pictures:
@@ -57,7 +57,7 @@ def pretrain(options: RunOptions) -> Path:
         if options.continual.keep != "nothing":
             require_faiss()
         sources = stage_sources(options)
-        with folder.held(options):
+        with stop_on_signals(options.max_minutes) as stop, folder.held(options):
             run_stages(options, folder, sources, device, stop)
     return options.out
 
@@ -74,8 +74,9 @@ def run_stages(
         finished = stage.run(sources, device, stop)
         if not finished:
             break
-        if dist.rank() == 0:
-            stage.judge(parts, device)
+        with peers.first_alone():
+            if dist.rank() == 0:
+                stage.judge(parts, device)
     if dist.rank() == 0 and (options.out / "forgetting.json").exists():
         Console().print(forgetting.printed(read_forgetting(options.out)))
 
@@ -259,12 +260,13 @@ class Stage:
     def _keep(self, state: State, source: Source, device: torch.device) -> None:
         known = len(np.unique(source.labels[source.labels >= 0]))
         clusters = self.options.continual.clusters or known or 10
-        if dist.rank() == 0:
-            network = state.method.network
-            numbers = choose_exemplars(network, source, self.options, clusters, device)
-            names = [source.ids[i] for i in numbers.tolist()]
-            facts = {"numbers": numbers.tolist(), "names": names}
-            files.write_text(self.exemplars_file, json.dumps(facts) + "\n")
+        with peers.first_alone():
+            if dist.rank() == 0:
+                network = state.method.network
+                numbers = choose_exemplars(network, source, self.options, clusters, device)
+                names = [source.ids[i] for i in numbers.tolist()]
+                facts = {"numbers": numbers.tolist(), "names": names}
+                files.write_text(self.exemplars_file, json.dumps(facts) + "\n")
         _wait(device)  # for the file
 
     def begin(self, state: State) -> None:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from clsa import dist
+from clsa import dist, peers, signals, slurm
 from clsa.alarms import COLLAPSES
-from clsa.errors import ClsaError, Exit
+from clsa.errors import ClsaError, Exit, memory_told
 from clsa.evaluate.split import without_held_out_labels
 from clsa.few_labels import num_held, told_labels, with_few_labels
 from clsa.folder import FREE, RunFolder
@@ -23,7 +23,7 @@ from clsa.optim import build_optimizer
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.saver import write_encoder
-from clsa.signals import Stop, stop_on_signals
+from clsa.signals import Asked, Stop, stop_on_signals
 from clsa.sources import Source
 from clsa.state import State
 from clsa.train import Run, fit
@@ -48,16 +48,17 @@ def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Pa
         free: names of options in which a resumed run may differ.
 
     Raises:
-        ClsaError: for anything the user can mend; 75 when a signal stopped a resumable run, 76
-            when bad numbers do not end.
+        ClsaError: for anything the user can mend; 74 when another process or memory is lost, 75
+            when a signal stopped a resumable run, 76 when bad numbers do not end.
+        Asked: when a signal came before anything was written.
     """
     keep_freed_memory()
     device = dist.pick_device(options.device)
-    with dist.process_group(device), stop_on_signals(options.max_minutes) as stop:
+    with dist.process_group(device, 60 * options.wait_minutes):
         folder = RunFolder(options.out, free)
         folder.check(options)
         source = open_source(options.data.data, "train", options.data)
-        with folder.held(options):
+        with stop_on_signals(options.max_minutes) as stop, folder.held(options):
             train(options, source, device, stop)
     return options.out
 
@@ -80,9 +81,11 @@ def train(
         ClsaError: as `pretrain`.
     """
     folder = RunFolder(options.out)
+    signals.check()
     parts = assemble(options, source, device, num_exemplars)
     state, order, quarantine = parts.state, parts.order, parts.quarantine
     passed_over = state.resume()
+    signals.check()
     if not state.step:
         begin(state)
     require_same_step(state.step, device)  # and every rank has checked before the first writes
@@ -98,23 +101,35 @@ def train(
         tell_start(options, parts)
     run = Run(options, device, order.steps_per_epoch, stop)
     with report_end(folder, state, quarantine):
-        reason = fit(state, source, parts.shown, order, quarantine, run)
+        try:
+            reason = fit(state, source, parts.shown, order, quarantine, run)
+        except Asked as signal:  # in a preparation: nothing is unsaved
+            reason = str(signal)
         if reason in COLLAPSES or reason == "an alarm":
             what, why = f"stopped at step {state.step} of {run.num_steps}", f"alarm: {reason}"
             hint = "its words are above and in metrics.jsonl; in a new --out, change what they say"
             raise ClsaError(what, why, hint, Exit.UNHEALTHY)
-        if dist.rank() == 0:
+        if dist.rank() == 0 and state.step:
             write_encoder(state, options, folder.encoder)
+        if dist.rank() == 0:
             folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
             if quarantine.reasons:
                 count = len(quarantine.reasons)
                 told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
                 print(told, file=sys.stderr)
         if reason not in ("finished", "max_steps", "max_minutes"):
-            what = f"stopped at step {state.step} of {run.num_steps}"
-            hint = "the same command resumes it"
-            raise ClsaError(what, f"{reason}; the state is saved", hint, Exit.PREEMPTED)
+            raise preempted(state.step, run.num_steps, reason)
     return state
+
+
+def preempted(step: int, last: int, reason: str) -> ClsaError:
+    """How a run ends that was asked to stop; has SLURM queue it again where that asked."""
+    saved = "the state is saved" if step else "nothing was to be saved"
+    hint = "the same command resumes it"
+    if reason == "SIGUSR1" and slurm.job() and dist.rank() == 0:
+        hint += f"; {slurm.requeue()}"
+    what = f"stopped at step {step} of {last}"
+    return ClsaError(what, f"{reason}; {saved}", hint, Exit.PREEMPTED)
 
 
 def assemble(
@@ -167,7 +182,8 @@ def require_same_step(step: int, device: torch.device) -> None:
 def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Iterator[None]:
     """Leave `status.json` and `quarantine.jsonl` behind whatever happens."""
     try:
-        yield
+        with peers.named(lambda: state.step), memory_told():
+            yield
     except BaseException as error:
         if dist.rank() == 0:
             code = Exit.PREEMPTED if isinstance(error, KeyboardInterrupt) else Exit.BUG

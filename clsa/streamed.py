@@ -33,7 +33,8 @@ def streamed(
         pixels = sum(spec.size**2 for spec in plan.specs) * plan.count
         workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
     on_gpu = device.type == "cuda"
-    found = workers.results(_Steps(plan), steps, count, PREFETCH, pinned=on_gpu)
+    name = plan.source.ids.__getitem__
+    found = workers.results(_Steps(plan), steps, count, PREFETCH, name, pinned=on_gpu)
     whole = _whole(found, quarantine)
     return _copied_ahead(whole, device) if on_gpu else whole
 
@@ -91,10 +92,6 @@ class _Steps(Dataset):
         self.plan = plan
 
     def __getitem__(self, step: int) -> tuple[Crops | None, dict[int, str]]:
-        with workers.deadline():
-            return self._batch(step)
-
-    def _batch(self, step: int) -> tuple[Crops | None, dict[int, str]]:
         """The cut batch and the reasons of unreadable pictures; no batch when nothing replaces one.
 
         Pictures that open but do not decode are replaced in another round.
@@ -138,6 +135,7 @@ class _Steps(Dataset):
         self, tried: Iterator[int], reasons: dict[int, str]
     ) -> tuple[int, Picture] | None:
         for i in tried:
+            workers.at(i)
             try:
                 return i, self.plan.source.open(i)
             except DecodeError as error:
@@ -158,6 +156,7 @@ class _Steps(Dataset):
         sizes = [(one.picture.height, one.picture.width) for one in group]
         cuts = self.plan.cuts(epoch, drawn[[one.row for one in group]], *np.array(sizes).T)
         for k, (row, tried, i, picture) in enumerate(group):
+            workers.at(i)
             try:
                 cut_one(picture, [(boxes[k], flips[k]) for boxes, flips in cuts],
                          [view[row] for view in crops])  # fmt: skip

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clsa import data, dist, files, views
+from clsa import data, dist, files, peers, signals, views
 from clsa.alarms import COLLAPSES
 from clsa.bad_steps import require_some_good, told_badness
 from clsa.cutting import Crops
@@ -207,14 +207,20 @@ def fit(
             if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
                 journal.log(state.step, {**stats.numbers(), **health.numbers})
             if reason or not rest or saver.is_due():
-                better = not rest and speaks and judge(epoch)
-                keep = not rest and divides(options.keep_every, epoch)
-                saver.save(keep, better, last=bool(reason))
+                with peers.first_alone(together=bool(reason or not rest)):  # clocks differ
+                    better = not rest and speaks and judge(epoch)
+                    keep = not rest and divides(options.keep_every, epoch)
+                    saver.save(keep, better, last=bool(reason))
             if reason:
                 break
             if not rest:
                 prepare(state, run, epoch, embed, journal)
             waiting = time.monotonic()
+        else:
+            if not reason:  # asked to stop while it waited for a batch
+                reason = run.stop.reason(run.stop.level)
+                if state.step > saver.intact:
+                    saver.save(keep=False, best=False, last=True)
         if speaks:
             append_records(folder.results, judge.records)
     return reason
@@ -225,11 +231,13 @@ def prepare(state: State, run: Run, epoch: int, embed: Projections, journal: Jou
     begun = time.monotonic()
     found = state.method.before_epoch(epoch, embed)
     if found:
+        signals.check()
         journal.refreshed(state.step, {**found, "refresh_s": round(time.monotonic() - begun, 3)})
         embed.clear()
-        if dist.rank() == 0:
-            path, companions = state.folder.neighbours, state.method.companions()
-            draw_neighbours(embed.source, companions, run.options, epoch, path)
+        with peers.first_alone():
+            if dist.rank() == 0:
+                path, companions = state.folder.neighbours, state.method.companions()
+                draw_neighbours(embed.source, companions, run.options, epoch, path)
     journal.restart_clock()
 
 
@@ -238,17 +246,23 @@ def feed(
 ) -> Iterator[Crops]:
     """The batches from `state.step` on; loading begins anew where the method's companions change.
 
-    The method prepares an epoch before its first batch is asked for.
+    The method prepares an epoch before its first batch is asked for. One process alone that is
+    asked to stop gets no more; several agree on that in a step.
     """
     method, per_epoch, step = state.method, run.steps_per_epoch, state.step
     while step < last:
         epochs = range(step // per_epoch + 1, -(-last // per_epoch))
         fresh = next((epoch for epoch in epochs if method.refreshes(epoch)), None)
         until = last if fresh is None else fresh * per_epoch
-        yield from data.batches(
+        for crops in data.batches(
             shown, method.view_specs, order, step, until, run.device, run.options.data,
             quarantine, method.companions(),
-        )  # fmt: skip
+        ):  # fmt: skip
+            if signals.asked() and dist.world_size() == 1:
+                return
+            yield crops
+        if state.step < until:  # asked to stop while waiting
+            return
         step = until
 
 

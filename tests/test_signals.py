@@ -1,10 +1,13 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from clsa.signals import Stop, stop_on_signals
+from clsa.errors import Exit
+from clsa.signals import Asked, Stop, asked, check, held_back, stop_on_signals
 
 
 def test_a_signal_raises_a_flag_and_the_old_handlers_come_back() -> None:
@@ -46,3 +49,57 @@ def test_the_deadline_ranks_below_a_signal_and_is_told_to_the_other_ranks() -> N
     assert late.reason(agreed) == patient.reason(agreed) == "max_minutes"
     late.ask(signal.SIGUSR1, None)
     assert late.reason(3) == "SIGUSR1" and patient.reason(3) == "another process was stopped"
+
+
+def test_whoever_listens_last_tells_and_is_told_by_whoever_listens_around_it() -> None:
+    check()
+    with stop_on_signals() as outer:
+        with stop_on_signals() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (asked(), inner.signal_name, outer.signal_name) == ("SIGTERM", "SIGTERM", "")
+            with pytest.raises(Asked, match="SIGTERM"):
+                check()
+        assert outer.signal_name == asked() == "SIGTERM"
+        with stop_on_signals() as later:
+            assert later.level == 3
+    assert asked() == ""
+    check()
+
+
+def test_signals_wait_while_they_are_held_back_and_children_never_hear_them() -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('lives')"
+    with stop_on_signals() as stop:
+        with held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.level == 0
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert stop.level == 3 and done.stdout == "lives\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_before_a_run_begins_a_signal_ends_the_process_with_75(number: int) -> None:
+    code = (
+        "import os, signal; from clsa import signals; "
+        f"signal.signal({int(number)}, signal.SIG_DFL); signals.leave_at_once(); "
+        f"os.kill(os.getpid(), {int(number)}); print('lives')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    name = signal.Signals(number).name
+    assert (done.returncode, done.stdout) == (Exit.PREEMPTED, "")
+    assert done.stderr == f"error: stopped by {name} - nothing was to be saved - run it again\n"
+
+
+def test_the_command_heeds_signals_before_it_imports_anything_slow() -> None:
+    code = """
+import sys
+from clsa import __main__
+def found(name, *_):
+    if name in ("torch", "tyro", "pydantic", "clsa.cli"):
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, type("Finder", (), {"find_spec": staticmethod(found)}))
+sys.argv = ["clsa", "pretrain"]
+__main__.console()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == Exit.PREEMPTED and done.stderr.startswith("error: stopped by SIGTERM")

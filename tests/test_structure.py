@@ -15,8 +15,9 @@ ROOT = Path(clsa.__file__).parent
 
 # A file imports only from files that stand before it.
 ORDER = [
-    "errors", "files", "lock", "host", "dist", "config", "method_options", "around_options",
-    "options", "cards", "detect_cards", "protocols", "command_options", "extras",
+    "errors", "signals", "slurm", "files", "lock", "host", "peers", "dist", "config",
+    "method_options", "around_options", "options", "cards", "detect_cards", "protocols",
+    "command_options", "extras",
     "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
     "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
     "roster", "annotations", "scenes",
@@ -35,7 +36,7 @@ ORDER = [
     "evaluate.voc07", "evaluate.voc07_released", "evaluate.svm",
     "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed", "export",
     "folder", "preview", "networks", "bench", "diagnosis", "diagnose",
-    "bad_steps", "alarms", "health", "journal", "signals", "environment", "state", "judge", "saver",
+    "bad_steps", "alarms", "health", "journal", "environment", "state", "judge", "saver",
     "train", "start", "replay",
     "exemplars", "forgetting", "stages", "extend",
     "recipes.recipe", "recipes.imagenet", "recipes.cifar", "recipes.small",
@@ -131,7 +132,8 @@ def test_nothing_dangerous_is_called(name: str) -> None:
         keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
         last = function.rpartition(".")[2]
         assert function not in ("eval", "exec", "compile", "os.system", "os.popen"), function
-        assert not function.startswith(("pickle.", "marshal.", "shelve.", "subprocess.")), function
+        assert not function.startswith(("pickle.", "marshal.", "shelve.")), function
+        assert not function.startswith("subprocess.") or name == "slurm", function  # scontrol
         assert last not in ("extractall", "unsafe_load", "full_load"), function
         assert keywords.get("shell") != "True" and "trust_remote_code" not in keywords, function
         assert keywords.get("pretrained", "False") == "False", function

@@ -22,7 +22,7 @@ from torch import nn
 
 from clsa import checkpoint, lock, models, stages
 from clsa.config import merge
-from clsa.errors import ClsaError
+from clsa.errors import ClsaError, Exit
 from clsa.options import RunOptions
 from clsa.recipes import resolve
 from clsa.state import State
@@ -149,6 +149,9 @@ def pretrain(run: RunOptions, channels: tuple[int, ...] = (3, 8, 16)) -> int:
     except ClsaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        return Exit.PREEMPTED
     return 0
 
 
