@@ -26,6 +26,7 @@ from clsa.methods import METHODS
 from clsa.methods.method import Comparison, Landmarks, Output
 from clsa.models import Network
 
+AROUND = ["clim-multi-res", "clim-multi-crop", "suncet", "continual"]
 ROWS, DIM, BANK = 32, 64, 300
 
 
@@ -205,7 +206,7 @@ def test_of_equal_rows_none_is_first_and_few_rows_tell_nothing() -> None:
 
 
 @pytest.mark.parametrize("stronger", [False, True])
-@pytest.mark.parametrize("recipe", [BASES[name] for name in METHODS])
+@pytest.mark.parametrize("recipe", [*(BASES[name] for name in METHODS), *AROUND])
 def test_every_method_can_be_watched(recipe: str, stronger: bool) -> None:
     method = build(recipe, stronger=stronger)
     health = Health(method, 3, 0, LOOK_EVERY - 1, watches=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,21 +85,8 @@ def _digest(state: State) -> str:
 
 
 def ranks(world: int, body: Callable[[], int], log: Path) -> list[int]:
-    """Exit codes of `world` processes, as torchrun would start them."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-
-    def started(rank: int) -> Callable[[], int]:
-        def run() -> int:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-            return body()
-
-        return run
-
-    pids = [tiny.start(started(rank), Path(f"{log}-{rank}")) for rank in range(world)]
-    return [tiny.wait(pid, PATIENCE_S) for pid in pids]
+    """Exit codes of an attempt in so many processes."""
+    return [tiny.wait(pid, PATIENCE_S) for pid in tiny.start_ranks(world, body, log)]
 
 
 def cases(setup: Setup, root: Path, chosen: list[tuple[str, str, int]]) -> Tally:

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -75,23 +74,13 @@ def options(pictures: Path, out: Path, **over: Any) -> Any:
 
 
 def start(run: Any, world: int, log: Path, before: Callable[[], object]) -> list[int]:
-    """Ranks as torchrun would start them, forked from here; their pids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Ranks of a run, which do something before it; their pids."""
 
-    def body(rank: int) -> Callable[[], int]:
-        def attempt() -> int:
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            )  # fmt: skip
-            before()
-            return tiny.pretrain(run)
+    def body() -> int:
+        before()
+        return tiny.pretrain(run)
 
-        return attempt
-
-    return [tiny.start(body(rank), log.with_suffix(f".{rank}")) for rank in range(world)]
+    return tiny.start_ranks(world, body, log)
 
 
 def whole(setup: Setup, root: Path, world: int) -> tuple[str, dict[int, float]]:
@@ -129,7 +118,9 @@ def losses(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
         seconds = time.monotonic() - began
         if kind == "SIGSTOP":
             tiny.kill(pids[victim])  # what torchrun does then
-        said = [log.with_suffix(f".{rank}").read_text(errors="replace") for rank in range(world)]
+        said = [
+            log.with_name(f"{log.name}.{rank}").read_text(errors="replace") for rank in range(world)
+        ]
         wrong = _wrong(out, kind, victim, codes, said)
         if seconds > WAIT_S + SHUTDOWN_S + 2 * setup.seconds or any(map(left_of, pids)):
             wrong.append(f"{seconds:.0f} s, left {[left_of(pid) for pid in pids]}")

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -180,6 +181,30 @@ def start(body: Callable[[], int], log: Path) -> int:
         with suppress(OSError, ValueError):
             sys.stderr.flush()
         os._exit(code)
+
+
+def start_ranks(world: int, body: Callable[[], int], log: Path) -> list[int]:
+    """Fork the processes of one attempt, as torchrun would start them; each has a log. Their pids.
+
+    Args:
+        log: that of rank 0 ends in .0.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> Callable[[], int]:
+        def attempt() -> int:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                GLOO_SOCKET_IFNAME="lo",
+            )  # fmt: skip
+            return body()
+
+        return attempt
+
+    return [start(one(rank), log.with_name(f"{log.name}.{rank}")) for rank in range(world)]
 
 
 def ended(pid: int) -> int | None:

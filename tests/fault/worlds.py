@@ -1,7 +1,5 @@
 """Check 11: a run goes on in another number of processes (gloo), on the same pictures."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +39,18 @@ def without_batch_norm() -> None:
 
 def in_processes(world: int, run: RunOptions, root: Path, log: Path) -> tuple[list[int], str]:
     """A start in so many processes, as torchrun makes them: exit codes, and what they said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids, said = [], [root / f"said-{rank}" for rank in range(world)]
-    for rank, told in enumerate(said):
+    said = root / "said"
+    for path in root.glob("said.*"):
+        path.unlink()
 
-        def body(rank: int = rank) -> int:
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-            )  # fmt: skip
-            without_batch_norm()
-            seen.watch(log)
-            return tiny.pretrain(run)
+    def body() -> int:
+        without_batch_norm()
+        seen.watch(log)
+        return tiny.pretrain(run)
 
-        told.unlink(missing_ok=True)
-        pids.append(tiny.start(body, told))
-    codes = [tiny.wait(pid) for pid in pids]
-    return codes, "".join(path.read_text(errors="replace") for path in said)
+    codes = [tiny.wait(pid) for pid in tiny.start_ranks(world, body, said)]
+    told = sorted(root.glob("said.*"))
+    return codes, "".join(path.read_text(errors="replace") for path in told)
 
 
 def state_of(out: Path) -> dict[str, torch.Tensor]:
