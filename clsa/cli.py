@@ -242,9 +242,7 @@ def replay(args: list[str]) -> None:
     from clsa.replay import replay as run
     from clsa.replay import told
 
-    found = run(options)
-    if is_first():
-        print(told(found))
+    print(told(run(options)), flush=True)
 
 
 def scenes(args: list[str]) -> None:

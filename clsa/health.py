@@ -29,9 +29,8 @@ from clsa.alarms import (
 from clsa.bank import KeyQueue
 from clsa.evaluate.diagnostics import rankme
 from clsa.losses import CHUNK
-from clsa.methods.around import Around
+from clsa.methods.around import innermost, key_network_of
 from clsa.methods.method import Comparison, Method, Output
-from clsa.models import Network
 
 LOOK_EVERY = 20
 ROWS = 512  # of a batch, that are looked at
@@ -121,8 +120,9 @@ class Health:
         self.spreads: list[Tensor] = []
         self.seen: list[Tensor] = []
         self.peak_rank = 0.0
-        self.queues = [child for child in method.modules() if isinstance(child, KeyQueue)]
-        self.sums: list[float] = []
+        inner = innermost(method)  # what goes around it may have queues that stand for long
+        self.queues = [child for child in inner.modules() if isinstance(child, KeyQueue)]
+        self.sums: list[Tensor] = []
         self.in_row: dict[str, int] = {}
         if watches:
             method.register_forward_hook(self._see)
@@ -158,56 +158,58 @@ class Health:
         return begun
 
     def _look(self) -> list[Alarm]:
-        rows, loss, first = (tensor.cpu() for tensor in self.seen)
-        spreads = torch.stack(self.spreads).cpu().nan_to_num(1.0)  # of skipped steps
+        rows, loss, first = self.seen
+        signs = torch.stack([loss, first, self._queue_stands(rows), self._keys_are_queries(rows)])
+        # One read of the device for all of it.
+        packed = torch.cat([signs, torch.stack(self.spreads), rows.flatten()]).cpu()
+        count = len(self.spreads)
+        (main, top1, stands, equal), found = packed[:4].tolist(), packed[4 + count :]
+        spreads, rows = packed[4 : 4 + count].nan_to_num(1.0), found.view(rows.shape)  # of skipped
         spread, least, full = spreads[-1].item(), spreads.min().item(), min(rows.shape)
-        rank, top1 = rankme(rows - rows.mean(0)), first.item()
+        rank = rankme(rows - rows.mean(0))
         self.peak_rank = max(self.peak_rank, rank)
         self.numbers = {"spread": round(spread, 4), "rankme": round(rank, 2)}
         if math.isfinite(top1):
             self.numbers["top1"] = round(top1, 4)
         chance, limits = self.method.landmarks.chance, LIMITS
         low = max(limits.rank, limits.rank_share * full, limits.rank_drop * self.peak_rank)
-        signs = {
+        shows = {
             COLLAPSE: spread < limits.spread,
             BLANK: least < limits.spread < spreads.median().item(),
             LOW_RANK: rank < low,
             # With prototypes a healthy loss may stand there for long.
-            NO_LEARNING: abs(loss.item() - chance) < limits.chance * abs(chance)
+            NO_LEARNING: abs(main - chance) < limits.chance * abs(chance)
             and self.method.has_positives
             and self.step > self.warmup_steps,
             LEAK: top1 > limits.top1
             and spread > limits.spread
             and self.step <= self.steps_per_epoch,
-            FROZEN_QUEUE: self._queue_stands(),
-            NO_LAG: self._keys_are_queries(),
+            FROZEN_QUEUE: stands > 0 and self.step - LOOK_EVERY > self.method.first_queued,
+            NO_LAG: equal > 0,
         }
         values = {
             "spread": spread, "least": least, "limit": limits.spread, "rank": rank, "full": full,
-            "peak": self.peak_rank, "loss": loss.item(), "chance": chance, "top1": top1,
+            "peak": self.peak_rank, "loss": main, "chance": chance, "top1": top1,
             "rows": len(rows), "steps": LOOK_EVERY * PATIENCE[FROZEN_QUEUE],
         }  # fmt: skip
-        for name, shows in signs.items():
-            self.in_row[name] = self.in_row.get(name, 0) + 1 if shows else 0
-        return [alarm(name, **values) for name in signs if self.in_row[name] == PATIENCE[name]]
+        for name, is_shown in shows.items():
+            self.in_row[name] = self.in_row.get(name, 0) + 1 if is_shown else 0
+        return [alarm(name, **values) for name in shows if self.in_row[name] == PATIENCE[name]]
 
-    def _queue_stands(self) -> bool:
-        """Whether a queue that should move is what it was at the last look."""
-        sums = [queue.rows.sum(dtype=torch.float64).item() for queue in self.queues]
+    def _queue_stands(self, like: Tensor) -> Float[Tensor, ""]:
+        """1 where a queue is what it was at the last look, else 0."""
+        sums = [queue.rows.sum(dtype=torch.float64) for queue in self.queues]
         before, self.sums = self.sums, sums
-        moves = self.step - LOOK_EVERY > self.method.first_queued
-        return moves and any(was == now for was, now in zip(before, sums, strict=False))
+        same = [was == now for was, now in zip(before, sums, strict=False)]
+        return torch.stack(same).any().to(like) if same else like.new_zeros(())
 
-    def _keys_are_queries(self) -> bool:
-        """Whether the key network has the weights of the query network."""
-        inner = self.method
-        while isinstance(inner, Around):
-            inner = inner.base
-        keys = getattr(inner, "key_network", None)
-        if not isinstance(keys, Network):
-            return False
-        pairs = zip(keys.parameters(), inner.network.parameters(), strict=False)
-        return all(torch.equal(key, query) for key, query in pairs)
+    def _keys_are_queries(self, like: Tensor) -> Float[Tensor, ""]:
+        """1 where the key network has the weights of the query network, else 0."""
+        keys = key_network_of(self.method)
+        if keys is None:
+            return like.new_zeros(())
+        pairs = zip(keys.parameters(), self.method.network.parameters(), strict=False)
+        return torch.stack([(key == query).all() for key, query in pairs]).all().to(like)
 
 
 def share_first(comparison: Comparison) -> Float[Tensor, ""]:

@@ -1,13 +1,14 @@
 """A bad step taken again, with everything that it computes looked at for what is not finite."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import yaml
+import torch
 from torch import Tensor, nn
 
 from clsa import checkpoint, data, dist
 from clsa.bad_steps import bad_gradients
 from clsa.command_options import ReplayOptions
+from clsa.config import read_value
 from clsa.cutting import Crops
 from clsa.errors import ClsaError, Exit
 from clsa.intake import open_source
@@ -19,15 +20,15 @@ from clsa.train import Run, agree, gradients, make_views, parallel
 
 
 class Replay(NamedTuple):
-    """A step that a run skipped, and what its computation shows here."""
+    """A step that a run skipped, and what its computation shows in this process."""
 
     step: int
     reason: str
     """Why it was skipped then."""
-    processes: int
-    """That the run had."""
-    is_bad: bool
-    """Whether it is again, on any process."""
+    worlds: tuple[int, int]
+    """How many processes the run had, and this replay."""
+    rank: int
+    """Of this process."""
     losses: dict[str, float]
     norm: float
     """Of the gradient."""
@@ -39,6 +40,13 @@ class Replay(NamedTuple):
     """Modules whose output is not, in the order of computing."""
     gradients: list[str]
     """Parameters whose gradient is not, as backward reaches them."""
+    anywhere: tuple[bool, ...]
+    """Whether any process has found: a bad loss or gradient, weights, views, outputs."""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the step is bad again."""
+        return self.anywhere[0]
 
 
 def replay(options: ReplayOptions) -> Replay:
@@ -51,13 +59,15 @@ def replay(options: ReplayOptions) -> Replay:
     Raises:
         ClsaError: 66 when the bundle is not whole; 2 when the pictures are others now.
     """
-    saved, facts = checkpoint.load_one(options.bundle)
-    if "options" not in facts:
+    saved, _ = checkpoint.load_one(options.bundle)
+    if "bad" not in saved:
         why = "a checkpoint, not what a run kept of a bad step"
         raise ClsaError(str(options.bundle), why, "give RUN/bad/step-NNNNNN.ckpt", Exit.NO_INPUT)
-    asked = RunOptions.parse(yaml.safe_load(facts["options"]), str(options.bundle))
+    bad = saved["bad"]
+    asked = RunOptions.parse(read_value(bad["options"]), str(options.bundle))
     changes = {
         "data": asked.data.model_copy(update={"data": options.data or asked.data.data}),
+        "out": options.bundle.resolve().parent.parent,  # where the run lies now
         "precision": options.precision or asked.precision,
         "device": options.device or asked.device,
         "compile": False,  # the graphs would hide the modules
@@ -71,11 +81,12 @@ def replay(options: ReplayOptions) -> Replay:
             raise ClsaError(asked.data.data, why, "give them by --data")
         parts.state.take(saved)
         run = Run(asked, device, parts.order.steps_per_epoch, Stop())
-        shown = _computed(parts, run)
-    return Replay(facts["step"], facts["reason"], facts["processes"], *shown)
+        worlds = (bad["world"], dist.world_size())
+        head = (saved["step"], bad["reason"], worlds, dist.rank())
+        return Replay(*head, *_computed(parts, run))
 
 
-def _computed(parts: Parts, run: Run) -> tuple[bool, dict[str, float], float, *tuple[list, ...]]:
+def _computed(parts: Parts, run: Run) -> tuple[Any, ...]:
     """The step's computation, as `Replay` tells it; moves nothing but batch norm's statistics."""
     method, step = parts.state.method, parts.state.step
     weights = [name for name, value in method.state_dict().items() if not _is_finite(value)]
@@ -86,9 +97,11 @@ def _computed(parts: Parts, run: Run) -> tuple[bool, dict[str, float], float, *t
     batch = make_views(crops, method.view_specs, step, run)
     views, outputs = _bad_views(batch.views, crops, parts), _watch(method)
     output, loss, norm = gradients(parallel(method, run.options), batch, method, run)
-    is_bad = agree(loss, norm, run.stop).is_bad
     losses = {name: float(value.detach()) for name, value in output.losses.items()}
-    return is_bad, losses, float(norm), weights, views, outputs, bad_gradients(method)
+    found = [agree(loss, norm, run.stop).is_bad, bool(weights), bool(views), bool(outputs)]
+    anywhere = dist.all_max(torch.tensor(found, dtype=torch.float32, device=run.device))
+    agreed = tuple(map(bool, anywhere.tolist()))
+    return losses, float(norm), weights, views, outputs, bad_gradients(method), agreed
 
 
 def _bad_views(views: list[Tensor], crops: Crops, parts: Parts) -> list[tuple[str, str]]:
@@ -118,13 +131,11 @@ def _is_finite(value: object) -> bool:
 
 
 def told(shown: Replay) -> str:
-    """What a replay shows, in lines for people."""
+    """What a replay shows, in lines for people; of other processes than the first, their own."""
     terms = ", ".join(f"{name} {value:.4g}" for name, value in shown.losses.items())
     state = "not finite again" if shown.is_bad else "finite"
-    lines = [
-        f"step {shown.step} was skipped: {shown.reason}",
-        f"here it is {state}: {terms}, norm of the gradient {shown.norm:.4g}",
-    ]
+    own = f"process {shown.rank}: " if shown.worlds[1] > 1 else ""
+    lines = [f"{own}here it is {state}: {terms}, norm of the gradient {shown.norm:.4g}"]
     for what, names in (
         ("weights before the step", shown.weights),
         ("views", [f"{view} of {picture}" for view, picture in shown.views]),
@@ -133,18 +144,23 @@ def told(shown: Replay) -> str:
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"  not finite: {what}: {', '.join(names[:3])}{more}")
-    lines.append(_verdict(shown))
-    if shown.processes != dist.world_size():
-        lines.append(f"The run had {shown.processes} processes: torchrun shows their very sums.")
-    return "\n".join(lines)
+            lines.append(f"{own}  not finite: {what}: {', '.join(names[:3])}{more}")
+    if shown.rank:
+        return "\n".join(lines)
+    first, last = [f"step {shown.step} was skipped: {shown.reason}"], [_verdict(*shown.anywhere)]
+    if shown.worlds[0] != shown.worlds[1]:
+        count = shown.worlds[0]
+        last.append(f"The run had {count} processes: torchrun with as many shows their very sums.")
+    return "\n".join(first + lines + last)
 
 
-def _verdict(shown: Replay) -> str:
-    if not shown.is_bad:
+def _verdict(is_bad: bool, weights: bool, views: bool, outputs: bool) -> str:
+    if not is_bad:
         return "What made it bad then is not in the state, the pictures or the draws."
-    if shown.weights:
+    if weights:
         return "The weights were broken before: go on from an earlier checkpoint, at a lower rate."
-    if shown.views:
+    if views:
         return "A view is broken: look at these pictures, and tell us."
-    return "The network overflows: lower --optim.lr, or add --optim.warmup-epochs, in a new --out."
+    if outputs:
+        return "The network overflows: lower --optim.lr or add --optim.warmup-epochs, in a new run."
+    return "All outputs are finite: the loss or its gradient overflows. Please tell us."

@@ -1,5 +1,6 @@
 """When a run is saved, and what becomes of it when the disk refuses."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Saver:
         self.state, self.options, self.journal = state, options, journal
         self.intact, self.missed, self.since = state.step, 0, time.monotonic()
         self._prune()  # what a killed start left undone
+        if not state.step and dist.rank() == 0:
+            shutil.rmtree(state.folder.bad, ignore_errors=True)  # of a start with other options
 
     def is_due(self) -> bool:
         """Whether the last save, or the attempt, is too long ago."""
@@ -58,23 +61,25 @@ class Saver:
         """Write what `clsa replay` takes again: the state before the first bad step of a row.
 
         The bad steps have moved nothing, so it is the state of now but for the step. A run keeps
-        the first `BUNDLES` of them.
+        the first `BUNDLES` of them, while the disk has room for another checkpoint besides; one in
+        stages keeps none, as its pictures are gathered anew in each.
 
         Returns:
             The file of this row, or an empty string.
         """
-        state = self.state
+        state, folder = self.state, self.state.folder.bad
         first = state.step - state.bad_in_row
         name = checkpoint.name_of(checkpoint.STEP, first)
-        path = state.folder.bad / f"{name}.ckpt"
-        if dist.rank() == 0 and state.bad_in_row == 1 and not path.exists():
-            facts = {"step": first, "reason": reason, "processes": dist.world_size(),
-                     "options": self.options.to_yaml()}  # fmt: skip
-            if len(list(state.folder.bad.glob("*.json"))) < BUNDLES:
-                try:
-                    checkpoint.save(path.parent, name, {**state.as_dict(), "step": first}, facts)
-                except ClsaError as error:
-                    self.journal.say(f"warning: nothing to replay is kept of step {first}: {error}")
+        path = folder / f"{name}.ckpt"
+        if state.bad_in_row == 1 and dist.rank() == 0 and not self.options.stages:
+            bad = {"reason": reason, "options": self.options.to_yaml(), "world": dist.world_size()}
+            try:
+                if len(list(folder.glob("*.json"))) < BUNDLES:
+                    files.require_room(state.folder.path, 2 * state.num_bytes())
+                    kept = {**state.as_dict(), "step": first, "bad": bad}
+                    checkpoint.save(folder, name, kept, {"step": first})
+            except ClsaError as error:
+                self.journal.say(f"warning: nothing to replay is kept of step {first}: {error}")
         return str(path) if path.exists() else ""
 
     def _prune(self) -> None:

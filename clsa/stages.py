@@ -23,9 +23,8 @@ from clsa.folder import RunFolder
 from clsa.forgetting import Forgetting
 from clsa.host import keep_freed_memory
 from clsa.methods import METHODS
-from clsa.methods.around import Around
+from clsa.methods.around import innermost, key_network_of
 from clsa.methods.continual import Continual
-from clsa.methods.method import Method
 from clsa.models import build_encoder
 from clsa.options import RunOptions
 from clsa.signals import Stop, stop_on_signals
@@ -280,11 +279,8 @@ class Stage:
         state.method.load_state_dict(saved.state["method"])
         state.optimizer.load_state_dict(saved.state["optimizer"])
         method = state.method
-        base: Method = method
-        while isinstance(base, Around):
-            base = base.base
-        key_network = getattr(base, "key_network", None)
-        if isinstance(key_network, torch.nn.Module):
+        base, key_network = innermost(method), key_network_of(method)
+        if key_network is not None:
             key_network.load_state_dict(base.network.state_dict())
         for module in method.modules():
             if isinstance(module, Continual):

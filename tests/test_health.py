@@ -23,26 +23,30 @@ from clsa.alarms import (
 from clsa.bank import KeyQueue
 from clsa.health import LEAST, LIMITS, LOOK_EVERY, Health, Spikes, share_first
 from clsa.methods import METHODS
-from clsa.methods.method import Comparison, Landmarks, Output
+from clsa.methods.around import innermost
+from clsa.methods.method import Comparison, Landmarks, Method, Output
 from clsa.models import Network
 
 AROUND = ["clim-multi-res", "clim-multi-crop", "suncet", "continual"]
 ROWS, DIM, BANK = 32, 64, 300
 
 
-class Fake(nn.Module):
-    """Returns what it is told to, as a method does."""
+class Fake(Method):
+    """Returns what it is told to."""
 
     landmarks = Landmarks("contrast", 8.0, 1.0)
     first_queued = 0
     has_positives = True
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.queue = KeyQueue(8, DIM, 0)
 
-    def forward(self, output: Output) -> Output:
+    def forward(self, output: Any) -> Output:
         return output
+
+    def after_step(self, state: Any, step: int) -> None:
+        pass
 
 
 def unit(count: int, seed: int) -> Tensor:
@@ -227,6 +231,47 @@ def test_a_key_network_without_lag_is_told() -> None:
         method.base.queue.enqueue(result.state[0])
         told += [alarm.name for alarm in health.after(step * 0.0, 1.0, is_bad=False)]
     assert NO_LAG in told
+
+
+def test_a_queue_around_a_method_may_stand() -> None:
+    """Exemplars come in later stages only."""
+    method: Any = build("continual")
+    batch, told = batch_of(method), []
+    health = Health(method, 1000, 0, 0, watches=True)
+    queue = innermost(method).queue
+    assert isinstance(queue, KeyQueue) and isinstance(method.extra, KeyQueue)
+    for step in range(140):
+        if (step + 1) % LOOK_EVERY == 0:
+            method(batch)
+        queue.enqueue(F.normalize(torch.randn(4, queue.rows.shape[1])))
+        told += [alarm.name for alarm in health.after(1.0, 1.0, is_bad=False)]
+    assert FROZEN_QUEUE not in told
+
+
+def test_a_look_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, reads = build("moco-v2", stronger=True), []
+    batch = batch_of(method)
+    health = Health(method, 1000, 0, LOOK_EVERY - 1, watches=True)
+    method(batch)
+    cpu, copied = Tensor.cpu, []
+
+    def counted(self: Tensor) -> Tensor:
+        reads.append(self.numel())
+        copied.append(cpu(self).clone())
+        return copied[-1]
+
+    def forbidden(self: Tensor) -> Any:
+        on_host = any(self.untyped_storage().data_ptr() == c.untyped_storage().data_ptr()
+                      for c in copied)  # fmt: skip
+        assert on_host or copied, "read from the device"
+        return item(self)
+
+    item = Tensor.item
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    monkeypatch.setattr(Tensor, "item", forbidden)
+    monkeypatch.setattr(Tensor, "__bool__", forbidden)
+    health.after(1.0, 1.0, is_bad=False)
+    assert len(reads) == 1
 
 
 def test_every_alarm_has_words_with_its_numbers() -> None:

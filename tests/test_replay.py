@@ -1,6 +1,7 @@
 """A bad step kept by a run, and taken again: from the state, the pictures and the draws it had."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ import pytest
 import torch
 from pictures import clipart_folder
 
-from clsa import checkpoint, train
+from clsa import checkpoint, stages, train
 from clsa.cli import main
 from clsa.command_options import ReplayOptions
 from clsa.options import RunOptions
 from clsa.recipes import resolve
-from clsa.replay import replay
+from clsa.replay import Replay, replay, told
 from clsa.saver import BUNDLES
 from clsa.start import pretrain
 
@@ -73,15 +74,15 @@ def test_a_bad_step_is_found_again_with_what_overflows(
 ) -> None:
     bundle = run / "bad" / f"step-{BAD:06d}.ckpt"
     shown = replay(ReplayOptions(bundle=bundle))
-    assert shown.is_bad and shown.step == BAD and shown.processes == 1
+    assert shown.is_bad and shown.step == BAD and shown.worlds == (1, 1)
     assert not shown.weights and not shown.views
     assert shown.outputs[0].startswith("network.encoder.")
     assert shown.reason.startswith("non-finite loss (nan)") and shown.gradients[0] in shown.reason
     assert main(["replay", str(bundle)]) == 0
-    told = capsys.readouterr().out
-    assert f"step {BAD} was skipped: non-finite loss (nan)" in told
-    assert "here it is not finite again: contrast nan" in told and "The network overflows" in told
-    assert "processes" not in told
+    said = capsys.readouterr().out
+    assert f"step {BAD} was skipped: non-finite loss (nan)" in said
+    assert "here it is not finite again: contrast nan" in said and "The network overflows" in said
+    assert "process" not in said
 
 
 def test_what_is_kept_is_the_state_before_the_step(
@@ -89,6 +90,7 @@ def test_what_is_kept_is_the_state_before_the_step(
 ) -> None:
     """That of a run which ends there, but for the weights that were broken from outside."""
     saved, facts = checkpoint.load_one(run / "bad" / f"step-{BAD:06d}.ckpt")
+    assert saved["bad"]["world"] == 1
     whole = pretrain(options(pictures, tmp_path / "whole", max_steps=BAD))
     before, _ = checkpoint.load_one(whole / "checkpoints" / f"step-{BAD:06d}.ckpt")
     assert saved["step"] == facts["step"] == BAD
@@ -138,8 +140,8 @@ def test_a_step_that_is_good_here_is_said_to_be(
     monkeypatch.setattr(train, "agree", cosmic)
     out = pretrain(options(pictures, tmp_path / "run", max_steps=BAD + 1))
     assert main(["replay", str(out / "bad" / f"step-{BAD:06d}.ckpt")]) == 0
-    told = capsys.readouterr().out
-    assert "here it is finite" in told and "not in the state" in told
+    said = capsys.readouterr().out
+    assert "here it is finite" in said and "not in the state" in said
 
 
 def test_pictures_that_moved_are_given_and_others_are_refused(
@@ -196,3 +198,60 @@ def test_a_full_disk_costs_the_bundle_not_the_run(
     out = pretrain(options(pictures, tmp_path / "run", max_steps=BAD + 2))
     assert "nothing to replay is kept of step 3" in capsys.readouterr().err
     assert checkpoint.load_newest(out / "checkpoints") is not None
+
+
+def test_a_new_start_from_nothing_forgets_what_another_kept(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow(monkeypatch, range(100))
+    for lr in (0.06, 0.03):
+        with pytest.raises(
+            checkpoint.ClsaError, match=r"5 bad steps .* `clsa replay .*step-000000"
+        ):
+            pretrain(options(pictures, tmp_path / "run", optim={"lr": lr}))
+        saved, _ = checkpoint.load_one(tmp_path / "run" / "bad" / "step-000000.ckpt")
+        assert f"lr: {lr}\n" in saved["bad"]["options"]
+
+
+def test_a_run_in_stages_keeps_nothing_and_says_nothing_of_it(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    overflow(monkeypatch, range(1, 2))
+    run = options(pictures, tmp_path / "run", stages=("classes:2",), epochs=1,
+                  continual={"keep": "nothing"})  # fmt: skip
+    stages.pretrain(run)
+    assert "was skipped" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("bad/*"))
+
+
+def test_what_only_another_process_has_seen_decides_the_verdict() -> None:
+    facts: dict[str, Any] = {
+        "step": 4, "reason": "x", "worlds": (2, 2), "losses": {"contrast": math.nan},
+        "norm": math.nan, "weights": [], "outputs": ["a.b"], "gradients": ["c"],
+        "anywhere": (True, False, True, True),
+    }  # fmt: skip
+    first = told(Replay(**facts, rank=0, views=[]))
+    other = told(Replay(**facts, rank=1, views=[("weak0", "cat.png")]))
+    assert first.endswith("A view is broken: look at these pictures, and tell us.")
+    assert "process 1:   not finite: views: weak0 of cat.png" in other
+    assert "was skipped" in first and "was skipped" not in other
+    assert "torchrun" not in first
+    alone = told(Replay(**{**facts, "worlds": (2, 1)}, rank=0, views=[]))
+    assert alone.endswith("The run had 2 processes: torchrun with as many shows their very sums.")
+
+
+@pytest.mark.parametrize(
+    ("anywhere", "words"),
+    [
+        ((False, False, False, False), "is not in the state"),
+        ((True, True, True, True), "weights were broken"),
+        ((True, False, False, True), "network overflows"),
+        ((True, False, False, False), "All outputs are finite"),
+    ],
+)
+def test_the_verdict_follows_the_first_that_is_broken(
+    anywhere: tuple[bool, ...], words: str
+) -> None:
+    shown = Replay(4, "x", (1, 1), 0, {}, 1.0, [], [], [], [], anywhere)
+    assert words in told(shown).splitlines()[-1]

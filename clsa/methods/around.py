@@ -49,3 +49,17 @@ class Around(Method):
     def companions(self) -> Companions | None:
         """As the inner method."""
         return self.base.companions()
+
+
+def innermost(method: Method) -> Method:
+    """The learning method without all that goes around it."""
+    while isinstance(method, Around):
+        method = method.base
+    return method
+
+
+def key_network_of(method: Method) -> Network | None:
+    """The momentum copy of a method's network, where it has one."""
+    inner = innermost(method)
+    found = getattr(inner, "key_network", getattr(inner, "teacher", None))
+    return found if isinstance(found, Network) else None

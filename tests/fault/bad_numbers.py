@@ -1,7 +1,7 @@
 """Check 21: a number that is not finite, at each place, precision and number of processes."""
 
 import json
-import os
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def inject(place: str, until: int = BAD + 1) -> None:
 
     def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
         batch = make_views(crops, specs, step, run)
-        if place == "image" and BAD <= step < until:
+        if place == "image" and BAD <= step < until and dist.rank() == dist.world_size() - 1:
             batch.views[1][0, 0, 0, 0] = torch.inf
         return batch
 
@@ -122,20 +122,47 @@ def cases(setup: Setup, root: Path, chosen: list[tuple[str, str, int]]) -> Tally
             tally.faults.append(f"{name}: ended {codes}, moved {seen}")
         elif skipped != list(range(BAD + 1, STEPS + 1 if lasts else BAD + 2)):
             tally.faults.append(f"{name}: skipped {skipped}")
-        elif any(shown) or json.loads(again.read_text()) != [BAD, True, lasts]:
-            tally.faults.append(f"{name}: replay ended {shown}, {again.exists()}")
+        elif any(shown) or (wrong := _missed(place, world, again)):
+            tally.faults.append(f"{name}: replay ended {shown}, {wrong}")
     return tally
+
+
+def _missed(place: str, world: int, found: Path) -> str:
+    """What the processes' replays did not name, or named without reason."""
+    replays = [json.loads(Path(f"{found}-{rank}").read_text()) for rank in range(world)]
+    last = replays[-1]
+    right = {
+        "image": last["views"] and last["views"][0][1] == last["first"],
+        "loss": not last["outputs"] and last["gradients"],
+        ONE_RANK: not last["outputs"] and last["gradients"],
+        "gradient": not last["outputs"] and last["gradients"] and last["loss"] == "finite",
+        "key network": last["weights"] and last["weights"][0].startswith("key_network."),
+        "weight": not last["weights"] and last["outputs"][0].startswith("network.encoder."),
+    }[place]
+    others = {"weights": {"key network"}, "views": {"image"}}
+    extra = [key for key, places in others.items() if last[key] and place not in places]
+    same = len({json.dumps(each["anywhere"]) for each in replays}) == 1
+    good = right and not extra and same and all(each["anywhere"][0] for each in replays)
+    return "" if good else json.dumps(replays)
 
 
 def _replayer(place: str, bundle: Path, found: Path) -> Callable[[], int]:
     def body() -> int:
         tiny.shrink_encoder()
         inject(place)
+        firsts: list[str] = []
+        look = replaying._bad_views
+
+        def noted(views: Any, crops: Any, parts: Any) -> Any:
+            firsts.append(parts.shown.ids[int(crops.index[0])])
+            return look(views, crops, parts)
+
+        replaying._bad_views = noted
         result = replaying.replay(ReplayOptions(bundle=bundle))
-        if dist.rank() == 0 and os.environ["RANK"] == "0":
-            broken = bool(result.weights) or place == "weight"
-            found.write_text(json.dumps([result.step, result.is_bad, broken]))
-            print(replaying.told(result))
+        loss = "finite" if all(map(math.isfinite, result.losses.values())) else "not"
+        facts = {**result._asdict(), "first": firsts[0], "loss": loss}
+        Path(f"{found}-{result.rank}").write_text(json.dumps(facts))
+        print(replaying.told(result))
         return 0
 
     return body

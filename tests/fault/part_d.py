@@ -36,8 +36,9 @@ def sickening(number: int, kinds: dict[str, sick.Sickness], name: str) -> Check:
 
     def check(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
         seeds, first = (SEEDS, sick.FROM) if is_long else (SEEDS[:1], SHORT_FROM)
-        found = sick.sicken(root, name, kinds[name], seeds, first)
-        return [figure_of(number, name, found, f"told within {kinds[name].within} steps")]
+        found, names = sick.sicken(root, name, kinds[name], seeds, first)
+        note = f"within {kinds[name].within} steps: {', '.join(sorted(names))}"
+        return [figure_of(number, name, found, note)]
 
     return check
 

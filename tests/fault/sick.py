@@ -16,7 +16,6 @@ from clsa.alarms import (
     LEAK,
     LOW_RANK,
     NO_LAG,
-    NO_LEARNING,
     SPIKE,
 )
 from clsa.bank import KeyQueue
@@ -33,10 +32,11 @@ from tests.fault.tiny import Setup
 CHANNELS = (3, 16, 32, 64)
 FROM = 300  # step at which a run sickens
 HEALTHY_STEPS = 2000
+# The limits were set on seed 0 (and 1 of the first two); these runs had no say in them.
 HEALTHY = [
-    ("moco-v2-small", 0), ("clsa-small", 0), ("simclr-small", 0), ("byol-small", 0),
-    ("swav-small", 0), ("dino-resnet-small", 0), ("adco-small", 0), ("simsiam-small", 0),
-    ("moco-v2-small", 1), ("clsa-small", 1),
+    ("moco-v2-small", 7), ("clsa-small", 7), ("simclr-small", 7), ("byol-small", 7),
+    ("swav-small", 7), ("dino-resnet-small", 7), ("adco-small", 7), ("simsiam-small", 7),
+    ("moco-v3-small", 7), ("suncet-small", 7),
 ]  # fmt: skip
 
 
@@ -51,6 +51,8 @@ class Sickness(NamedTuple):
     at_once: bool = False
     """From the first step on."""
     over: dict[str, Any] = {}  # noqa: RUF012
+    ends: tuple[int, ...] = (0,)
+    """Exit codes."""
 
 
 def options(out: Path, recipe: str, seed: int, steps: int, **over: Any) -> RunOptions:
@@ -196,7 +198,10 @@ COLLAPSES = {
     "last layer zeroed": Sickness(_dead_layer, {COLLAPSE}, 200),
     "projections along one direction": Sickness(_one_direction, {LOW_RANK}, 200),
     "learning rate x100": Sickness(
-        lambda at: _rates(100, at), {SPIKE, COLLAPSE, LOW_RANK, NO_LEARNING}, 200
+        lambda at: _rates(100, at),
+        {SPIKE},
+        200,
+        ends=(0, 76),  # its numbers may overflow
     ),
     "keys are queries": Sickness(_keys_are_queries, {LEAK}, 200, at_once=True),
     "the queue stands": Sickness(_queue_stands, {FROZEN_QUEUE}, 200),
@@ -206,9 +211,15 @@ COLLAPSES = {
 }
 
 
-def sicken(root: Path, name: str, sickness: Sickness, seeds: list[int], first: int) -> Tally:
-    """Runs of several seeds: the alarm must come in time, have its name, and none before."""
-    tally = Tally()
+def sicken(
+    root: Path, name: str, sickness: Sickness, seeds: list[int], first: int
+) -> tuple[Tally, set[str]]:
+    """Runs of several seeds: the alarm must come in time, have its name, and none before.
+
+    Returns:
+        The tally, and the names of all alarms.
+    """
+    tally, names = Tally(), set[str]()
     for seed in seeds:
         begin = 0 if sickness.at_once else first
         out = root / f"{name}-{seed}".replace(" ", "-")
@@ -216,10 +227,11 @@ def sicken(root: Path, name: str, sickness: Sickness, seeds: list[int], first: i
         code, said = alarms(root, out.name, run, lambda begin=begin: sickness.begin(begin))
         found = told(out) if (out / "metrics.jsonl").exists() else []
         named = [step for step, called in found if called in sickness.names]
-        is_right = code in (0, 76) and named and named[0] <= begin + sickness.within
+        names |= {called for _, called in found}
+        is_right = code in sickness.ends and named and named[0] <= begin + sickness.within
         is_right = is_right and all(step > begin for step, _ in found)
         tally.note(bool(is_right), f"{name}, seed {seed}: ended {code}, {found}, {said[-200:]}")
-    return tally
+    return tally, names
 
 
 def healthy(root: Path, runs: list[tuple[str, int]], steps: int) -> Tally:
