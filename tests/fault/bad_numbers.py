@@ -131,13 +131,14 @@ def _missed(place: str, world: int, found: Path) -> str:
     """What the processes' replays did not name, or named without reason."""
     replays = [json.loads(Path(f"{found}-{rank}").read_text()) for rank in range(world)]
     last = replays[-1]
+    only_after = not last["outputs"] and bool(last["gradients"])  # the network itself is fine
     right = {
-        "image": last["views"] and last["views"][0][1] == last["first"],
-        "loss": not last["outputs"] and last["gradients"],
-        ONE_RANK: not last["outputs"] and last["gradients"],
-        "gradient": not last["outputs"] and last["gradients"] and last["loss"] == "finite",
-        "key network": last["weights"] and last["weights"][0].startswith("key_network."),
-        "weight": not last["weights"] and last["outputs"][0].startswith("network.encoder."),
+        "image": [picture for _, picture in last["views"]] == [last["first"]],
+        "loss": only_after and last["loss"] == "not",
+        ONE_RANK: only_after and last["loss"] == "not",
+        "gradient": only_after and last["loss"] == "finite",
+        "key network": any(name.startswith("key_network.") for name in last["weights"]),
+        "weight": not last["weights"] and last["outputs"][:1] == ["network.encoder.0"],
     }[place]
     others = {"weights": {"key network"}, "views": {"image"}}
     extra = [key for key, places in others.items() if last[key] and place not in places]
