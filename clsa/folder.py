@@ -129,17 +129,36 @@ class RunFolder:
         return told if before != options.epochs else ""
 
     def note(self, step: int, **told: Any) -> None:
-        """Add a line to `history.jsonl`: what changed in the midst of the run."""
-        before, line = self.read_history(), {"step": step, **told}
-        if before[-1:] != [line]:  # a start killed just after has noted it
-            text = "".join(json.dumps(each) + "\n" for each in [*before, line])
-            files.write_text(self.history, text)
+        """Add a line to `history.jsonl`: what changed in the midst of the run.
+
+        Raises:
+            ClsaError: 73 or 74 when it cannot be read or written; it stays as it was.
+        """
+        line = {"step": step, **told}
+        if self.read_history()[-1:] != [line]:  # a start killed just after has noted it
+            text = self._read_text(self.history)
+            torn = "\n" if text and not text.endswith("\n") else ""
+            files.write_text(self.history, f"{text}{torn}{json.dumps(line)}\n")
 
     def read_history(self) -> list[dict[str, Any]]:
-        """What has been noted; what cannot be read is left out."""
-        with suppress(OSError, ValueError):
-            return [json.loads(line) for line in self.history.read_text("utf-8").splitlines()]
-        return []
+        """What has been noted; a line that cannot be read is left out.
+
+        Raises:
+            ClsaError: 73 or 74 when the file is there and the system refuses it.
+        """
+        found = []
+        for line in self._read_text(self.history).split("\n"):
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
+
+    def _read_text(self, path: Path) -> str:
+        """What a file of the run holds, damage included; nothing where there is none."""
+        with files.output_errors(path):
+            try:
+                return path.read_bytes().decode("utf-8", "surrogateescape")
+            except FileNotFoundError:
+                return ""
 
     def write_status(self, code: int, reason: str, step: int, resumable: bool) -> None:
         """`status.json`: how the last start of the run ended."""

@@ -354,3 +354,19 @@ def test_history_is_kept_whole(tmp_path: Path) -> None:
         {"step": 3, "epochs": [1, 2]},
         {"step": 9, "data_changed": "+1"},
     ]
+
+
+def test_a_torn_line_of_the_history_costs_no_other(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.note(3, epochs=[1, 2])
+    whole = folder.history.read_bytes()
+    for damage in (b'{"step": 9, "ep', b"\xff\x00\xc2\x85\r", b"17\n"):
+        folder.history.write_bytes(whole + damage)
+        assert folder.read_history() == [{"step": 3, "epochs": [1, 2]}]
+        folder.note(12, data_changed="+1")
+        assert [line["step"] for line in folder.read_history()] == [3, 12]
+        assert folder.history.read_bytes().startswith(whole + damage)
+    folder.history.unlink()
+    folder.history.mkdir()  # what refuses to be read, for root too
+    with pytest.raises(ClsaError, match=r"history\.jsonl - Is a directory"):
+        folder.note(15, data_changed="+2")
