@@ -1,6 +1,7 @@
 """The run folder: its files, whose it is, and what the run last said of itself."""
 
 import json
+import shlex
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,7 +59,11 @@ class RunFolder:
         if not self.config.exists():
             why = "neither empty nor a run's folder"
             raise ClsaError(str(self.path), why, "choose another --out")
-        before = flatten(self.read_options())
+        try:
+            before = flatten(self.read_options())
+        except ClsaError as error:
+            why = f"its config.yaml is not a run's ({error})"
+            raise ClsaError(str(self.path), why, "choose another --out", error.code) from None
         results = (self.encoder, self.results, *self.checkpoints.glob("*.json"))
         if not any(path.exists() for path in results):
             return  # it stopped before its first checkpoint: nothing to lose
@@ -72,19 +77,20 @@ class RunFolder:
             )
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             why = f"holds another run ({differences}{more})"
-            raise ClsaError(str(self.path), why, "choose another --out, or the run's own options")
+            hint = "choose another --out, or the run's own options"
+            if changed == ["epochs"] and now["epochs"] > before["epochs"] and not options.stages:
+                name = shlex.quote(str(self.path))
+                hint += f", or go on for longer: clsa extend {name} --epochs {options.epochs}"
+            raise ClsaError(str(self.path), why, hint)
 
     def read_options(self) -> RunOptions:
         """What its config.yaml says.
 
         Raises:
-            ClsaError: 2 when that is not a run's; it names what is not an option.
+            ClsaError: 66 when there is none, 2 when that is not a run's; it names what is not an
+                option.
         """
-        try:
-            return RunOptions.parse(read_yaml(self.config), str(self.config))
-        except ClsaError as error:
-            why = f"its config.yaml is not a run's ({error})"
-            raise ClsaError(str(self.path), why, "choose another --out", error.code) from None
+        return RunOptions.parse(read_yaml(self.config), str(self.config))
 
     @contextmanager
     def held(self, options: RunOptions) -> Iterator[None]:

@@ -305,10 +305,13 @@ def test_an_extended_run_goes_on_and_says_so(
     pretrain(run_of(root, out, epochs=2, max_steps=100))
     short = tiny.losses(out)
     out = out.rename(tmp_path / "moved")  # the folder is where it lies, not where it began
-    for epochs in (1, 2):
-        with pytest.raises(ClsaError, match="the run has 2 already - give a larger total"):
-            extend(ExtendOptions(run=out, epochs=epochs))
-    capsys.readouterr()
+    with pytest.raises(ClsaError, match="the run has 2 already - give a larger total"):
+        extend(ExtendOptions(run=out, epochs=1))
+    extend(ExtendOptions(run=out, epochs=2))
+    assert "note: the run has 2 epochs already" in capsys.readouterr().err
+    with pytest.raises(ClsaError, match=f"or go on for longer: clsa extend {out} --epochs 4$"):
+        pretrain(run_of(root, out, epochs=4))
+    assert tiny.losses(out) == short and RunFolder(out).read_history() == []
     extend(ExtendOptions(run=out, epochs=4, max_minutes=1e-6))
     told = "note: epochs 2 -> 4 at step 12: rates follow the longer schedule from here on"
     assert told in capsys.readouterr().err
@@ -334,8 +337,31 @@ def test_an_extended_run_goes_on_and_says_so(
     assert [line["epochs"] for line in RunFolder(out).read_history()] == [[2, 4], [4, 5]]
 
 
+def test_an_extension_that_began_at_step_0_is_resumed_by_the_same_call(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "run"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "keep_pictures", killed)  # config.yaml is written, no step is saved
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(run_of(root, out, epochs=1))
+        with pytest.raises(KeyboardInterrupt):
+            extend(ExtendOptions(run=out, epochs=2))
+    assert RunFolder(out).read_options().epochs == 2
+    moved = root.rename(tmp_path / "moved")
+    where = {"data": str(moved), "workers": 1, "device": "auto"}
+    extend(ExtendOptions.parse({"run": str(out), "epochs": 2, **where}, "options"))
+    assert max(tiny.losses(out)) == 12 and RunFolder(out).read_history() == []
+    found = RunFolder(out).read_options()
+    assert {"data": found.data.data, "workers": found.data.workers, "device": "auto"} == where
+
+
 def test_what_cannot_be_extended(tmp_path: Path) -> None:
-    with pytest.raises(ClsaError, match=r"config\.yaml - No such file") as caught:
+    with pytest.raises(ClsaError, match=r"holds no run .* - give the folder of a run$") as caught:
         extend(ExtendOptions(run=tmp_path, epochs=2))
     assert caught.value.code == Exit.NO_INPUT
     staged = resolve({"recipe": "continual-small", "stages": ["classes:2"]})
