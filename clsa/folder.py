@@ -115,6 +115,9 @@ class RunFolder:
     def claim(self, options: RunOptions, step: int = 0) -> str:
         """Create the folder, write the resolved `config.yaml`, clear what killed starts left.
 
+        New epochs are noted before `config.yaml` says them: a start killed in between leaves a line
+        of what did not begin, where the other order would lose it.
+
         Args:
             step: that the run stands at.
 
@@ -165,6 +168,12 @@ class RunFolder:
                 return path.read_bytes().decode("utf-8", "surrogateescape")
             except FileNotFoundError:
                 return ""
+
+    def rename_best_encoder(self, since: str) -> None:
+        """Rename `encoder-best.safetensors`, if there is one, to `encoder-best-SINCE`."""
+        with files.output_errors(self.path), suppress(FileNotFoundError):
+            best = self.best_encoder
+            best.replace(best.with_stem(f"{best.stem}-{since}"))
 
     def write_status(self, code: int, reason: str, step: int, resumable: bool) -> None:
         """`status.json`: how the last start of the run ended."""

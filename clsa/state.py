@@ -1,7 +1,8 @@
 """The training state of a run: what a checkpoint holds, saved whole and resumed to the bit."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,39 @@ from clsa.folder import RunFolder
 from clsa.methods.method import Method
 from clsa.sources import Source
 
+CHANGE = "change"  # of the pictures: in the manifest of the checkpoint that goes on with others
 TENSOR_BYTES = 512  # about what a checkpoint's zip file adds to each tensor
+
+
+class Change(NamedTuple):
+    """Other pictures that a run has gone on with."""
+
+    number: int
+    """Among the changes of the run, from 1."""
+    step: int
+    told: str
+    """What has changed."""
+
+    def aside(self, folder: RunFolder) -> Path:
+        """Where checkpoints go that the change would cost."""
+        return folder.checkpoints / f"before-change-{self.number}"
+
+    def finish(self, folder: RunFolder) -> None:
+        """Take what came of the pictures of before out of the way; `history.jsonl` says so, last.
+
+        Raises:
+            ClsaError: 73 or 74 when the disk refuses; the next start does what is left.
+        """
+        if num_changes(folder) < self.number:
+            aside = self.aside(folder)
+            checkpoint.set_aside(folder.checkpoints, self.step, aside)
+            folder.rename_best_encoder(aside.name)
+            folder.note(self.step, data_changed=self.told)
+
+
+def num_changes(folder: RunFolder) -> int:
+    """How many changes of the pictures are behind a run."""
+    return sum("data_changed" in line for line in folder.read_history())
 
 
 @dataclass
@@ -35,6 +68,7 @@ class State:
         steps_per_epoch: with these pictures.
         accepts_change: whether to go on with other pictures.
         changed: what has changed among them.
+        begun: the change that the checkpoint began which this start went on from.
         statistics: what batch norm's were before the step.
     """
 
@@ -52,6 +86,7 @@ class State:
     steps_per_epoch: int = 1
     accepts_change: bool = False
     changed: str = ""
+    begun: Change | None = None
 
     def __post_init__(self) -> None:
         self.statistics = Statistics(self.method)
@@ -86,15 +121,16 @@ class State:
         trained = [param for group in self.optimizer.param_groups for param in group["params"]]
         return sum(tensor.nbytes + TENSOR_BYTES for tensor in [*held, *trained * moments])
 
-    def save(self, keep: bool, best: bool) -> None:
+    def save(self, keep: bool, best: bool, **more: Any) -> None:
         """Write the checkpoint of this step on rank 0.
 
         Args:
             keep: never prune it.
             best: write it as the best one too.
+            more: what its manifest says besides.
         """
         if dist.rank() == 0:
-            facts = {"step": self.step, "keep": keep, "environment": self.environment()}
+            facts = {"step": self.step, "keep": keep, "environment": self.environment(), **more}
             kinds = (checkpoint.BEST, checkpoint.STEP) if best else (checkpoint.STEP,)
             for kind in kinds:
                 name = checkpoint.name_of(kind, self.step)
@@ -139,6 +175,7 @@ class State:
             raise ClsaError(str(saved.path), why, "start anew", Exit.NO_INPUT) from None
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
+        self.begun = Change(**saved.facts[CHANGE]) if CHANGE in saved.facts else None
         if self.changed:
             epoch = self.step // saved.state["steps_per_epoch"]
             self.step, self.best = epoch * self.steps_per_epoch, -1.0  # judged on others
@@ -174,13 +211,21 @@ class State:
     def keep_pictures(self) -> None:
         """Note on rank 0 which pictures these are; changed ones make this the newest checkpoint.
 
-        Killed at any moment, the next start finds either the run of before or the changed one.
+        Its manifest, which says what has changed, is the commit: killed or refused before it, the
+        next start finds the run of before, else the changed one, and does what is left.
         """
         if self.source is None or dist.rank():
             return
+        if self.begun:
+            self.begun.finish(self.folder)
         if self.changed:
-            self.folder.note(self.step, data_changed=self.changed)  # first: it must not be missing
-            self.save(keep=False, best=False)
-            checkpoint.remove_after(self.folder.checkpoints, self.step)
-            self.resumed = checkpoint.name_of(checkpoint.STEP, self.step)
+            change = Change(num_changes(self.folder) + 1, self.step, self.changed)
+            name = checkpoint.name_of(checkpoint.STEP, self.step)
+            manifest, is_same = self.folder.checkpoints / f"{name}.json", name == self.resumed
+            is_kept = checkpoint.is_kept(manifest)
+            if is_kept and not is_same:  # it would be overwritten, by other weights
+                checkpoint.move(manifest, change.aside(self.folder))
+            self.save(is_kept and is_same, best=False, **{CHANGE: change._asdict()})
+            self.resumed = name
+            change.finish(self.folder)
         roster.keep(self.folder.pictures, self.source, self.data_digest)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fault import tiny
+from fault import changes, resumes, tiny
 
 from clsa import checkpoint, environment, models, roster
 from clsa.command_options import ExtendOptions
@@ -227,6 +227,45 @@ def test_accepted_pictures_begin_the_epoch_anew(
     (line,) = RunFolder(out).read_history()
     assert line["step"] == begin and line["data_changed"].startswith("+16 -0 ~0 (digest ")
     assert "accept_data_change: false" in (out / "config.yaml").read_text()
+
+
+def test_other_pictures_cost_no_kept_and_no_best_checkpoint(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = resumes.classed(tmp_path / "pictures"), tmp_path / "run"
+    told: dict[str, Any] = {"epochs": 4, "keep_every": 1, "probe_every": 1}
+    pretrain(run_of(root, out, max_steps=20, **told))
+    folder, checkpoints = RunFolder(out), out / "checkpoints"
+    before, best = changes.contents(checkpoints), {path.name for path in checkpoints.glob("best*")}
+    kept = {f"step-{step:06d}" for step in (6, 12, 18)}
+    encoder = folder.best_encoder.read_bytes()
+    with open(root / "a" / "009.png", "ab") as file:  # as many steps an epoch as before
+        file.write(b"x")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise ClsaError("cannot write", "disk full", "free some space", Exit.IO)
+
+    with monkeypatch.context() as patch:  # nothing has happened
+        patch.setattr(State, "save", refused)
+        with pytest.raises(ClsaError, match="disk full"):
+            pretrain(run_of(root, out, accept_data_change=True, **told))
+    assert folder.read_history() == [] and folder.best_encoder.read_bytes() == encoder
+    found = {Path(path).name: data for path, data in changes.contents(checkpoints).items()}
+    assert found == {Path(path).name: data for path, data in before.items()}
+    for number in (1, 2):
+        pretrain(run_of(root, out, max_steps=21, accept_data_change=True, **told))
+        assert [line["step"] for line in folder.read_history()] == [18] * number
+        with open(root / "a" / "009.png", "ab") as file:
+            file.write(b"x")
+    aside = checkpoints / "before-change-1"
+    there = {path.stem for place in (checkpoints, aside) for path in place.glob("step*.ckpt")}
+    assert there >= kept and {path.name for path in aside.glob("best*")} == best
+    for path, data in before.items():
+        if Path(path).stem in kept and "000018" not in path:
+            assert Path(path).read_bytes() == data
+        if "000018" in path and "step" in path:  # those of step 20 took its name
+            assert (aside / Path(path).name).read_bytes() == data
+    assert (out / "encoder-best-before-change-1.safetensors").read_bytes() == encoder
 
 
 def test_what_keeps_a_row_a_picture_does_not_take_others(tmp_path: Path, small: None) -> None:
