@@ -1,52 +1,19 @@
 """The training state of a run: what a checkpoint holds, saved whole and resumed to the bit."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clsa import checkpoint, dist, environment, roster
 from clsa.bad_steps import Statistics
+from clsa.change import Change, Given, num_changes
 from clsa.errors import ClsaError, Exit
 from clsa.folder import RunFolder
 from clsa.methods.method import Method
-from clsa.sources import Source
 
-CHANGE = "change"  # of the pictures: in the manifest of the checkpoint that goes on with others
 TENSOR_BYTES = 512  # about what a checkpoint's zip file adds to each tensor
-
-
-class Change(NamedTuple):
-    """Other pictures that a run has gone on with."""
-
-    number: int
-    """Among the changes of the run, from 1."""
-    step: int
-    told: str
-    """What has changed."""
-
-    def aside(self, folder: RunFolder) -> Path:
-        """Where checkpoints go that the change would cost."""
-        return folder.checkpoints / f"before-change-{self.number}"
-
-    def finish(self, folder: RunFolder) -> None:
-        """Take what came of the pictures of before out of the way; `history.jsonl` says so, last.
-
-        Raises:
-            ClsaError: 73 or 74 when the disk refuses; the next start does what is left.
-        """
-        if num_changes(folder) < self.number:
-            aside = self.aside(folder)
-            checkpoint.set_aside(folder.checkpoints, self.step, aside)
-            folder.rename_best_encoder(aside.name)
-            folder.note(self.step, data_changed=self.told)
-
-
-def num_changes(folder: RunFolder) -> int:
-    """How many changes of the pictures are behind a run."""
-    return sum("data_changed" in line for line in folder.read_history())
 
 
 @dataclass
@@ -64,11 +31,7 @@ class State:
         unsound: names of those that it passed over.
         bad_in_row: how many steps, the last ones, were skipped for a bad number.
         skipped: steps skipped so far.
-        source: the pictures of `data_digest`, to tell what has changed among them.
-        steps_per_epoch: with these pictures.
-        accepts_change: whether to go on with other pictures.
-        changed: what has changed among them.
-        begun: the change that the checkpoint began which this start went on from.
+        given: the pictures of `data_digest`.
         statistics: what batch norm's were before the step.
     """
 
@@ -82,11 +45,7 @@ class State:
     unsound: set[str] = field(default_factory=set)
     bad_in_row: int = 0
     skipped: int = 0
-    source: Source | None = None
-    steps_per_epoch: int = 1
-    accepts_change: bool = False
-    changed: str = ""
-    begun: Change | None = None
+    given: Given = field(default_factory=Given)
 
     def __post_init__(self) -> None:
         self.statistics = Statistics(self.method)
@@ -105,7 +64,7 @@ class State:
             "step": self.step,
             "best": self.best,
             "data_digest": self.data_digest,
-            "steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.given.steps_per_epoch,
             "skips": {"in_row": self.bad_in_row, "total": self.skipped},
         }
         return checkpoint.with_keys(values)
@@ -166,8 +125,8 @@ class State:
             return []
         checkpoint.require_same_keys(saved, self.as_dict())
         notes = [f"{why}, using {saved.path.stem}" for why in saved.skipped]
-        if saved.state["data_digest"] != self.data_digest:
-            self.changed = self._accepted_change(saved)
+        before = saved.state["data_digest"]
+        self.given.compare(before, self.data_digest, self.folder, self.method)
         try:
             self.take(saved.state)
         except (RuntimeError, ValueError) as error:  # torch names the tensor last
@@ -175,12 +134,12 @@ class State:
             raise ClsaError(str(saved.path), why, "start anew", Exit.NO_INPUT) from None
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
-        self.begun = Change(**saved.facts[CHANGE]) if CHANGE in saved.facts else None
-        if self.changed:
+        self.given.begun = Change.begun_by(saved.facts)
+        if self.given.changed:
             epoch = self.step // saved.state["steps_per_epoch"]
-            self.step, self.best = epoch * self.steps_per_epoch, -1.0  # judged on others
+            self.step, self.best = epoch * self.given.steps_per_epoch, -1.0  # judged on others
             begin = f"with the weights of {self.resumed} at step {self.step}, epoch {epoch + 1}"
-            notes.append(f"data changed: {self.changed}; goes on {begin}")
+            notes.append(f"data changed: {self.given.changed}; goes on {begin}")
         moved = environment.told_change(saved.facts.get("environment"), self.environment())
         return notes + ([moved] if moved else [])
 
@@ -192,40 +151,21 @@ class State:
         skips = saved["skips"]
         self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
 
-    def _accepted_change(self, saved: checkpoint.Saved) -> str:
-        """What has changed among the pictures; raises 2 unless the run may go on with them."""
-        what, told = str(self.folder.path), "other pictures"
-        if self.source is not None:
-            before = saved.state["data_digest"]
-            told = roster.told_change(self.folder.pictures, self.source, before, self.data_digest)
-        hint = "restore the pictures, or choose another --out"
-        parts = self.method.modules()  # what goes around a method may hold them, as CLIM does
-        if any(getattr(part, "holds_pictures", False) for part in parts):
-            why = f"data changed: {told}, and the method keeps a row for each picture"
-            raise ClsaError(what, why, hint)
-        if not self.accepts_change:
-            hint += ", or begin the epoch anew with these: --accept-data-change"
-            raise ClsaError(what, f"data changed: {told}", hint)
-        return told
-
     def keep_pictures(self) -> None:
         """Note on rank 0 which pictures these are; changed ones make this the newest checkpoint.
 
         Its manifest, which says what has changed, is the commit: killed or refused before it, the
         next start finds the run of before, else the changed one, and does what is left.
         """
-        if self.source is None or dist.rank():
+        given, folder = self.given, self.folder
+        if given.source is None or dist.rank():
             return
-        if self.begun:
-            self.begun.finish(self.folder)
-        if self.changed:
-            change = Change(num_changes(self.folder) + 1, self.step, self.changed)
-            name = checkpoint.name_of(checkpoint.STEP, self.step)
-            manifest, is_same = self.folder.checkpoints / f"{name}.json", name == self.resumed
-            is_kept = checkpoint.is_kept(manifest)
-            if is_kept and not is_same:  # it would be overwritten, by other weights
-                checkpoint.move(manifest, change.aside(self.folder))
-            self.save(is_kept and is_same, best=False, **{CHANGE: change._asdict()})
-            self.resumed = name
-            change.finish(self.folder)
-        roster.keep(self.folder.pictures, self.source, self.data_digest)
+        if given.begun:
+            given.begun.finish(folder)
+        if given.changed:
+            change = Change(num_changes(folder) + 1, self.step, given.changed)
+            keep = change.free_name(folder, self.resumed)
+            self.save(keep, best=False, **change.manifest())
+            self.resumed = checkpoint.name_of(checkpoint.STEP, self.step)
+            change.finish(folder)
+        roster.keep(folder.pictures, given.source, self.data_digest)

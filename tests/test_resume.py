@@ -13,6 +13,7 @@ import torch
 from fault import changes, resumes, tiny
 
 from clsa import checkpoint, environment, models, roster
+from clsa.change import Given
 from clsa.command_options import ExtendOptions
 from clsa.config import flatten
 from clsa.errors import ClsaError, Exit
@@ -25,7 +26,7 @@ from clsa.neighbours import Neighbours
 from clsa.optim import build_optimizer
 from clsa.options import RunOptions
 from clsa.recipes import resolve
-from clsa.sources import Pictures, Source, joined
+from clsa.sources import Pictures, joined
 from clsa.stages import pretrain
 from clsa.state import State
 
@@ -42,7 +43,7 @@ def run_of(pictures: Path, out: Path, **over: Any) -> RunOptions:
     return tiny.options(pictures, out, save_minutes=15, **over)
 
 
-def make_state(root: Path, pictures: Source | None = None, **over: Any) -> State:
+def make_state(root: Path, **given: Any) -> State:
     options = tiny.options(Path("none"), root)
     method = build_method(options, Extent(100, 0, 6, 120))
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
@@ -50,7 +51,7 @@ def make_state(root: Path, pictures: Source | None = None, **over: Any) -> State
         if param.requires_grad:
             param.grad = torch.ones_like(param)
     optimizer.step()
-    return State(method, optimizer, "ab12", RunFolder(root), step=1, source=pictures, **over)
+    return State(method, optimizer, "ab12", RunFolder(root), step=1, given=Given(**given))
 
 
 def write(state: State, values: dict[str, Any], **facts: Any) -> None:
