@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,13 +101,40 @@ def prune(folder: Path, held: str = "", unsound: Collection[str] = ()) -> list[s
     return refused + _remove_uncommitted(folder)
 
 
-def remove_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps than `step`, the best among them; raises 73."""
+def set_aside(folder: Path, step: int, aside: Path) -> None:
+    """Make the checkpoint of `step` the newest, and none the best.
+
+    Those of later steps are deleted, the newest last, so that a killed start finds that one or
+    `step`; later ones to keep, and all of the best, go to the folder `aside`.
+
+    Raises:
+        ClsaError: 73 when the folder refuses.
+    """
     with files.output_errors(folder):
-        for manifest in [*_numbered(folder, STEP), *_numbered(folder, BEST)]:
-            if int(manifest.stem.partition("-")[2]) > step:
-                manifest.unlink()
+        for manifest in reversed(_numbered(folder, STEP)):
+            if _step_of(manifest) > step:
+                move(manifest, aside) if is_kept(manifest) else manifest.unlink()
+        for manifest in reversed(_numbered(folder, BEST)):
+            move(manifest, aside)
     _remove_uncommitted(folder)
+
+
+def is_kept(manifest: Path) -> bool:
+    """Whether there is such a checkpoint, and it is one to keep."""
+    return manifest.exists() and bool(_facts(manifest).get("keep"))
+
+
+def move(manifest: Path, aside: Path) -> None:
+    """Move a checkpoint to the folder `aside`; raises 73 or 74.
+
+    The manifest goes last: without it the rest would be taken for a save that was cut off.
+    """
+    files.make_folder(aside)
+    with files.output_errors(aside):
+        for path in (manifest.with_suffix(".ckpt"), manifest):
+            with suppress(FileNotFoundError):  # a killed start has moved it
+                path.replace(aside / path.name)
+            files.sync_folder(aside)
 
 
 def _remove_uncommitted(folder: Path) -> list[str]:
@@ -128,6 +156,10 @@ def _numbered(folder: Path, kind: str) -> list[Path]:
     found = {path: name.fullmatch(path.stem) for path in folder.glob(f"{kind}-*.json")}
     steps = {path: int(match[1]) for path, match in found.items() if match}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def _step_of(manifest: Path) -> int:
+    return int(manifest.stem.partition("-")[2])
 
 
 def _facts(manifest: Path) -> dict[str, Any]:

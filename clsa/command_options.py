@@ -17,13 +17,20 @@ class ExtendOptions(Config):
     """A run, for longer than it was begun."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder; the run goes on as its config.yaml has it, but for --max-steps."""
+    """Run folder. What is computed is as its config.yaml has it; of its limits, max_steps and
+    max_minutes, none holds."""
     epochs: Count
     """The new total. Rates follow the schedule of a run of so many epochs from the step where the
     run stands, so that the result is not that of such a run from the start; after the end of a
     cosine they rise again."""
     max_minutes: Positive | None = None
     """Stop after this long; the same command goes on."""
+    data: str | None = None
+    """Where the pictures are now (default: where the run found them)."""
+    workers: Annotated[int, pydantic.Field(ge=0)] | None = None
+    """Processes that decode pictures (default: the run's)."""
+    device: str | None = None
+    """auto, cpu, cuda or cuda:N (default: the run's)."""
 
 
 class EvaluateOptions(Config):

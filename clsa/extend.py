@@ -1,10 +1,11 @@
 """A run made longer than it was begun: the rates follow the longer schedule from there on."""
 
+import sys
 from pathlib import Path
 
-from clsa import start
+from clsa import dist, start
 from clsa.command_options import ExtendOptions
-from clsa.errors import ClsaError
+from clsa.errors import ClsaError, Exit
 from clsa.folder import FREE, RunFolder
 from clsa.options import RunOptions
 
@@ -12,32 +13,43 @@ from clsa.options import RunOptions
 def extend(options: ExtendOptions) -> Path:
     """Train the run of a folder, finished or not, up to so many epochs; returns the folder.
 
-    All else is as its config.yaml has it, which then says the new epochs; `history.jsonl` says
-    since which step. The same call resumes it.
+    What is computed is as its config.yaml has it, which then says the new epochs; `history.jsonl`
+    says since which step. The same call resumes it.
 
     Raises:
-        ClsaError: 2 for a run in stages, or one that has as many epochs; as `start.pretrain`.
+        ClsaError: 66 for what is no run's folder, 2 for a run in stages, or one of more epochs; as
+            `start.pretrain`.
     """
     folder = RunFolder(options.run, FREE | {"epochs"})
+    if not folder.config.exists():
+        why = "holds no run (no config.yaml)"
+        raise ClsaError(str(options.run), why, "give the folder of a run", Exit.NO_INPUT)
     before = folder.read_options()
     if before.stages:
         why = "it learns in stages, each of so many epochs"
         raise ClsaError(str(options.run), why, "begin a run of more epochs: --out ANOTHER")
-    extensions = [line["epochs"] for line in folder.read_history() if "epochs" in line]
-    is_begun = bool(extensions) and extensions[-1][1] == options.epochs == before.epochs
-    if options.epochs <= before.epochs and not is_begun:
+    if options.epochs < before.epochs:
         why = f"the run has {before.epochs} already"
-        hint = "give a larger total; clsa pretrain resumes a run as it is"
-        raise ClsaError(f"{options.run}: --epochs {options.epochs}", why, hint)
+        raise ClsaError(f"{options.run}: --epochs {options.epochs}", why, "give a larger total")
+    if options.epochs == before.epochs and dist.rank() == 0:
+        told = f"note: the run has {before.epochs} epochs already: what is left of them is done"
+        print(told, file=sys.stderr)
     return start.pretrain(longer(before, options), folder.free)
 
 
 def longer(before: RunOptions, options: ExtendOptions) -> RunOptions:
-    """The options of the run with the new epochs, in the folder where it lies now."""
+    """The options of the run with the new epochs, where it and its pictures lie now.
+
+    Limits of steps and minutes are not taken over: it may have stopped at one.
+    """
+    data = {"data": options.data, "workers": options.workers}
+    given = {name: value for name, value in data.items() if value is not None}
     over = {
         "out": options.run,
         "epochs": options.epochs,
-        "max_steps": None,  # it may have stopped at one
+        "max_steps": None,
         "max_minutes": options.max_minutes,
+        "device": options.device or before.device,
+        "data": before.data.model_copy(update=given),
     }
     return before.model_copy(update=over)

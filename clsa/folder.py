@@ -1,6 +1,7 @@
 """The run folder: its files, whose it is, and what the run last said of itself."""
 
 import json
+import shlex
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,7 +59,11 @@ class RunFolder:
         if not self.config.exists():
             why = "neither empty nor a run's folder"
             raise ClsaError(str(self.path), why, "choose another --out")
-        before = flatten(self.read_options())
+        try:
+            before = flatten(self.read_options())
+        except ClsaError as error:
+            why = f"its config.yaml is not a run's ({error})"
+            raise ClsaError(str(self.path), why, "choose another --out", error.code) from None
         results = (self.encoder, self.results, *self.checkpoints.glob("*.json"))
         if not any(path.exists() for path in results):
             return  # it stopped before its first checkpoint: nothing to lose
@@ -72,19 +77,20 @@ class RunFolder:
             )
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             why = f"holds another run ({differences}{more})"
-            raise ClsaError(str(self.path), why, "choose another --out, or the run's own options")
+            hint = "choose another --out, or the run's own options"
+            if changed == ["epochs"] and now["epochs"] > before["epochs"] and not options.stages:
+                name = shlex.quote(str(self.path))
+                hint += f", or go on for longer: clsa extend {name} --epochs {options.epochs}"
+            raise ClsaError(str(self.path), why, hint)
 
     def read_options(self) -> RunOptions:
         """What its config.yaml says.
 
         Raises:
-            ClsaError: 2 when that is not a run's; it names what is not an option.
+            ClsaError: 66 when there is none, 2 when that is not a run's; it names what is not an
+                option.
         """
-        try:
-            return RunOptions.parse(read_yaml(self.config), str(self.config))
-        except ClsaError as error:
-            why = f"its config.yaml is not a run's ({error})"
-            raise ClsaError(str(self.path), why, "choose another --out", error.code) from None
+        return RunOptions.parse(read_yaml(self.config), str(self.config))
 
     @contextmanager
     def held(self, options: RunOptions) -> Iterator[None]:
@@ -109,6 +115,9 @@ class RunFolder:
     def claim(self, options: RunOptions, step: int = 0) -> str:
         """Create the folder, write the resolved `config.yaml`, clear what killed starts left.
 
+        New epochs are noted before `config.yaml` says them: a start killed in between leaves a line
+        of what did not begin, where the other order would lose it.
+
         Args:
             step: that the run stands at.
 
@@ -129,17 +138,42 @@ class RunFolder:
         return told if before != options.epochs else ""
 
     def note(self, step: int, **told: Any) -> None:
-        """Add a line to `history.jsonl`: what changed in the midst of the run."""
-        before, line = self.read_history(), {"step": step, **told}
-        if before[-1:] != [line]:  # a start killed just after has noted it
-            text = "".join(json.dumps(each) + "\n" for each in [*before, line])
-            files.write_text(self.history, text)
+        """Add a line to `history.jsonl`: what changed in the midst of the run.
+
+        Raises:
+            ClsaError: 73 or 74 when it cannot be read or written; it stays as it was.
+        """
+        line = {"step": step, **told}
+        if self.read_history()[-1:] != [line]:  # a start killed just after has noted it
+            text = self._read_text(self.history)
+            torn = "\n" if text and not text.endswith("\n") else ""
+            files.write_text(self.history, f"{text}{torn}{json.dumps(line)}\n")
 
     def read_history(self) -> list[dict[str, Any]]:
-        """What has been noted; what cannot be read is left out."""
-        with suppress(OSError, ValueError):
-            return [json.loads(line) for line in self.history.read_text("utf-8").splitlines()]
-        return []
+        """What has been noted; a line that cannot be read is left out.
+
+        Raises:
+            ClsaError: 73 or 74 when the file is there and the system refuses it.
+        """
+        found = []
+        for line in self._read_text(self.history).split("\n"):
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
+
+    def _read_text(self, path: Path) -> str:
+        """What a file of the run holds, damage included; nothing where there is none."""
+        with files.output_errors(path):
+            try:
+                return path.read_bytes().decode("utf-8", "surrogateescape")
+            except FileNotFoundError:
+                return ""
+
+    def rename_best_encoder(self, since: str) -> None:
+        """Rename `encoder-best.safetensors`, if there is one, to `encoder-best-SINCE`."""
+        with files.output_errors(self.path), suppress(FileNotFoundError):
+            best = self.best_encoder
+            best.replace(best.with_stem(f"{best.stem}-{since}"))
 
     def write_status(self, code: int, reason: str, step: int, resumable: bool) -> None:
         """`status.json`: how the last start of the run ended."""

@@ -10,6 +10,7 @@ import torch
 
 from clsa import dist, peers, signals, slurm
 from clsa.alarms import COLLAPSES
+from clsa.change import Given
 from clsa.errors import ClsaError, Exit, memory_told
 from clsa.evaluate.split import without_held_out_labels
 from clsa.few_labels import num_held, told_labels, with_few_labels
@@ -149,10 +150,8 @@ def assemble(
     method = build_method(options, extent).to(device)
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
     told = source if options.labels is None else shown
-    state = State(
-        method, optimizer, told.digest(), folder,
-        source=told, steps_per_epoch=steps, accepts_change=options.accept_data_change,
-    )  # fmt: skip
+    given = Given(told, steps, options.accept_data_change)
+    state = State(method, optimizer, told.digest(), folder, given=given)
     return Parts(state, shown, held, order, quarantine)
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from clsa import checkpoint, dist, environment, roster
 from clsa.bad_steps import Statistics
+from clsa.change import Change, Given, num_changes
 from clsa.errors import ClsaError, Exit
 from clsa.folder import RunFolder
 from clsa.methods.method import Method
-from clsa.sources import Source
 
 TENSOR_BYTES = 512  # about what a checkpoint's zip file adds to each tensor
 
@@ -31,10 +31,7 @@ class State:
         unsound: names of those that it passed over.
         bad_in_row: how many steps, the last ones, were skipped for a bad number.
         skipped: steps skipped so far.
-        source: the pictures of `data_digest`, to tell what has changed among them.
-        steps_per_epoch: with these pictures.
-        accepts_change: whether to go on with other pictures.
-        changed: what has changed among them.
+        given: the pictures of `data_digest`.
         statistics: what batch norm's were before the step.
     """
 
@@ -48,10 +45,7 @@ class State:
     unsound: set[str] = field(default_factory=set)
     bad_in_row: int = 0
     skipped: int = 0
-    source: Source | None = None
-    steps_per_epoch: int = 1
-    accepts_change: bool = False
-    changed: str = ""
+    given: Given = field(default_factory=Given)
 
     def __post_init__(self) -> None:
         self.statistics = Statistics(self.method)
@@ -70,7 +64,7 @@ class State:
             "step": self.step,
             "best": self.best,
             "data_digest": self.data_digest,
-            "steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.given.steps_per_epoch,
             "skips": {"in_row": self.bad_in_row, "total": self.skipped},
         }
         return checkpoint.with_keys(values)
@@ -86,15 +80,16 @@ class State:
         trained = [param for group in self.optimizer.param_groups for param in group["params"]]
         return sum(tensor.nbytes + TENSOR_BYTES for tensor in [*held, *trained * moments])
 
-    def save(self, keep: bool, best: bool) -> None:
+    def save(self, keep: bool, best: bool, **more: Any) -> None:
         """Write the checkpoint of this step on rank 0.
 
         Args:
             keep: never prune it.
             best: write it as the best one too.
+            more: what its manifest says besides.
         """
         if dist.rank() == 0:
-            facts = {"step": self.step, "keep": keep, "environment": self.environment()}
+            facts = {"step": self.step, "keep": keep, "environment": self.environment(), **more}
             kinds = (checkpoint.BEST, checkpoint.STEP) if best else (checkpoint.STEP,)
             for kind in kinds:
                 name = checkpoint.name_of(kind, self.step)
@@ -130,8 +125,8 @@ class State:
             return []
         checkpoint.require_same_keys(saved, self.as_dict())
         notes = [f"{why}, using {saved.path.stem}" for why in saved.skipped]
-        if saved.state["data_digest"] != self.data_digest:
-            self.changed = self._accepted_change(saved)
+        before = saved.state["data_digest"]
+        self.given.compare(before, self.data_digest, self.folder, self.method)
         try:
             self.take(saved.state)
         except (RuntimeError, ValueError) as error:  # torch names the tensor last
@@ -139,11 +134,12 @@ class State:
             raise ClsaError(str(saved.path), why, "start anew", Exit.NO_INPUT) from None
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
-        if self.changed:
+        self.given.begun = Change.begun_by(saved.facts)
+        if self.given.changed:
             epoch = self.step // saved.state["steps_per_epoch"]
-            self.step, self.best = epoch * self.steps_per_epoch, -1.0  # judged on others
+            self.step, self.best = epoch * self.given.steps_per_epoch, -1.0  # judged on others
             begin = f"with the weights of {self.resumed} at step {self.step}, epoch {epoch + 1}"
-            notes.append(f"data changed: {self.changed}; goes on {begin}")
+            notes.append(f"data changed: {self.given.changed}; goes on {begin}")
         moved = environment.told_change(saved.facts.get("environment"), self.environment())
         return notes + ([moved] if moved else [])
 
@@ -155,32 +151,21 @@ class State:
         skips = saved["skips"]
         self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
 
-    def _accepted_change(self, saved: checkpoint.Saved) -> str:
-        """What has changed among the pictures; raises 2 unless the run may go on with them."""
-        what, told = str(self.folder.path), "other pictures"
-        if self.source is not None:
-            before = saved.state["data_digest"]
-            told = roster.told_change(self.folder.pictures, self.source, before, self.data_digest)
-        hint = "restore the pictures, or choose another --out"
-        parts = self.method.modules()  # what goes around a method may hold them, as CLIM does
-        if any(getattr(part, "holds_pictures", False) for part in parts):
-            why = f"data changed: {told}, and the method keeps a row for each picture"
-            raise ClsaError(what, why, hint)
-        if not self.accepts_change:
-            hint += ", or begin the epoch anew with these: --accept-data-change"
-            raise ClsaError(what, f"data changed: {told}", hint)
-        return told
-
     def keep_pictures(self) -> None:
         """Note on rank 0 which pictures these are; changed ones make this the newest checkpoint.
 
-        Killed at any moment, the next start finds either the run of before or the changed one.
+        Its manifest, which says what has changed, is the commit: killed or refused before it, the
+        next start finds the run of before, else the changed one, and does what is left.
         """
-        if self.source is None or dist.rank():
+        given, folder = self.given, self.folder
+        if given.source is None or dist.rank():
             return
-        if self.changed:
-            self.folder.note(self.step, data_changed=self.changed)  # first: it must not be missing
-            self.save(keep=False, best=False)
-            checkpoint.remove_after(self.folder.checkpoints, self.step)
+        if given.begun:
+            given.begun.finish(folder)
+        if given.changed:
+            change = Change(num_changes(folder) + 1, self.step, given.changed)
+            keep = change.free_name(folder, self.resumed)
+            self.save(keep, best=False, **change.manifest())
             self.resumed = checkpoint.name_of(checkpoint.STEP, self.step)
-        roster.keep(self.folder.pictures, self.source, self.data_digest)
+            change.finish(folder)
+        roster.keep(folder.pictures, given.source, self.data_digest)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fault import tiny
+from fault import changes, resumes, tiny
 
 from clsa import checkpoint, environment, models, roster
+from clsa.change import Given
 from clsa.command_options import ExtendOptions
 from clsa.config import flatten
 from clsa.errors import ClsaError, Exit
@@ -25,7 +26,7 @@ from clsa.neighbours import Neighbours
 from clsa.optim import build_optimizer
 from clsa.options import RunOptions
 from clsa.recipes import resolve
-from clsa.sources import Pictures, Source, joined
+from clsa.sources import Pictures, joined
 from clsa.stages import pretrain
 from clsa.state import State
 
@@ -42,7 +43,7 @@ def run_of(pictures: Path, out: Path, **over: Any) -> RunOptions:
     return tiny.options(pictures, out, save_minutes=15, **over)
 
 
-def make_state(root: Path, pictures: Source | None = None, **over: Any) -> State:
+def make_state(root: Path, **given: Any) -> State:
     options = tiny.options(Path("none"), root)
     method = build_method(options, Extent(100, 0, 6, 120))
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
@@ -50,7 +51,7 @@ def make_state(root: Path, pictures: Source | None = None, **over: Any) -> State
         if param.requires_grad:
             param.grad = torch.ones_like(param)
     optimizer.step()
-    return State(method, optimizer, "ab12", RunFolder(root), step=1, source=pictures, **over)
+    return State(method, optimizer, "ab12", RunFolder(root), step=1, given=Given(**given))
 
 
 def write(state: State, values: dict[str, Any], **facts: Any) -> None:
@@ -229,6 +230,45 @@ def test_accepted_pictures_begin_the_epoch_anew(
     assert "accept_data_change: false" in (out / "config.yaml").read_text()
 
 
+def test_other_pictures_cost_no_kept_and_no_best_checkpoint(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = resumes.classed(tmp_path / "pictures"), tmp_path / "run"
+    told: dict[str, Any] = {"epochs": 4, "keep_every": 1, "probe_every": 1}
+    pretrain(run_of(root, out, max_steps=20, **told))
+    folder, checkpoints = RunFolder(out), out / "checkpoints"
+    before, best = changes.contents(checkpoints), {path.name for path in checkpoints.glob("best*")}
+    kept = {f"step-{step:06d}" for step in (6, 12, 18)}
+    encoder = folder.best_encoder.read_bytes()
+    with open(root / "a" / "009.png", "ab") as file:  # as many steps an epoch as before
+        file.write(b"x")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise ClsaError("cannot write", "disk full", "free some space", Exit.IO)
+
+    with monkeypatch.context() as patch:  # nothing has happened
+        patch.setattr(State, "save", refused)
+        with pytest.raises(ClsaError, match="disk full"):
+            pretrain(run_of(root, out, accept_data_change=True, **told))
+    assert folder.read_history() == [] and folder.best_encoder.read_bytes() == encoder
+    found = {Path(path).name: data for path, data in changes.contents(checkpoints).items()}
+    assert found == {Path(path).name: data for path, data in before.items()}
+    for number in (1, 2):
+        pretrain(run_of(root, out, max_steps=21, accept_data_change=True, **told))
+        assert [line["step"] for line in folder.read_history()] == [18] * number
+        with open(root / "a" / "009.png", "ab") as file:
+            file.write(b"x")
+    aside = checkpoints / "before-change-1"
+    there = {path.stem for place in (checkpoints, aside) for path in place.glob("step*.ckpt")}
+    assert there >= kept and {path.name for path in aside.glob("best*")} == best
+    for path, data in before.items():
+        if Path(path).stem in kept and "000018" not in path:
+            assert Path(path).read_bytes() == data
+        if "000018" in path and "step" in path:  # those of step 20 took its name
+            assert (aside / Path(path).name).read_bytes() == data
+    assert (out / "encoder-best-before-change-1.safetensors").read_bytes() == encoder
+
+
 def test_what_keeps_a_row_a_picture_does_not_take_others(tmp_path: Path, small: None) -> None:
     assert Neighbours.holds_pictures and METHODS["pcl"].holds_pictures
     state = make_state(tmp_path, accepts_change=True)
@@ -305,10 +345,13 @@ def test_an_extended_run_goes_on_and_says_so(
     pretrain(run_of(root, out, epochs=2, max_steps=100))
     short = tiny.losses(out)
     out = out.rename(tmp_path / "moved")  # the folder is where it lies, not where it began
-    for epochs in (1, 2):
-        with pytest.raises(ClsaError, match="the run has 2 already - give a larger total"):
-            extend(ExtendOptions(run=out, epochs=epochs))
-    capsys.readouterr()
+    with pytest.raises(ClsaError, match="the run has 2 already - give a larger total"):
+        extend(ExtendOptions(run=out, epochs=1))
+    extend(ExtendOptions(run=out, epochs=2))
+    assert "note: the run has 2 epochs already" in capsys.readouterr().err
+    with pytest.raises(ClsaError, match=f"or go on for longer: clsa extend {out} --epochs 4$"):
+        pretrain(run_of(root, out, epochs=4))
+    assert tiny.losses(out) == short and RunFolder(out).read_history() == []
     extend(ExtendOptions(run=out, epochs=4, max_minutes=1e-6))
     told = "note: epochs 2 -> 4 at step 12: rates follow the longer schedule from here on"
     assert told in capsys.readouterr().err
@@ -334,8 +377,31 @@ def test_an_extended_run_goes_on_and_says_so(
     assert [line["epochs"] for line in RunFolder(out).read_history()] == [[2, 4], [4, 5]]
 
 
+def test_an_extension_that_began_at_step_0_is_resumed_by_the_same_call(
+    tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "run"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "keep_pictures", killed)  # config.yaml is written, no step is saved
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(run_of(root, out, epochs=1))
+        with pytest.raises(KeyboardInterrupt):
+            extend(ExtendOptions(run=out, epochs=2))
+    assert RunFolder(out).read_options().epochs == 2
+    moved = root.rename(tmp_path / "moved")
+    where = {"data": str(moved), "workers": 1, "device": "auto"}
+    extend(ExtendOptions.parse({"run": str(out), "epochs": 2, **where}, "options"))
+    assert max(tiny.losses(out)) == 12 and RunFolder(out).read_history() == []
+    found = RunFolder(out).read_options()
+    assert {"data": found.data.data, "workers": found.data.workers, "device": "auto"} == where
+
+
 def test_what_cannot_be_extended(tmp_path: Path) -> None:
-    with pytest.raises(ClsaError, match=r"config\.yaml - No such file") as caught:
+    with pytest.raises(ClsaError, match=r"holds no run .* - give the folder of a run$") as caught:
         extend(ExtendOptions(run=tmp_path, epochs=2))
     assert caught.value.code == Exit.NO_INPUT
     staged = resolve({"recipe": "continual-small", "stages": ["classes:2"]})
@@ -354,3 +420,19 @@ def test_history_is_kept_whole(tmp_path: Path) -> None:
         {"step": 3, "epochs": [1, 2]},
         {"step": 9, "data_changed": "+1"},
     ]
+
+
+def test_a_torn_line_of_the_history_costs_no_other(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.note(3, epochs=[1, 2])
+    whole = folder.history.read_bytes()
+    for damage in (b'{"step": 9, "ep', b"\xff\x00\xc2\x85\r", b"17\n"):
+        folder.history.write_bytes(whole + damage)
+        assert folder.read_history() == [{"step": 3, "epochs": [1, 2]}]
+        folder.note(12, data_changed="+1")
+        assert [line["step"] for line in folder.read_history()] == [3, 12]
+        assert folder.history.read_bytes().startswith(whole + damage)
+    folder.history.unlink()
+    folder.history.mkdir()  # what refuses to be read, for root too
+    with pytest.raises(ClsaError, match=r"history\.jsonl - Is a directory"):
+        folder.note(15, data_changed="+2")

@@ -36,7 +36,7 @@ ORDER = [
     "evaluate.voc07", "evaluate.voc07_released", "evaluate.svm",
     "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed", "export",
     "folder", "preview", "networks", "bench", "diagnosis", "diagnose",
-    "bad_steps", "alarms", "health", "journal", "environment", "state", "judge", "saver",
+    "bad_steps", "alarms", "health", "journal", "environment", "change", "state", "judge", "saver",
     "train", "start", "replay",
     "exemplars", "forgetting", "stages", "extend",
     "recipes.recipe", "recipes.imagenet", "recipes.cifar", "recipes.small",

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from clsa.config import flatten
 from clsa.errors import Exit
 from clsa.folder import FREE, RunFolder
 from clsa.options import RunOptions
+from clsa.state import State
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.resumes import LAST, options
@@ -48,6 +50,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def pinned(out: Path) -> set[str]:
+    """Digests of the weights of checkpoints to keep, and of the best where they were set aside."""
+    found = set()
+    for manifest in (out / "checkpoints").rglob("*.json"):
+        if json.loads(manifest.read_text())["keep"] or manifest.parent.name != "checkpoints":
+            state, _ = checkpoint.load_one(manifest.with_suffix(".ckpt"))
+            found.add(checkpoint.digest(state["method"]))
+    return found
+
+
 def pictures(sources: Path, root: Path, stops: list[int]) -> tuple[Tally, Tally]:
     """Each change at each stop: refused with its counts; accepted, it begins the epoch anew."""
     refused, accepted = Tally(), Tally()
@@ -57,7 +69,7 @@ def pictures(sources: Path, root: Path, stops: list[int]) -> tuple[Tally, Tally]
         raise RuntimeError(said)
     for stop in stops:
         base = root / f"stop-{stop}"
-        first = options(sources, base, max_steps=stop)
+        first = options(sources, base, max_steps=stop, keep_every=1, probe_every=1)
         code, said = tiny.attempt(lambda run=first: tiny.pretrain(run), root / "log")
         for name, (change, counts) in CHANGES.items():
             place = root / f"{stop}-{name}".replace(" ", "-")
@@ -71,7 +83,7 @@ def pictures(sources: Path, root: Path, stops: list[int]) -> tuple[Tally, Tally]
                     tiny.shuffle_listings()
                 return tiny.pretrain(run)
 
-            kept, run = contents(out / "checkpoints"), options(data, out)
+            kept, run = contents(out / "checkpoints"), options(data, out, keep_every=1)
             code, said = tiny.attempt(lambda body=body, run=run: body(run), place / "log")
             if not counts:
                 same = checkpoint.run_digest(out) == checkpoint.run_digest(whole)
@@ -91,8 +103,13 @@ def _accept(run: RunOptions, place: Path, stop: int, counts: str) -> tuple[bool,
     """Go on with the changed pictures, once straight and once killed amid the change-over."""
     per_epoch = 7 if "+16" in counts else EPOCH
     begin, last = stop // EPOCH * per_epoch, LAST // EPOCH * per_epoch
-    given, cut = run.model_copy(update={"accept_data_change": True}), place / "cut"
-    shutil.copytree(run.out, cut)
+    given = run.model_copy(update={"accept_data_change": True})
+    kept, encoder = pinned(run.out), _bytes_of(run.out / "encoder-best.safetensors")
+    best = {path.name for path in (run.out / "checkpoints").glob("best-*")}
+    moves = ["move"] if best else []  # there are some after the first epoch
+    cuts = {name: place / name for name in ["save", *moves, "set_aside", "note"]}
+    for cut in cuts.values():
+        shutil.copytree(run.out, cut)
     code, said = tiny.attempt(lambda: tiny.pretrain(given), place / "log")
     wrong = [] if code == 0 and f"at step {begin}, epoch" in said else [f"{code}: {said[-200:]}"]
     missing = set(range(stop + 1, begin + 1))  # none was taken under these numbers
@@ -102,19 +119,42 @@ def _accept(run: RunOptions, place: Path, stop: int, counts: str) -> tuple[bool,
     if len(noted) != 1 or not noted[0]["data_changed"].startswith(counts):
         wrong.append(f"history: {noted}")
 
-    def killed() -> int:
-        checkpoint.remove_after = lambda *_: os._exit(9)
-        return tiny.pretrain(given.model_copy(update={"out": cut}))
+    for name, cut in cuts.items():
+        again = given.model_copy(update={"out": cut})
 
-    first, _ = tiny.attempt(killed, place / "log")
-    again = given.model_copy(update={"out": cut})
-    code, said = tiny.attempt(lambda: tiny.pretrain(again), place / "log")
-    if first != 9 or code or checkpoint.run_digest(cut) != checkpoint.run_digest(run.out):
-        wrong.append(f"killed amid it: {first}, {code}, {said[-200:]}")
+        def killed(name: str = name, again: RunOptions = again) -> int:
+            _die_before(name)
+            return tiny.pretrain(again)
+
+        first, _ = tiny.attempt(killed, place / "log")
+        code, said = tiny.attempt(lambda again=again: tiny.pretrain(again), place / "log")
+        same = code == 0 and checkpoint.run_digest(cut) == checkpoint.run_digest(run.out)
+        if first != 9 or not same or RunFolder(cut).read_history() != noted:
+            wrong.append(f"killed before {name}: {first}, {code}, {said[-200:]}")
+    for out in (run.out, *cuts.values()):
+        aside = out / "checkpoints" / "before-change-1"
+        if not pinned(out) >= kept or {path.name for path in aside.glob("best-*")} != best:
+            wrong.append(f"{out.name}: a kept or best checkpoint is lost")
+        if _bytes_of(out / "encoder-best-before-change-1.safetensors") != encoder:
+            wrong.append(f"{out.name}: the best encoder is lost")
     code, said = tiny.attempt(lambda: tiny.pretrain(run), place / "log")  # for good
     if code or "data changed" in said:
         wrong.append(f"not for good: {code}, {said[-200:]}")
     return not wrong, f"{place.name} accepted: {wrong}"
+
+
+def _bytes_of(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _die_before(name: str) -> None:
+    """End the process before the change-over's save, its first or only move, its last steps."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os._exit(9)
+
+    holder = {"save": State, "note": RunFolder}.get(name, checkpoint)
+    setattr(holder, name, die)
 
 
 # ---- options
