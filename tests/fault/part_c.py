@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.fault import crew, lane, limits, preempt, ranks, soak
+from tests.fault import crew, lane, limits, preempt, ranks, soak, stops
 from tests.fault.figures import Figure
 from tests.fault.lane import Check, figure_of
 from tests.fault.machine import has
@@ -23,6 +23,13 @@ def queues(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     kinds = list(preempt.KINDS) * 6 if is_long else ["an array", "refused", "INT twice"]
     tally = preempt.others(setup, setup.at("queues"), kinds, seed=0)
     what = f"SIGUSR1 under SLURM, SIGINT, SIGHUP: {', '.join(dict.fromkeys(kinds))}"
+    return [figure_of(15, what, tally)]
+
+
+def both(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Checks 14 and 15 with two processes."""
+    tally = stops.stops(setup, setup.at("stops"), 36 if is_long else 3, seed=0)
+    what = "SIGUSR1 under SLURM or SIGTERM to one or both of 2 processes: step, preparation, save"
     return [figure_of(15, what, tally)]
 
 
@@ -79,6 +86,7 @@ def endurance(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 CHECKS: dict[str, Check] = {
     "terms": terms,
     "queues": queues,
+    "stops": both,
     "ranks": peers,
     "restarts": in_place,
     "crew": loaders,
