@@ -12,9 +12,10 @@ from tests.fault.tiny import Setup
 
 def terms(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 14."""
-    moments = preempt.terms(setup, setup.at("terms"), 49 if is_long else 4, seed=0)
+    moments = preempt.terms(setup, setup.at("terms"), 56 if is_long else 3, seed=0)
     imports = preempt.imports(setup, setup.at("imports"), 20 if is_long else 2, seed=0)
     what = "SIGTERM, half of them twice: begin, first batch, step, preparation, probe, save, end"
+    what += ", preparation after a refused save"
     return [figure_of(14, what, moments), figure_of(14, "SIGTERM while it imports", imports)]
 
 
