@@ -72,7 +72,8 @@ def stoppable(max_minutes: float | None) -> Iterator[Stop]:
     """
     with stop_on_signals(max_minutes) as stop:
         try:
-            yield stop
+            with peers.named(lambda: 0):  # one may be stopped before there is a step
+                yield stop
         except (StopError, Asked) as error:
             if signal_of(error) != REQUEUE or not slurm.job() or dist.rank():
                 raise

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clsa import checkpoint, dist, signals, slurm, train
+from clsa import checkpoint, dist, signals, slurm, start, train
 from clsa.errors import Exit
 from clsa.methods.moco import MoCo
 from tests.fault import preempt, ranks, tiny
@@ -20,7 +20,19 @@ from tests.fault.tiny import EPOCH, Setup
 WORLD = 2
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 HEARERS = ((1,), (0, 1), (0,))
-PLACES = ("step", "preparation", "save")
+
+
+def _at_begin(_: random.Random) -> Callable[[Callable[[], object]], None]:
+    def patch(here: Callable[[], object]) -> None:
+        assemble = start.assemble
+
+        def watched(*given: Any) -> Any:
+            here()
+            return assemble(*given)
+
+        start.assemble = watched
+
+    return patch
 
 
 def _in_step(rng: random.Random) -> Callable[[Callable[[], object]], None]:
@@ -70,13 +82,17 @@ def _in_save(rng: random.Random) -> Callable[[Callable[[], object]], None]:
     return patch
 
 
-MOMENTS = {"step": _in_step, "preparation": _in_preparation, "save": _in_save}
+MOMENTS = {"begin": _at_begin, "step": _in_step, "preparation": _in_preparation, "save": _in_save}
 
 
 def cases(count: int) -> list[tuple[int, tuple[int, ...], str]]:
     """Signal, who hears it, where: so many, those that differ most first."""
-    every = list(itertools.product(SIGNALS, HEARERS, PLACES))
-    first = [every[1], every[10], every[5]]
+    every = list(itertools.product(SIGNALS, HEARERS, MOMENTS))
+    first: list[Any] = [
+        (signal.SIGUSR1, (1,), "preparation"),
+        (signal.SIGUSR1, (1,), "step"),
+        (signal.SIGTERM, (0, 1), "save"),
+    ]
     rest = [case for case in every if case not in first]
     return list(itertools.islice(itertools.cycle([*first, *rest]), count))
 
@@ -117,9 +133,11 @@ def stops(setup: Setup, root: Path, count: int, seed: int) -> Tally:
         wrong += [text for text in said if text.count("error: ") != 1 or "Traceback" in text]
         path = out / "status.json"
         status = json.loads(path.read_text()) if path.exists() else {}
-        if (status.get("code"), status.get("resumable")) != (Exit.PREEMPTED, True):
+        if place == "begin":
+            wrong += ["something is left"] if out.exists() else []
+        elif (status.get("code"), status.get("resumable")) != (Exit.PREEMPTED, True):
             wrong.append(f"status {status}")
-        if status.get("step") != tiny.newest_whole(out):
+        if status.get("step", 0) != tiny.newest_whole(out):
             wrong.append(f"saved {tiny.newest_whole(out)}, status {status}")
         calls = scontrol.with_suffix(".calls")
         heard = calls.read_text() if calls.exists() else ""
