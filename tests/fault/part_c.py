@@ -29,9 +29,9 @@ def queues(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 
 def both(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Checks 14 and 15 with two processes."""
-    tally = stops.stops(setup, setup.at("stops"), 48 if is_long else 3, seed=0)
+    tally = stops.stops(setup, setup.at("stops"), 48 if is_long else 2, seed=0)
     what = "SIGUSR1 under SLURM or SIGTERM to one or both of 2 processes: "
-    what += "begin, step, preparation, save" if is_long else "step, preparation, save"
+    what += "begin, step, preparation, save" if is_long else "step, preparation"
     return [figure_of(15, what, tally)]
 
 
