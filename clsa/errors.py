@@ -20,6 +20,10 @@ class Exit(IntEnum):
     UNTRUSTED = 77
 
 
+RESUMABLE = (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)
+"""After these the same command goes on."""
+
+
 class ClsaError(Exception):
     """An expected failure. Printed as one line `error: WHAT - WHY - WHAT TO DO`, no traceback.
 
@@ -56,6 +60,13 @@ def memory_told() -> Iterator[None]:
             raise
         step = "free some, raise ulimit -v, or lower --batch-size and --workers"
         raise ClsaError("memory is short", told, step, Exit.IO) from error
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a process that this error ends."""
+    if isinstance(error, ClsaError):
+        return error.code
+    return Exit.PREEMPTED if isinstance(error, KeyboardInterrupt) else Exit.BUG
 
 
 def first_line(error: BaseException) -> str:

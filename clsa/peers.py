@@ -4,6 +4,7 @@ Beside the collectives, whose errors name no rank, the processes share a key-val
 ends says why there; when a collective fails, all say where they are, and who says nothing is lost.
 """
 
+import json
 import re
 import threading
 import time
@@ -11,16 +12,36 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as td
 from torch.distributed.rendezvous import rendezvous
 
-from clsa.errors import ClsaError, Exit, first_line
+from clsa import slurm
+from clsa.errors import RESUMABLE, ClsaError, Exit, code_of, first_line
+from clsa.signals import StopError, signal_of, stop_on_signals
 
 ROLL_S = 3.0  # torchrun ends the others soon after the first
 BEAT_S = 1.0
 _LOST = re.compile(r"gloo|nccl|connection|broken pipe|timed out|timeout", re.IGNORECASE)
+
+
+class Said(NamedTuple):
+    """What a process tells the others."""
+
+    text: str
+    """Where it is, or why it has ended."""
+    code: int | None = None
+    """With which exit code, if it has."""
+    signal: str = ""
+    """For which signal."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Said":
+        """The end by an error."""
+        text = f"{type(error).__name__}: {first_line(error)}"
+        return cls(text, int(code_of(error)), signal_of(error))
 
 
 class Peers:
@@ -42,41 +63,45 @@ class Peers:
             device_id=gpu,
         )  # fmt: skip
 
-    def say_end(self, why: str) -> None:
-        """Tell the others, once, why this process ends."""
+    def say(self, said: Said) -> None:
+        """Tell the others, once, why this process ends, or where it is."""
         if not self.ended:
             self.ended = True
             with suppress(RuntimeError):  # the store may be gone
-                self.store.set(f"at/{self.rank}", f"ended: {why}")
+                self.store.set(f"at/{self.rank}", json.dumps(said))
 
     def lost(self, step: int, error: BaseException) -> ClsaError:
         """What a failed collective means: asks all others where they are, for a few seconds."""
-        heard = {self.rank: f"at step {step}"}
-        # In a thread: where rank 0 holds the store and is stopped, a call may never return.
-        asking = threading.Thread(target=self._call_roll, args=(heard,), daemon=True)
-        asking.start()
-        asking.join(ROLL_S + BEAT_S)
+        heard = {self.rank: Said(f"at step {step}")}
+        _within(ROLL_S + BEAT_S, lambda: self._call_roll(heard))
         return _told(dict(heard), self.world, self.rank, step, error)
 
-    def _call_roll(self, heard: dict[int, str]) -> None:
+    def _call_roll(self, heard: dict[int, Said]) -> None:
         until = time.monotonic() + ROLL_S
-        with suppress(RuntimeError):
-            if not self.ended:
-                self.ended = True
-                self.store.set(f"at/{self.rank}", heard[self.rank])
+        self.say(heard[self.rank])
         for rank in set(range(self.world)) - {self.rank}:
             left = timedelta(seconds=max(until - time.monotonic(), 0.01))
             with suppress(RuntimeError):
                 self.store.wait([f"at/{rank}"], left)
-                heard[rank] = self.store.get(f"at/{rank}").decode()
+                heard[rank] = Said(*json.loads(self.store.get(f"at/{rank}")))
 
-    def linger(self) -> None:
-        """Rank 0, which may hold the store, lets the others read there why it ends."""
-        others, limit = [f"at/{rank}" for rank in range(1, self.world)], timedelta(seconds=ROLL_S)
+    def linger(self, code: int) -> None:
+        """Rank 0, which may hold the store, lets the others read there why it ends.
+
+        Where the run was asked to stop they end after rank 0, which has yet to say so to SLURM:
+        with the first process that ends, torchrun ends the others.
+        """
         if self.rank == 0:
+            others = [f"at/{rank}" for rank in range(1, self.world)]
             with suppress(RuntimeError):
-                self.store.wait(others, limit)
+                self.store.wait(others, timedelta(seconds=ROLL_S))
                 time.sleep(BEAT_S / 4)  # they have asked, and read next
+            with suppress(RuntimeError):
+                self.store.set("left/0", "")
+        elif code == Exit.PREEMPTED:
+            limit_s = slurm.TIMEOUT_S + 2 * ROLL_S
+            _within(limit_s, lambda: self.store.wait(["left/0"], timedelta(seconds=limit_s)))
+            time.sleep(BEAT_S / 4)  # it is at its last line
 
     def beat(self, done: threading.Event) -> None:
         """Show that this process lives, until it is done."""
@@ -109,11 +134,12 @@ def joined(backend: str, timeout_s: float, gpu: torch.device | None) -> Iterator
     try:
         with named(lambda: 0):
             yield
-        peers.say_end("it was done")
+        peers.say(Said("it was done", Exit.OK))
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # their DistributedDataParallel holds the group
-        td.destroy_process_group()  # now the others meet that
-        peers.linger()
+        with stop_on_signals():  # it ends anyway
+            traceback.clear_frames(error.__traceback__)  # DistributedDataParallel holds the group
+            td.destroy_process_group()  # now the others meet that
+            peers.linger(code_of(error))
         raise
     else:
         td.destroy_process_group()
@@ -129,7 +155,7 @@ def named(step: Callable[[], int]) -> Iterator[None]:
         step: how many steps are done.
 
     Raises:
-        ClsaError: 74, or 75 where it was asked to stop, when another process is lost.
+        ClsaError: when another process is lost; 74, or that one's own exit code.
     """
     try:
         yield
@@ -140,7 +166,7 @@ def named(step: Callable[[], int]) -> Iterator[None]:
             str(error)
         ):
             raise _peers[-1].lost(step(), error) from error
-        _peers[-1].say_end(f"{type(error).__name__}: {first_line(error)}")
+        _peers[-1].say(Said.of(error))
         raise
 
 
@@ -172,24 +198,37 @@ def first_alone(together: bool = True) -> Iterator[None]:
     peers.store.set(key, "")
 
 
+def _within(limit_s: float, call: Callable[[], object]) -> None:
+    """Wait for a call, but no longer: where rank 0 holds the store and is stopped, it may hang."""
+
+    def quietly() -> None:
+        with suppress(RuntimeError):
+            call()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+
+
 def _told(
-    heard: dict[int, str], world: int, own: int, step: int, error: BaseException
+    heard: dict[int, Said], world: int, own: int, step: int, error: BaseException
 ) -> ClsaError:
     silent = [str(rank) for rank in range(world) if rank not in heard]
-    ended = {rank: text for rank, text in heard.items() if text.startswith("ended: ")}
+    ended = {rank: said for rank, said in heard.items() if said.code is not None}
     hint = "the same command resumes it"
     if ended:
-        rank, text = next(iter(ended.items()))
-        why = text.removeprefix("ended: ")
-        if why.startswith("Asked"):
-            why = f"rank {rank} was stopped by a signal ({why.partition(': ')[2]})"
-            return ClsaError(f"stopped at step {step}", why, hint, Exit.PREEMPTED)
-        return ClsaError(f"lost rank {rank} at step {step}", f"it ended ({why})", hint, Exit.IO)
+        rank, said = next(iter(ended.items()))
+        if said.code == Exit.PREEMPTED:
+            why = f"rank {rank} was stopped by {said.signal or 'a signal'}"
+            return StopError(f"stopped at step {step}", why, hint, said.signal)
+        code = Exit.IO if said.code in (Exit.OK, Exit.BUG) else Exit(said.code)
+        hint = hint if code in RESUMABLE else "mend what it says"
+        return ClsaError(f"lost rank {rank} at step {step}", f"it ended ({said.text})", hint, code)
     if silent:
         what = f"lost rank {', '.join(silent)} of {world} at step {step}"
         why = f"killed, stopped or without network; rank {own} met: {_short(error)}"
         return ClsaError(what, why, hint, Exit.IO)
-    places = ", ".join(f"rank {rank} {text}" for rank, text in heard.items())
+    places = ", ".join(f"rank {rank} {said.text}" for rank, said in heard.items())
     why = f"they do not make the same calls ({places}); rank {own} met: {_short(error)}"
     return ClsaError(f"the {world} processes parted at step {step}", why, hint, Exit.IO)
 

@@ -27,7 +27,7 @@ from clsa.methods.around import innermost, key_network_of
 from clsa.methods.continual import Continual
 from clsa.models import build_encoder
 from clsa.options import RunOptions
-from clsa.signals import Stop, stop_on_signals
+from clsa.signals import Stop
 from clsa.sources import Source, joined
 from clsa.state import State
 
@@ -56,7 +56,7 @@ def pretrain(options: RunOptions) -> Path:
         if options.continual.keep != "nothing":
             require_faiss()
         sources = stage_sources(options)
-        with stop_on_signals(options.max_minutes) as stop, folder.held(options):
+        with start.stoppable(options.max_minutes) as stop, folder.held(options):
             run_stages(options, folder, sources, device, stop)
     return options.out
 

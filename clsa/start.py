@@ -11,7 +11,7 @@ import torch
 from clsa import dist, peers, signals, slurm
 from clsa.alarms import COLLAPSES
 from clsa.change import Given
-from clsa.errors import ClsaError, Exit, memory_told
+from clsa.errors import RESUMABLE, ClsaError, Exit, code_of, memory_told
 from clsa.evaluate.split import without_held_out_labels
 from clsa.few_labels import num_held, told_labels, with_few_labels
 from clsa.folder import FREE, RunFolder
@@ -24,7 +24,7 @@ from clsa.optim import build_optimizer
 from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.saver import write_encoder
-from clsa.signals import Asked, Stop, stop_on_signals
+from clsa.signals import REQUEUE, Asked, Stop, StopError, signal_of, stop_on_signals
 from clsa.sources import Source
 from clsa.state import State
 from clsa.train import Run, fit
@@ -59,9 +59,27 @@ def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Pa
         folder = RunFolder(options.out, free)
         folder.check(options)
         source = open_source(options.data.data, "train", options.data)
-        with stop_on_signals(options.max_minutes) as stop, folder.held(options):
+        with stoppable(options.max_minutes) as stop, folder.held(options):
             train(options, source, device, stop)
     return options.out
+
+
+@contextmanager
+def stoppable(max_minutes: float | None) -> Iterator[Stop]:
+    """Signals are heeded; after everything else SLURM queues the run again where one asked that.
+
+    Raises:
+        StopError, Asked: which then say what has come of that.
+    """
+    with stop_on_signals(max_minutes) as stop:
+        try:
+            with peers.named(lambda: 0):  # one may be stopped before there is a step
+                yield stop
+        except (StopError, Asked) as error:
+            if signal_of(error) != REQUEUE or not slurm.job() or dist.rank():
+                raise
+            error.args = (f"{error}; {slurm.requeue()}",)
+            raise
 
 
 def train(
@@ -102,35 +120,24 @@ def train(
         tell_start(options, parts)
     run = Run(options, device, order.steps_per_epoch, stop)
     with report_end(folder, state, quarantine):
-        try:
-            reason = fit(state, source, parts.shown, order, quarantine, run)
-        except Asked as signal:  # in a preparation: nothing is unsaved
-            reason = str(signal)
+        reason = fit(state, source, parts.shown, order, quarantine, run)
         if reason in COLLAPSES or reason == "an alarm":
             what, why = f"stopped at step {state.step} of {run.num_steps}", f"alarm: {reason}"
             hint = "its words are above and in metrics.jsonl; in a new --out, change what they say"
             raise ClsaError(what, why, hint, Exit.UNHEALTHY)
         if dist.rank() == 0 and state.step:
             write_encoder(state, options, folder.encoder)
+        if dist.rank() == 0 and quarantine.reasons:
+            count = len(quarantine.reasons)
+            told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
+            print(told, file=sys.stderr)
+        if reason not in ("finished", "max_steps", "max_minutes"):
+            what = f"stopped at step {state.step} of {run.num_steps}"
+            saved = "the state is saved" if state.step else "nothing was to be saved"
+            raise StopError(what, f"{reason}; {saved}", "the same command resumes it", reason)
         if dist.rank() == 0:
             folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
-            if quarantine.reasons:
-                count = len(quarantine.reasons)
-                told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
-                print(told, file=sys.stderr)
-        if reason not in ("finished", "max_steps", "max_minutes"):
-            raise preempted(state.step, run.num_steps, reason)
     return state
-
-
-def preempted(step: int, last: int, reason: str) -> ClsaError:
-    """How a run ends that was asked to stop; has SLURM queue it again where that asked."""
-    saved = "the state is saved" if step else "nothing was to be saved"
-    hint = "the same command resumes it"
-    if reason == "SIGUSR1" and slurm.job() and dist.rank() == 0:
-        hint += f"; {slurm.requeue()}"
-    what = f"stopped at step {step} of {last}"
-    return ClsaError(what, f"{reason}; {saved}", hint, Exit.PREEMPTED)
 
 
 def assemble(
@@ -185,12 +192,9 @@ def report_end(folder: RunFolder, state: State, quarantine: Quarantine) -> Itera
             yield
     except BaseException as error:
         if dist.rank() == 0:
-            code = Exit.PREEMPTED if isinstance(error, KeyboardInterrupt) else Exit.BUG
-            code = error.code if isinstance(error, ClsaError) else code
+            code, reason = code_of(error), str(error) or type(error).__name__
             with suppress(ClsaError):  # the disk may be what failed
-                resumable = code in (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)
-                reason = str(error) or type(error).__name__
-                folder.write_status(code, reason, state.step, resumable)
+                folder.write_status(code, reason, state.step, code in RESUMABLE)
         raise
     finally:
         if dist.rank() == 0 and quarantine.reasons:

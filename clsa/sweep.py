@@ -56,7 +56,7 @@ def sweep(options: SweepOptions) -> Path:
         print(f"{len(cells)} runs in {out}; nothing was run or written")
         return out
     require_labels(cells)
-    with stop_on_signals() as stop, lock.only_writer(out):
+    with stop_on_signals(patient=True) as stop, lock.only_writer(out):
         files.write_text(out / "sweep.yaml", grid.to_yaml())
         before = read_outcomes(out / "table.json")
         outcomes = [before.get(cell.options.out.name, outcome_of(cell)) for cell in cells]

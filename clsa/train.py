@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from clsa.options import RunOptions
 from clsa.order import Order, Quarantine
 from clsa.preview import draw_neighbours
 from clsa.saver import Saver
-from clsa.signals import Stop
+from clsa.signals import Asked, Stop
 from clsa.sources import Source
 from clsa.state import State
 
@@ -183,44 +184,44 @@ def fit(
         saver = Saver(state, options, journal)
         epoch, rest = divmod(state.step, run.steps_per_epoch)
         reason = end_reason(state.step, last, run)
-        if not rest and not reason:
-            prepare(state, run, epoch, embed, journal)
-        waiting = time.monotonic()
-        for crops in feed(state, shown, order, last, quarantine, run):
-            waited = time.monotonic() - waiting
-            if state.step == 0 and speaks:
-                draw_views(source, crops, method.view_specs, run, folder.views)
-            stats = train_step(model, state, crops, run)
-            journal.count(options.batch_size, waited)
-            if stats.bad:
-                kept = saver.keep_bad(stats.bad)
-                journal.skipped(state.step, state.skipped, stats.bad)
-                require_some_good(state.step, state.bad_in_row, stats.bad, kept)
-            for alarm in health.after(stats.seen.loss, stats.seen.grad_norm, stats.seen.is_bad):
-                journal.alarm(state.step, alarm)
-                if options.stop_on_collapse and alarm.name in COLLAPSES:
-                    run.stop.alarm = alarm.name
-            epoch, rest = divmod(state.step, run.steps_per_epoch)
-            reason = end_reason(state.step, last, run) or run.stop.reason(stats.seen.stop)
-            if reason or not rest:
-                quarantine.share(run.device)
-            if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
-                journal.log(state.step, {**stats.numbers(), **health.numbers})
-            if reason or not rest or saver.is_due():
-                with peers.first_alone(together=bool(reason or not rest)):  # clocks differ
-                    better = not rest and speaks and judge(epoch)
-                    keep = not rest and divides(options.keep_every, epoch)
-                    saver.save(keep, better, last=bool(reason))
-            if reason:
-                break
-            if not rest:
+        with suppress(Asked):  # in a preparation
+            if not rest and not reason:
                 prepare(state, run, epoch, embed, journal)
             waiting = time.monotonic()
-        else:
-            if not reason:  # asked to stop while it waited for a batch
-                reason = run.stop.reason(run.stop.level)
-                if state.step > saver.intact:
-                    saver.save(keep=False, best=False, last=True)
+            for crops in feed(state, shown, order, last, quarantine, run):
+                waited = time.monotonic() - waiting
+                if state.step == 0 and speaks:
+                    draw_views(source, crops, method.view_specs, run, folder.views)
+                stats = train_step(model, state, crops, run)
+                journal.count(options.batch_size, waited)
+                if stats.bad:
+                    kept = saver.keep_bad(stats.bad)
+                    journal.skipped(state.step, state.skipped, stats.bad)
+                    require_some_good(state.step, state.bad_in_row, stats.bad, kept)
+                for alarm in health.after(stats.seen.loss, stats.seen.grad_norm, stats.seen.is_bad):
+                    journal.alarm(state.step, alarm)
+                    if options.stop_on_collapse and alarm.name in COLLAPSES:
+                        run.stop.alarm = alarm.name
+                epoch, rest = divmod(state.step, run.steps_per_epoch)
+                reason = end_reason(state.step, last, run) or run.stop.reason(stats.seen.stop)
+                if reason or not rest:
+                    quarantine.share(run.device)
+                if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
+                    journal.log(state.step, {**stats.numbers(), **health.numbers})
+                if reason or not rest or saver.is_due():
+                    with peers.first_alone(together=bool(reason or not rest)):  # clocks differ
+                        better = not rest and speaks and judge(epoch)
+                        keep = not rest and divides(options.keep_every, epoch)
+                        saver.save(keep, better, last=bool(reason))
+                if reason:
+                    break
+                if not rest:
+                    prepare(state, run, epoch, embed, journal)
+                waiting = time.monotonic()
+        if not reason:  # asked to stop while it prepared or waited for a batch
+            reason = run.stop.reason(run.stop.level)
+            if state.step > saver.intact:
+                saver.save(keep=False, best=False, last=True)
         if speaks:
             append_records(folder.results, judge.records)
     return reason

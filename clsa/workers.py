@@ -27,6 +27,7 @@ from clsa.host import num_cores
 MAX_WORKERS = 8
 TIMEOUT_S = 300
 POLL_S = 1
+KILL_S = 5
 _PR_SET_PDEATHSIG = 1
 
 _failed = threading.Event()
@@ -223,7 +224,9 @@ def _kill(crew: list[BaseProcess]) -> None:
     for process in crew:
         process.kill()
     for process in crew:
-        process.join()
+        process.join(KILL_S)
+        if process.is_alive():  # in a call to the system that no signal ends: it dies after that
+            multiprocessing.process._children.discard(process)  # pyright: ignore
 
 
 Report = Callable[..., str]

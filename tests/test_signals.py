@@ -48,7 +48,29 @@ def test_the_deadline_ranks_below_a_signal_and_is_told_to_the_other_ranks() -> N
     agreed = max(late.level, patient.level)
     assert late.reason(agreed) == patient.reason(agreed) == "max_minutes"
     late.ask(signal.SIGUSR1, None)
-    assert late.reason(3) == "SIGUSR1" and patient.reason(3) == "another process was stopped"
+    assert (late.level, late.reason(3), patient.reason(3)) == (
+        4, "SIGUSR1", "a signal to another process",
+    )  # fmt: skip
+
+
+def test_all_ranks_know_that_one_was_asked_to_be_queued_again() -> None:
+    warned, ended = Stop(), Stop()
+    warned.ask(signal.SIGUSR1, None)
+    warned.ask(signal.SIGTERM, None)
+    ended.ask(signal.SIGTERM, None)
+    agreed = max(warned.level, ended.level, Stop().level)
+    assert {stop.reason(agreed) for stop in (warned, ended, Stop())} == {"SIGUSR1"}
+
+
+def test_once_a_run_has_begun_nobody_says_that_nothing_was_to_be_saved() -> None:
+    code = (
+        "import os, signal; from clsa import signals; signals.leave_at_once()\n"
+        "with signals.stop_on_signals(): pass\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "True\n", "")
 
 
 def test_whoever_listens_last_tells_and_is_told_by_whoever_listens_around_it() -> None:
@@ -70,7 +92,7 @@ def test_signals_wait_while_they_are_held_back_and_children_never_hear_them() ->
     code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('lives')"
     with stop_on_signals() as stop:
         with held_back():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread
             assert stop.level == 0
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert stop.level == 3 and done.stdout == "lives\n"

@@ -1,10 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from clsa import slurm
-from clsa.errors import Exit
-from clsa.start import preempted
+from clsa.signals import Asked, StopError
+from clsa.start import stoppable
 
 NAMES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 
@@ -58,16 +59,17 @@ def test_what_fails_is_told_with_the_command_to_type(
     assert "(No such file or directory): type scontrol requeue 7" in slurm.requeue()
 
 
+@pytest.mark.parametrize("kind", [Asked, lambda name: StopError("at 3", name, "go on", name)])
 def test_only_usr1_within_a_job_queues_it_again(
-    scontrol: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Callable[[str], BaseException], scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "SLURM" not in str(preempted(3, 9, "SIGUSR1"))
+    def told(name: str) -> str:
+        with pytest.raises((Asked, StopError)) as found, stoppable(None):
+            raise kind(name)
+        return str(found.value)
+
+    assert "SLURM" not in told("SIGUSR1")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert "SLURM" not in str(preempted(3, 9, "SIGTERM"))
-    assert calls(scontrol) == []
-    end = preempted(3, 9, "SIGUSR1")
-    assert calls(scontrol) == ["2:requeue 7"] and end.code == Exit.PREEMPTED
-    assert str(end) == (
-        "stopped at step 3 of 9 - SIGUSR1; the state is saved - the same command resumes it; "
-        "SLURM job 7 is queued again and will resume it"
-    )
+    assert "SLURM" not in told("SIGTERM") and calls(scontrol) == []
+    assert told("SIGUSR1").endswith("; SLURM job 7 is queued again and will resume it")
+    assert calls(scontrol) == ["2:requeue 7"]

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -111,3 +112,22 @@ def test_shared_memory_is_counted_for_all_processes_of_the_machine(
     with pytest.raises(ClsaError, match="the workers need") as caught:
         workers.require_shared_memory(needed)
     assert caught.value.code == Exit.USAGE
+
+
+class _Immortal(multiprocessing.Process):
+    """As one in uninterruptible sleep."""
+
+    def kill(self) -> None: ...
+
+
+def test_a_worker_that_does_not_die_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "KILL_S", 0.1)
+    process = _Immortal(target=time.sleep, args=(60,))
+    process.start()
+    try:
+        workers._kill([process])
+        assert process.is_alive() and process not in multiprocessing.active_children()
+    finally:
+        assert process.pid
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()

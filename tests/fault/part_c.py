@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.fault import crew, lane, limits, preempt, ranks, soak
+from tests.fault import crew, lane, limits, preempt, ranks, soak, stops
 from tests.fault.figures import Figure
 from tests.fault.lane import Check, figure_of
 from tests.fault.machine import has
@@ -12,17 +12,26 @@ from tests.fault.tiny import Setup
 
 def terms(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 14."""
-    moments = preempt.terms(setup, setup.at("terms"), 49 if is_long else 4, seed=0)
-    imports = preempt.imports(setup, setup.at("imports"), 20 if is_long else 2, seed=0)
+    moments = preempt.terms(setup, setup.at("terms"), 56 if is_long else 3, seed=0)
+    imports = preempt.imports(setup, setup.at("imports"), 20 if is_long else 1, seed=0)
     what = "SIGTERM, half of them twice: begin, first batch, step, preparation, probe, save, end"
+    what += ", preparation after a refused save"
     return [figure_of(14, what, moments), figure_of(14, "SIGTERM while it imports", imports)]
 
 
 def queues(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 15."""
-    kinds = list(preempt.KINDS) * 6 if is_long else ["an array", "refused", "INT twice"]
+    kinds = list(preempt.KINDS) * 6 if is_long else ["an array", "INT twice"]
     tally = preempt.others(setup, setup.at("queues"), kinds, seed=0)
     what = f"SIGUSR1 under SLURM, SIGINT, SIGHUP: {', '.join(dict.fromkeys(kinds))}"
+    return [figure_of(15, what, tally)]
+
+
+def both(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
+    """Checks 14 and 15 with two processes."""
+    tally = stops.stops(setup, setup.at("stops"), 48 if is_long else 2, seed=0)
+    what = "SIGUSR1 under SLURM or SIGTERM to one or both of 2 processes: "
+    what += "begin, step, preparation, save" if is_long else "step, preparation"
     return [figure_of(15, what, tally)]
 
 
@@ -30,10 +39,12 @@ def peers(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 16."""
     kinds = list(ranks.ENDS) * 5 if is_long else ["raises", "SIGSTOP"]
     forked = ranks.losses(setup, setup.at("ranks"), kinds, seed=0)
-    under = list(ranks.ENDS) if is_long else ["kill -9"]
-    launched = ranks.launched(setup, setup.at("launched"), under)
     what = f"of 2 or 4 processes one {', '.join(dict.fromkeys(kinds))}"
-    return [figure_of(16, what, forked), figure_of(16, "the same under torchrun", launched)]
+    rows = [figure_of(16, what, forked)]
+    if is_long:  # else check 17 is the one with torchrun
+        launched = ranks.launched(setup, setup.at("launched"), list(ranks.ENDS))
+        rows.append(figure_of(16, "the same under torchrun", launched))
+    return rows
 
 
 def in_place(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
@@ -56,7 +67,7 @@ def resources(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
         shm = limits.small_shm(setup, place, 5 if is_long else 1)
         rows.append(figure_of(19, "/dev/shm of 1 MB, too small and large enough", shm))
     files = limits.few_files(setup, place, 5 if is_long else 1)
-    memory = limits.little_memory(setup, place, 10 if is_long else 2, seed=0)
+    memory = limits.little_memory(setup, place, 10 if is_long else 1, seed=0)
     core = limits.one_core(setup, place, 5 if is_long else 1)
     return [
         *rows,
@@ -79,6 +90,7 @@ def endurance(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 CHECKS: dict[str, Check] = {
     "terms": terms,
     "queues": queues,
+    "stops": both,
     "ranks": peers,
     "restarts": in_place,
     "crew": loaders,

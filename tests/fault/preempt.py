@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from clsa import checkpoint, judge, saver, signals, slurm, start, streamed, train
-from clsa.errors import Exit
+from clsa.errors import ClsaError, Exit
 from clsa.evaluate.features import extract, frozen
 from clsa.evaluate.split import Split
 from clsa.methods.moco import MoCo
+from clsa.state import State
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import EPOCH, STEPS, Setup
@@ -74,6 +75,19 @@ def _long_preparation(path: Path) -> None:
     MoCo.before_epoch = prepare  # pyright: ignore
 
 
+def _refused_save(path: Path) -> None:
+    """The same, after the disk has refused the save of the epoch before."""
+    save = State.save
+
+    def refused(self: State, keep: bool, best: bool) -> None:
+        if self.step == 2 * EPOCH and not path.exists():
+            raise ClsaError("save", "no room", "make room", Exit.IO) from OSError(28, "no room")
+        save(self, keep, best)
+
+    State.save = refused
+    _long_preparation(path)
+
+
 def _long_probe(path: Path) -> None:
     """An online probe takes long."""
     probe_everything(path.touch, times=10_000)
@@ -102,9 +116,10 @@ def phases(rng: random.Random) -> dict[str, tuple[Body, dict[str, Any]]]:
     """Moments of a run and the options they need; the steps are drawn."""
     step = rng.randrange(2, STEPS - 1)
     return {
-        "begin": (mark(start, "assemble"), {}),
+        "refused save": (_refused_save, {}),
         "first batch": (_slow_pictures, {"data": {"workers": 2}}),
         "step": (mark(train, "train_step", step), {"data": {"workers": rng.randrange(3)}}),
+        "begin": (mark(start, "assemble"), {}),
         "preparation": (_long_preparation, {}),
         "probe": (_long_probe, {"probe_every": 1}),
         "save": (mark(checkpoint, "save", rng.randrange(1, STEPS // EPOCH)), {}),
@@ -153,7 +168,7 @@ def is_left_in_order(out: Path, code: int, said: str) -> str:
         wrong.append(f"status {status}")
     if status and status["step"] != tiny.newest_whole(out):
         wrong.append(f"saved {tiny.newest_whole(out)}, status {status}")
-    if said.count("error: ") != 1 or "Traceback" in said:
+    if said.count("error: ") - said.count("error: cannot save") != 1 or "Traceback" in said:
         wrong.append("not one line")
     wrong += tiny.leftovers(out) if status else []
     return ", ".join(wrong)

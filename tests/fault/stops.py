@@ -1,0 +1,153 @@
+"""Checks 14 and 15 with two processes: a signal to one of them, or to both."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clsa import checkpoint, dist, signals, slurm, start, train
+from clsa.errors import Exit
+from clsa.methods.moco import MoCo
+from tests.fault import preempt, ranks, tiny
+from tests.fault.damage import Tally
+from tests.fault.tiny import EPOCH, Setup
+
+WORLD = 2
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+HEARERS = ((1,), (0, 1), (0,))
+
+
+def _at_begin(_: random.Random) -> Callable[[Callable[[], object]], None]:
+    def patch(here: Callable[[], object]) -> None:
+        assemble = start.assemble
+
+        def watched(*given: Any) -> Any:
+            here()
+            return assemble(*given)
+
+        start.assemble = watched
+
+    return patch
+
+
+def _in_step(rng: random.Random) -> Callable[[Callable[[], object]], None]:
+    nth = rng.randrange(2, ranks.LAST - 4)
+
+    def patch(here: Callable[[], object]) -> None:
+        take = train.train_step
+
+        def watched(model: Any, state: Any, *rest: Any) -> Any:
+            if state.step == nth:
+                here()
+            return take(model, state, *rest)
+
+        train.train_step = watched
+
+    return patch
+
+
+def _in_preparation(rng: random.Random) -> Callable[[Callable[[], object]], None]:
+    nth = rng.randrange(ranks.LAST // EPOCH)
+
+    def patch(here: Callable[[], object]) -> None:
+        def prepare(self: MoCo, epoch: int, embed: Any) -> dict[str, float]:
+            if epoch == nth:
+                here()
+                embed(self.network)
+            return {}
+
+        MoCo.before_epoch = prepare  # pyright: ignore
+
+    return patch
+
+
+def _in_save(rng: random.Random) -> Callable[[Callable[[], object]], None]:
+    nth = rng.randrange(1, ranks.LAST // EPOCH)
+
+    def patch(here: Callable[[], object]) -> None:
+        save = train.Saver.save
+
+        def watched(self: Any, *rest: Any, **named: Any) -> None:
+            if self.state.step == nth * EPOCH:
+                here()
+            save(self, *rest, **named)
+
+        train.Saver.save = watched  # pyright: ignore
+
+    return patch
+
+
+MOMENTS = {"begin": _at_begin, "step": _in_step, "preparation": _in_preparation, "save": _in_save}
+
+
+def cases(count: int) -> list[tuple[int, tuple[int, ...], str]]:
+    """Signal, who hears it, where: so many, those that differ most first."""
+    every = list(itertools.product(SIGNALS, HEARERS, MOMENTS))
+    first: list[Any] = [
+        (signal.SIGUSR1, (1,), "preparation"),
+        (signal.SIGUSR1, (1,), "step"),
+        (signal.SIGTERM, (0, 1), "save"),
+    ]
+    rest = [case for case in every if case not in first]
+    return list(itertools.islice(itertools.cycle([*first, *rest]), count))
+
+
+def stops(setup: Setup, root: Path, count: int, seed: int) -> Tally:
+    """Each case with a false scontrol that takes a second; then a new start."""
+    tally, rng, expected = Tally(), random.Random(seed), ranks.whole(setup, root, WORLD)
+    for number, (signum, hearers, place) in enumerate(cases(count)):
+        out, log, at = root / f"run-{number}", root / f"log-{number}", root / f"at-{number}"
+        at.mkdir()
+        scontrol = at / "scontrol"
+        scontrol.write_text(preempt.SCONTROL + "sleep 1")
+        scontrol.chmod(0o755)
+        run, patch = ranks.options(setup.pictures, out), MOMENTS[place](rng)
+
+        def before(
+            patch: Any = patch, hearers: Any = hearers, signum: int = signum, at: Path = at
+        ) -> None:
+            signal.signal(signum, signal.SIG_DFL)
+            signals.leave_at_once()
+            os.environ.update({**preempt.JOB, "PATH": f"{at}:/usr/bin:/bin"})
+            slurm.TIMEOUT_S = 5.0
+            patch(lambda: dist.rank() in hearers and os.kill(os.getpid(), signum))
+
+        began = time.monotonic()
+        pids = ranks.start(run, WORLD, log, before)
+        left: dict[int, float] = {}
+        codes: dict[int, int] = {}
+        while len(codes) < WORLD and time.monotonic() - began < tiny.PATIENCE_S:
+            for rank, pid in enumerate(pids):
+                if rank not in codes and (code := tiny.ended(pid)) is not None:
+                    codes[rank], left[rank] = code, time.monotonic()
+            time.sleep(0.005)
+        for rank in set(range(WORLD)) - set(codes):
+            tiny.kill(pids[rank])
+        said = [log.with_name(f"{log.name}.{rank}").read_text() for rank in range(WORLD)]
+        wrong = [] if set(codes.values()) == {Exit.PREEMPTED} else [f"codes {codes}"]
+        wrong += [text for text in said if text.count("error: ") != 1 or "Traceback" in text]
+        path = out / "status.json"
+        status = json.loads(path.read_text()) if path.exists() else {}
+        if place == "begin":
+            wrong += ["something is left"] if out.exists() else []
+        elif (status.get("code"), status.get("resumable")) != (Exit.PREEMPTED, True):
+            wrong.append(f"status {status}")
+        if status.get("step", 0) != tiny.newest_whole(out):
+            wrong.append(f"saved {tiny.newest_whole(out)}, status {status}")
+        calls = scontrol.with_suffix(".calls")
+        heard = calls.read_text() if calls.exists() else ""
+        if heard != ("requeue\n777\n--\n" if signum == signal.SIGUSR1 else ""):
+            wrong.append(f"scontrol heard {heard!r}")
+        if len(left) == WORLD and left[0] - left[1] > 1:
+            wrong.append(f"rank 1 left {left[0] - left[1]:.1f} s before rank 0")
+        again = [tiny.wait(pid) for pid in ranks.start(run, WORLD, log, lambda: None)]
+        if any(again) or (checkpoint.run_digest(out), tiny.losses(out)) != expected:
+            wrong.append(f"then {again}, or another run")
+        name = signal.Signals(signum).name
+        tally.note(not wrong, f"{name} to {hearers} in a {place} {number}: {wrong}")
+    return tally

@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from clsa.errors import ClsaError, Exit
+from clsa.peers import Said, _told
+from clsa.signals import Asked, StopError, signal_of
+
+MET = RuntimeError("[gloo/transport] Connection closed by peer. And more")
+
+
+def told(error: BaseException | None) -> ClsaError:
+    """What rank 0 says when rank 1 has ended so."""
+    said = Said("it was done", Exit.OK) if error is None else Said.of(error)
+    heard = {0: Said("at step 5"), 1: Said(*json.loads(json.dumps(said)))}
+    return _told(heard, 2, 0, 5, MET)
+
+
+@pytest.mark.parametrize("code", [Exit.USAGE, Exit.BAD_DATA, Exit.UNHEALTHY, Exit.IO])
+def test_the_exit_code_of_the_one_that_ends_is_that_of_all(code: Exit) -> None:
+    end = told(ClsaError("rank 1", "went wrong", "mend it", code))
+    assert end.code == code and "rank 1 - went wrong - mend it" in str(end)
+    assert ("the same command resumes it" in str(end)) == (code == Exit.IO)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), None])
+def test_a_bug_of_one_and_its_early_end_are_a_loss_for_the_others(error: Exception | None) -> None:
+    assert told(error).code == Exit.IO and "lost rank 1 at step 5" in str(told(error))
+
+
+@pytest.mark.parametrize(
+    "error", [Asked("SIGUSR1"), StopError("at 3", "SIGUSR1", "go on", "SIGUSR1")]
+)
+def test_a_signal_to_one_stops_all_and_all_know_which(error: BaseException) -> None:
+    end = told(error)
+    assert end.code == Exit.PREEMPTED and signal_of(end) == "SIGUSR1"
+    assert str(end) == (
+        "stopped at step 5 - rank 1 was stopped by SIGUSR1 - the same command resumes it"
+    )
+
+
+def test_the_silent_one_is_named_and_else_where_all_are() -> None:
+    here, there = Said("at step 5"), Said("at step 6")
+    assert "lost rank 1 of 2 at step 5" in str(_told({0: here}, 2, 0, 5, MET))
+    parted = str(_told({0: here, 1: there}, 2, 0, 5, MET))
+    assert "parted at step 5" in parted and "rank 1 at step 6" in parted
