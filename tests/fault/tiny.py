@@ -231,10 +231,10 @@ def wait(pid: int, seconds: float = PATIENCE_S) -> int:
     return code
 
 
-def attempt(body: Callable[[], int], log: Path) -> tuple[int, str]:
+def attempt(body: Callable[[], int], log: Path, seconds: float = PATIENCE_S) -> tuple[int, str]:
     """Exit code of an attempt that ends by itself, and what it said."""
     log.unlink(missing_ok=True)
-    code = wait(start(body, log))
+    code = wait(start(body, log), seconds)
     return code, log.read_text(errors="replace")
 
 
