@@ -194,14 +194,7 @@ def fit(
                     draw_views(source, crops, method.view_specs, run, folder.views)
                 stats = train_step(model, state, crops, run)
                 journal.count(options.batch_size, waited)
-                if stats.bad:
-                    kept = saver.keep_bad(stats.bad)
-                    journal.skipped(state.step, state.skipped, stats.bad)
-                    require_some_good(state.step, state.bad_in_row, stats.bad, kept)
-                for alarm in health.after(stats.seen.loss, stats.seen.grad_norm, stats.seen.is_bad):
-                    journal.alarm(state.step, alarm)
-                    if options.stop_on_collapse and alarm.name in COLLAPSES:
-                        run.stop.alarm = alarm.name
+                heed(stats, state, saver, health, journal, run)
                 epoch, rest = divmod(state.step, run.steps_per_epoch)
                 reason = end_reason(state.step, last, run) or run.stop.reason(stats.seen.stop)
                 if reason or not rest:
@@ -225,6 +218,24 @@ def fit(
         if speaks:
             append_records(folder.results, judge.records)
     return reason
+
+
+def heed(
+    stats: Stats, state: State, saver: Saver, health: Health, journal: Journal, run: Run
+) -> None:
+    """What a skipped step or an alarm entails: it is kept and told, and may end the run.
+
+    Raises:
+        ClsaError: 76 when bad steps do not end.
+    """
+    if stats.bad:
+        kept = saver.keep_bad(stats.bad)
+        journal.skipped(state.step, state.skipped, stats.bad)
+        require_some_good(state.step, state.bad_in_row, stats.bad, kept)
+    for alarm in health.after(stats.seen.loss, stats.seen.grad_norm, stats.seen.is_bad):
+        journal.alarm(state.step, alarm)
+        if run.options.stop_on_collapse and alarm.name in COLLAPSES:
+            run.stop.alarm = alarm.name
 
 
 def prepare(state: State, run: Run, epoch: int, embed: Projections, journal: Journal) -> None:
