@@ -40,11 +40,23 @@ class Figure(NamedTuple):
         return f"check {self.check} {self.fault}: {self.survived} of {self.tries}{note}{bad}"
 
 
-def keep(part: str, figures: list[Figure], seconds: float) -> None:
-    """Keep the figures of a part, and tell them."""
+def keep(part: str, figures: list[Figure], seconds: float, is_whole: bool = True) -> None:
+    """Keep the figures of a part, and tell them.
+
+    Args:
+        seconds: that they took.
+        is_whole: whether they are all of the part; else the others stay as they were kept.
+    """
     rows = [figure._asdict() for figure in figures]
     for row in rows:
         del row["faults"]
+    path = RESULTS / f"{part}.json"
+    if not is_whole and path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        fresh = {(row["check"], row["fault"]): row for row in rows}
+        rows = [fresh.pop((row["check"], row["fault"]), row) for row in before["rows"]]
+        rows = sorted([*rows, *fresh.values()], key=lambda row: row["check"])
+        seconds += 60 * before["minutes"]
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "minutes": round(seconds / 60, 1),
@@ -53,7 +65,7 @@ def keep(part: str, figures: list[Figure], seconds: float) -> None:
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{part}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n")
     tell()
 
 

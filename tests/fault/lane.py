@@ -75,8 +75,8 @@ def main(part: str, checks: dict[str, Check], args: list[str]) -> int:
     unnamed = [need for need in lacking if need not in cannot()]
     begun = time.monotonic()
     figures = run(checks, is_long, int(values.get("--jobs", 1)), names)
-    if is_long and len(names) == len(checks):
-        keep(part, figures, time.monotonic() - begun)
+    if is_long:
+        keep(part, figures, time.monotonic() - begun, len(names) == len(checks))
     if "--json" in values:
         Path(values["--json"]).write_text(json.dumps([figures, unnamed]))
     for need in unnamed:

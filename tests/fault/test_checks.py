@@ -63,6 +63,12 @@ def test_figures_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert lines[1] == "| A4 | bits | 10 | 9 |  |  |"
     assert [line[:5] for line in lines] == ["| A1 ", "| A4 ", "| B1 ", "| B4 "]
     assert "old" not in text and "bit 3" not in text
+    again = [Figure(4, "bits", 10, 10), Figure(2, "savers", 3, 3)]
+    figures.keep("A", again, 30.0, is_whole=False)
+    lines = [line for line in docs.read_text().splitlines() if line.startswith("| A")]
+    assert lines[0] == "| A1 | kills | 200 | 200 | 1.5 % | 80 inside |"
+    assert lines[1:] == ["| A2 | savers | 3 | 3 |  |  |", "| A4 | bits | 10 | 10 | 30.0 % |  |"]
+    assert "2.0 minutes" in docs.read_text()
     assert str(rows[1]) == "check 4 bits: 9 of 10; 1 faults: bit 3"
 
 
