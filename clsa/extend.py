@@ -1,9 +1,10 @@
 """A run made longer than it was begun: the rates follow the longer schedule from there on."""
 
+import os
 import sys
 from pathlib import Path
 
-from clsa import dist, start
+from clsa import start
 from clsa.command_options import ExtendOptions
 from clsa.errors import ClsaError, Exit
 from clsa.folder import FREE, RunFolder
@@ -31,7 +32,7 @@ def extend(options: ExtendOptions) -> Path:
     if options.epochs < before.epochs:
         why = f"the run has {before.epochs} already"
         raise ClsaError(f"{options.run}: --epochs {options.epochs}", why, "give a larger total")
-    if options.epochs == before.epochs and dist.rank() == 0:
+    if options.epochs == before.epochs and os.environ.get("RANK", "0") == "0":
         told = f"note: the run has {before.epochs} epochs already: what is left of them is done"
         print(told, file=sys.stderr)
     return start.pretrain(longer(before, options), folder.free)

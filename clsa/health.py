@@ -33,7 +33,7 @@ from clsa.methods.around import innermost, key_network_of
 from clsa.methods.method import Comparison, Method, Output
 
 LOOK_EVERY = 20
-ROWS = 512  # of a batch, that are looked at
+LEAST_ROWS, ROWS = 8, 512  # of this process's batch, that are looked at
 # Looks in a row that must show the same.
 PATIENCE = {BLANK: 1, COLLAPSE: 2, LOW_RANK: 2, LEAK: 2, NO_LAG: 2, NO_LEARNING: 5, FROZEN_QUEUE: 5}
 TIE = 1e-5  # of similarities: rounding
@@ -192,6 +192,8 @@ class Health:
             "peak": self.peak_rank, "loss": main, "chance": chance, "top1": top1,
             "rows": len(rows), "steps": LOOK_EVERY * PATIENCE[FROZEN_QUEUE],
         }  # fmt: skip
+        if full < LEAST_ROWS:  # of few rows spread and rank tell nothing
+            shows |= dict.fromkeys((COLLAPSE, BLANK, LOW_RANK), False)
         for name, is_shown in shows.items():
             self.in_row[name] = self.in_row.get(name, 0) + 1 if is_shown else 0
         return [alarm(name, **values) for name in shows if self.in_row[name] == PATIENCE[name]]

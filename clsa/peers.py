@@ -111,16 +111,36 @@ class Peers:
 
     def wait_for_first(self, key: str) -> None:
         """Until rank 0 sets `key`; raises RuntimeError when it ends or its heart stands still."""
-        beats, since = -1, time.monotonic()
-        while time.monotonic() - since < self.timeout_s:
-            with suppress(td.DistStoreError):  # not yet
-                self.store.wait([key], timedelta(seconds=BEAT_S))
-                return
-            if self.store.check(["at/0"]):
-                raise RuntimeError("the connection to rank 0 has ended")
-            if (now := self.store.add("beats", 0)) != beats:
-                beats, since = now, time.monotonic()
-        raise RuntimeError(f"timed out after {self.timeout_s:.0f} s without a sign of rank 0")
+        since, ends, done = [time.monotonic()], list[str](), threading.Event()
+
+        # In a thread: where rank 0 holds the store and is stopped, a call may never return.
+        listening = threading.Thread(
+            target=self._listen, args=(key, since, ends, done), daemon=True
+        )
+        listening.start()
+        while not ends and time.monotonic() - since[0] < self.timeout_s:
+            listening.join(BEAT_S)
+        done.set()
+        if not ends:
+            raise RuntimeError(f"timed out after {self.timeout_s:.0f} s without a sign of rank 0")
+        if ends[0]:
+            raise RuntimeError(ends[0])
+
+    def _listen(self, key: str, since: list[float], ends: list[str], done: threading.Event) -> None:
+        """Note each sign of life of rank 0, then how the wait for `key` ends: well if empty."""
+        beats = -1
+        try:
+            while not done.is_set():
+                with suppress(td.DistStoreError):  # not yet
+                    self.store.wait([key], timedelta(seconds=BEAT_S))
+                    return ends.append("")
+                if self.store.check(["at/0"]):  # it may have set the key just before
+                    good = self.store.check([key])
+                    return ends.append("" if good else "the connection to rank 0 has ended")
+                if (now := self.store.add("beats", 0)) != beats:
+                    beats, since[0] = now, time.monotonic()
+        except RuntimeError as error:
+            ends.append(str(error))
 
 
 _peers: list[Peers] = []

@@ -27,6 +27,8 @@ class Replay(NamedTuple):
     """Why it was skipped then."""
     worlds: tuple[int, int]
     """How many processes the run had, and this replay."""
+    others: list[str]
+    """What is not here as it was in the run."""
     rank: int
     """Of this process."""
     losses: dict[str, float]
@@ -64,15 +66,15 @@ def replay(options: ReplayOptions) -> Replay:
         why = "a checkpoint, not what a run kept of a bad step"
         raise ClsaError(str(options.bundle), why, "give RUN/bad/step-NNNNNN.ckpt", Exit.NO_INPUT)
     bad = saved["bad"]
-    asked = RunOptions.parse(read_value(bad["options"]), str(options.bundle))
+    before = RunOptions.parse(read_value(bad["options"]), str(options.bundle))
     changes = {
-        "data": asked.data.model_copy(update={"data": options.data or asked.data.data}),
+        "data": before.data.model_copy(update={"data": options.data or before.data.data}),
         "out": options.bundle.resolve().parent.parent,  # where the run lies now
-        "precision": options.precision or asked.precision,
-        "device": options.device or asked.device,
+        "precision": options.precision or before.precision,
+        "device": options.device or before.device,
         "compile": False,  # the graphs would hide the modules
     }
-    asked = asked.model_copy(update=changes)
+    asked = before.model_copy(update=changes)
     device = dist.pick_device(asked.device)
     with dist.process_group(device):
         parts = assemble(asked, open_source(asked.data.data, "train", asked.data), device)
@@ -82,7 +84,10 @@ def replay(options: ReplayOptions) -> Replay:
         parts.state.take(saved)
         run = Run(asked, device, parts.order.steps_per_epoch, Stop())
         worlds = (bad["world"], dist.world_size())
-        head = (saved["step"], bad["reason"], worlds, dist.rank())
+        kept = ("precision", "device", "compile")
+        others = [name for name in kept if getattr(before, name) != getattr(asked, name)]
+        others += ["number of processes"] if worlds[0] != worlds[1] else []
+        head = (saved["step"], bad["reason"], worlds, others, dist.rank())
         return Replay(*head, *_computed(parts, run))
 
 
@@ -147,14 +152,19 @@ def told(shown: Replay) -> str:
             lines.append(f"{own}  not finite: {what}: {', '.join(names[:3])}{more}")
     if shown.rank:
         return "\n".join(lines)
-    first, last = [f"step {shown.step} was skipped: {shown.reason}"], [_verdict(*shown.anywhere)]
+    first, last = (
+        [f"step {shown.step} was skipped: {shown.reason}"],
+        [_verdict(shown.others, *shown.anywhere)],
+    )
     if shown.worlds[0] != shown.worlds[1]:
         count = shown.worlds[0]
         last.append(f"The run had {count} processes: torchrun with as many shows their very sums.")
     return "\n".join(first + lines + last)
 
 
-def _verdict(is_bad: bool, weights: bool, views: bool, outputs: bool) -> str:
+def _verdict(others: list[str], is_bad: bool, weights: bool, views: bool, outputs: bool) -> str:
+    if not is_bad and others:
+        return f"What made it bad then may be what is other here: {', '.join(others)}."
     if not is_bad:
         return "What made it bad then is not in the state, the pictures or the draws."
     if weights:

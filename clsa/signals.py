@@ -13,6 +13,9 @@ from clsa.errors import ClsaError, Exit
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REQUEUE = signal.SIGUSR1.name
 """In a SLURM job: be put back into the queue."""
+SIGNALLED = 3
+"""`Stop.level` from which on there is little time."""
+ALARM = "an alarm"
 
 _listening: list["Stop"] = []
 
@@ -72,7 +75,7 @@ class Stop:
         What the ranks agree on is the highest of all.
         """
         if self.signal_name:
-            return 4 if self.signal_name == REQUEUE else 3
+            return SIGNALLED + (self.signal_name == REQUEUE)
         if self.alarm:
             return 2
         return int(time.monotonic() > self.deadline)
@@ -80,7 +83,7 @@ class Stop:
     def reason(self, level: int) -> str:
         """What `level`, the highest of all ranks, means here."""
         by_signal = self.signal_name or "a signal to another process"
-        return ("", "max_minutes", self.alarm or "an alarm", by_signal, REQUEUE)[level]
+        return ("", "max_minutes", self.alarm or ALARM, by_signal, REQUEUE)[level]
 
 
 def asked() -> str:

@@ -44,7 +44,10 @@ def pretrain(options: RunOptions) -> Path:
         return start.pretrain(options)
     keep_freed_memory()
     device = dist.pick_device(options.device)
-    with dist.process_group(device, 60 * options.wait_minutes):
+    with (
+        dist.process_group(device, 60 * options.wait_minutes),
+        start.stoppable(options.max_minutes) as stop,
+    ):
         folder = RunFolder(options.out)
         folder.check(options)
         if METHODS[options.method.name].holds_pictures:
@@ -56,7 +59,7 @@ def pretrain(options: RunOptions) -> Path:
         if options.continual.keep != "nothing":
             require_faiss()
         sources = stage_sources(options)
-        with start.stoppable(options.max_minutes) as stop, folder.held(options):
+        with folder.held(options):
             run_stages(options, folder, sources, device, stop)
     return options.out
 

@@ -55,23 +55,26 @@ def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Pa
     """
     keep_freed_memory()
     device = dist.pick_device(options.device)
-    with dist.process_group(device, 60 * options.wait_minutes):
+    with (
+        dist.process_group(device, 60 * options.wait_minutes),
+        stoppable(options.max_minutes) as stop,
+    ):
         folder = RunFolder(options.out, free)
         folder.check(options)
         source = open_source(options.data.data, "train", options.data)
-        with stoppable(options.max_minutes) as stop, folder.held(options):
+        with folder.held(options):
             train(options, source, device, stop)
     return options.out
 
 
 @contextmanager
-def stoppable(max_minutes: float | None) -> Iterator[Stop]:
+def stoppable(max_minutes: float | None = None, patient: bool = False) -> Iterator[Stop]:
     """Signals are heeded; after everything else SLURM queues the run again where one asked that.
 
     Raises:
         StopError, Asked: which then say what has come of that.
     """
-    with stop_on_signals(max_minutes) as stop:
+    with stop_on_signals(max_minutes, patient) as stop:
         try:
             with peers.named(lambda: 0):  # one may be stopped before there is a step
                 yield stop
@@ -79,6 +82,7 @@ def stoppable(max_minutes: float | None) -> Iterator[Stop]:
             if signal_of(error) != REQUEUE or not slurm.job() or dist.rank():
                 raise
             error.args = (f"{error}; {slurm.requeue()}",)
+            error.signal = ""  # once, also where this stands inside another
             raise
 
 
@@ -121,7 +125,7 @@ def train(
     run = Run(options, device, order.steps_per_epoch, stop)
     with report_end(folder, state, quarantine):
         reason = fit(state, source, parts.shown, order, quarantine, run)
-        if reason in COLLAPSES or reason == "an alarm":
+        if reason in COLLAPSES or reason == signals.ALARM:
             what, why = f"stopped at step {state.step} of {run.num_steps}", f"alarm: {reason}"
             hint = "its words are above and in metrics.jsonl; in a new --out, change what they say"
             raise ClsaError(what, why, hint, Exit.UNHEALTHY)

@@ -138,6 +138,7 @@ class State:
         if self.given.changed:
             epoch = self.step // saved.state["steps_per_epoch"]
             self.step, self.best = epoch * self.given.steps_per_epoch, -1.0  # judged on others
+            self.bad_in_row = 0
             begin = f"with the weights of {self.resumed} at step {self.step}, epoch {epoch + 1}"
             notes.append(f"data changed: {self.given.changed}; goes on {begin}")
         moved = environment.told_change(saved.facts.get("environment"), self.environment())
@@ -154,8 +155,9 @@ class State:
     def keep_pictures(self) -> None:
         """Note on rank 0 which pictures these are; changed ones make this the newest checkpoint.
 
-        Its manifest, which says what has changed, is the commit: killed or refused before it, the
-        next start finds the run of before, else the changed one, and does what is left.
+        Its manifest says what has changed. Killed or refused on the way, the next start finds
+        either the run of before, while a later checkpoint of that stands, or the changed one, and
+        does what is left.
         """
         given, folder = self.given, self.folder
         if given.source is None or dist.rank():

@@ -21,8 +21,9 @@ from clsa.evaluate.split import split
 from clsa.folder import FREE, RunFolder
 from clsa.grid import Cell, Grid, cells_of, read_grid, require_same, slug
 from clsa.intake import open_source, open_val
-from clsa.signals import stop_on_signals
+from clsa.signals import StopError
 from clsa.stages import pretrain
+from clsa.start import stoppable
 from clsa.tally import (
     INTERRUPTED,
     LEGEND,
@@ -56,7 +57,7 @@ def sweep(options: SweepOptions) -> Path:
         print(f"{len(cells)} runs in {out}; nothing was run or written")
         return out
     require_labels(cells)
-    with stop_on_signals(patient=True) as stop, lock.only_writer(out):
+    with stoppable(patient=True) as stop, lock.only_writer(out):
         files.write_text(out / "sweep.yaml", grid.to_yaml())
         before = read_outcomes(out / "table.json")
         outcomes = [before.get(cell.options.out.name, outcome_of(cell)) for cell in cells]
@@ -66,8 +67,8 @@ def sweep(options: SweepOptions) -> Path:
                     print(f"{title}: done already", file=sys.stderr)
                     continue
                 if stop.level:  # it came between two runs
-                    why, hint = stop.signal_name, "the same command goes on"
-                    raise ClsaError(f"stopped before {title}", why, hint, Exit.PREEMPTED)
+                    name, hint = stop.signal_name, "the same command goes on"
+                    raise StopError(f"stopped before {title}", name, hint, name)
                 print(title, file=sys.stderr, flush=True)
                 try:
                     outcomes[place] = run(cell, grid)

@@ -175,6 +175,7 @@ def fit(
     """
     options, method, folder = run.options, state.method, state.folder
     last = min(run.num_steps, options.max_steps or run.num_steps)
+    run.stop.alarm = ""  # of a stage before
     model = parallel(method, options)
     embed = Projections(source, options.views, run.device, folder.embeddings)
     speaks, marks = dist.rank() == 0, method.landmarks
@@ -203,7 +204,8 @@ def fit(
                     journal.log(state.step, {**stats.numbers(), **health.numbers})
                 if reason or not rest or saver.is_due():
                     with peers.first_alone(together=bool(reason or not rest)):  # clocks differ
-                        better = not rest and speaks and judge(epoch)
+                        in_time = stats.seen.stop < signals.SIGNALLED
+                        better = in_time and not rest and speaks and judge(epoch)
                         keep = not rest and divides(options.keep_every, epoch)
                         saver.save(keep, better, last=bool(reason))
                 if reason:

@@ -132,6 +132,10 @@ def test_one_batch_of_equal_rows_is_told_at_the_next_look() -> None:
     assert watched([*HEALTHY[:43], same, *HEALTHY[:60]]) == [(60, BLANK)]
 
 
+def test_few_rows_tell_of_no_collapse() -> None:
+    assert watched([output(unit(1, 2).repeat(4, 1))] * 80) == []
+
+
 def test_only_the_process_that_watches_tells() -> None:
     same = output(unit(1, 2).repeat(ROWS, 1))
     assert watched([same] * 80, watches=False) == []

@@ -227,7 +227,7 @@ def test_a_run_in_stages_keeps_nothing_and_says_nothing_of_it(
 
 def test_what_only_another_process_has_seen_decides_the_verdict() -> None:
     facts: dict[str, Any] = {
-        "step": 4, "reason": "x", "worlds": (2, 2), "losses": {"contrast": math.nan},
+        "step": 4, "reason": "x", "worlds": (2, 2), "others": [], "losses": {"contrast": math.nan},
         "norm": math.nan, "weights": [], "outputs": ["a.b"], "gradients": ["c"],
         "anywhere": (True, False, True, True),
     }  # fmt: skip
@@ -237,6 +237,8 @@ def test_what_only_another_process_has_seen_decides_the_verdict() -> None:
     assert "process 1:   not finite: views: weak0 of cat.png" in other
     assert "was skipped" in first and "was skipped" not in other
     assert "torchrun" not in first
+    good = {**facts, "others": ["precision"], "anywhere": (False,) * 4}
+    assert told(Replay(**good, rank=0, views=[])).endswith("may be what is other here: precision.")
     alone = told(Replay(**{**facts, "worlds": (2, 1)}, rank=0, views=[]))
     assert alone.endswith("The run had 2 processes: torchrun with as many shows their very sums.")
 
@@ -253,5 +255,5 @@ def test_what_only_another_process_has_seen_decides_the_verdict() -> None:
 def test_the_verdict_follows_the_first_that_is_broken(
     anywhere: tuple[bool, ...], words: str
 ) -> None:
-    shown = Replay(4, "x", (1, 1), 0, {}, 1.0, [], [], [], [], anywhere)
+    shown = Replay(4, "x", (1, 1), [], 0, {}, 1.0, [], [], [], [], anywhere)
     assert words in told(shown).splitlines()[-1]

@@ -33,10 +33,11 @@ CHANNELS = (3, 16, 32, 64)
 FROM = 300  # step at which a run sickens
 HEALTHY_STEPS = 2000
 PATIENCE_S = 1200.0
-# The limits were set on seed 0 (and 1 of the first two); these runs had no say in them.
+# The limits were set on seed 0 (and 1 of the first two); these runs had no say in them. SwAV is not
+# among them: at this size its loss stands at chance to the end, which is not healthy.
 HEALTHY = [
     ("moco-v2-small", 7), ("clsa-small", 7), ("simclr-small", 7), ("byol-small", 7),
-    ("swav-small", 7), ("dino-resnet-small", 7), ("adco-small", 7), ("simsiam-small", 7),
+    ("infomin-small", 7), ("dino-resnet-small", 7), ("adco-small", 7), ("simsiam-small", 7),
     ("moco-v3-small", 7), ("suncet-small", 7),
 ]  # fmt: skip
 
