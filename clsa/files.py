@@ -57,9 +57,10 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> tuple[str,
                 hashing = _Hashing(file)
                 try:
                     write(hashing)  # pyright: ignore[reportArgumentType]
-                except RuntimeError as error:  # torch.save hides a refusal and Ctrl-C behind one
+                except RuntimeError as error:
+                    # torch.save hides a refusal, Ctrl-C and a loader process's death behind one.
                     hidden = error.__context__
-                    stopped = hidden if isinstance(hidden, KeyboardInterrupt) else None
+                    stopped = hidden if isinstance(hidden, (KeyboardInterrupt, ClsaError)) else None
                     raise stopped or hashing.refusal or error from None
                 file.flush()
                 os.fsync(file.fileno())

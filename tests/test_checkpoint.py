@@ -385,6 +385,34 @@ def test_a_bug_in_the_writer_stays_a_bug(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), ClsaError("a worker", "killed", "again", Exit.IO)]
+)
+def test_what_a_signal_raises_in_the_midst_of_a_save_is_what_comes_out(
+    error: BaseException, tmp_path: Path
+) -> None:
+    """A handler's exception: torch.save closes its file behind it, and fails at that."""
+
+    def write(file: Any) -> None:
+        class Stream:
+            written = 0
+
+            def write(self, data: bytes) -> int:
+                Stream.written += 1
+                if Stream.written == 4:
+                    raise error
+                return file.write(data)
+
+            def flush(self) -> None:
+                file.flush()
+
+        torch.save({"a": torch.zeros(1000), "b": torch.zeros(1000)}, Stream())  # pyright: ignore
+
+    with pytest.raises(type(error)):
+        files.write_atomic(tmp_path / "a", write)
+    assert names(tmp_path) == []
+
+
 @pytest.fixture
 def small_disk() -> Iterator[int]:
     """No file may grow beyond this many bytes."""
