@@ -30,6 +30,7 @@ def streamed(
     """
     count = workers.num_workers(options.workers)
     if count:
+        workers.require_files(count)
         pixels = sum(spec.size**2 for spec in plan.specs) * plan.count
         workers.require_shared_memory(3 * pixels * (PREFETCH * count + 1))
     on_gpu = device.type == "cuda"

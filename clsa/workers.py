@@ -27,6 +27,7 @@ from clsa.host import num_cores
 MAX_WORKERS = 8
 TIMEOUT_S = 300
 POLL_S = 1
+FILES, FILES_A_WORKER = 8, 8  # what they took when tried, and a few more
 KILL_S = 5
 _PR_SET_PDEATHSIG = 1
 
@@ -273,7 +274,9 @@ def failures(report: Report = lambda: "") -> Iterator[None]:
         yield
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
         lines = str(error).strip().split("\n")
-        if isinstance(error, RuntimeError) and not lines[0].startswith("DataLoader"):
+        few_files = lines[0].startswith("Too many open files")
+        of_workers = few_files or lines[0].startswith("DataLoader")
+        if isinstance(error, RuntimeError) and not of_workers:
             raise
         if isinstance(error.__cause__, ClsaError):  # DataLoader met our `_on_death` as it waited
             raise error.__cause__ from None
@@ -283,6 +286,8 @@ def failures(report: Report = lambda: "") -> Iterator[None]:
         told = report()
         what = f"reading pictures failed: {told}" if told else "reading pictures failed"
         step = "lower --workers or --batch-size (memory may be short) and run again"
+        if few_files:
+            why, step = "too many open files", "raise ulimit -n, or set --workers 0"
         raise ClsaError(what, why, step, Exit.IO) from error
 
 
@@ -326,3 +331,24 @@ def require_shared_memory(needed: int) -> None:
     if needed > free:
         what = f"/dev/shm has {free >> 20} MB, the workers need {needed >> 20} MB"
         raise ClsaError(what, "batches pass through it", "enlarge it or set workers to 0")
+
+
+def require_files(count: int) -> None:
+    """Refuse at once what would end amid a batch: workers talk and hand memory over by open files.
+
+    Args:
+        count: of workers.
+
+    Raises:
+        ClsaError: 2 when this process may not open as many more.
+    """
+    if not os.path.isdir("/proc/self/fd"):
+        return
+    import resource  # not on Windows
+
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free, needed = most - len(os.listdir("/proc/self/fd")), FILES + FILES_A_WORKER * count
+    if needed > free:
+        what = f"{most} files may be open, of which {free} are left"
+        why = f"{count} workers need {needed}"
+        raise ClsaError(what, why, "raise ulimit -n or set workers to 0")

@@ -131,3 +131,20 @@ def test_a_worker_that_does_not_die_is_left_behind(monkeypatch: pytest.MonkeyPat
         assert process.pid
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+
+
+def test_too_few_open_files_are_told_before_the_first_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import resource
+
+    taken = len(os.listdir("/proc/self/fd"))
+    for spare, is_enough in ((24, True), (22, False)):  # two workers need 24
+        limits = (taken + spare, taken + spare)
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        if is_enough:
+            workers.require_files(2)
+            continue
+        with pytest.raises(ClsaError, match=r"2 workers need 24 - raise ulimit -n") as refused:
+            workers.require_files(2)
+        assert refused.value.code == Exit.USAGE
