@@ -25,6 +25,8 @@ class ExtendOptions(Config):
     cosine they rise again."""
     max_minutes: Positive | None = None
     """Stop after this long; the same command goes on."""
+    accept_data_change: bool = False
+    """Begin the epoch anew with pictures that have changed, as `clsa pretrain` does."""
     data: str | None = None
     """Where the pictures are now (default: where the run found them)."""
     workers: Annotated[int, pydantic.Field(ge=0)] | None = None

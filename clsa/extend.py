@@ -50,6 +50,7 @@ def longer(before: RunOptions, options: ExtendOptions) -> RunOptions:
         "epochs": options.epochs,
         "max_steps": None,
         "max_minutes": options.max_minutes,
+        "accept_data_change": options.accept_data_change,
         "device": options.device or before.device,
         "data": before.data.model_copy(update=given),
     }

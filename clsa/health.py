@@ -27,8 +27,8 @@ from clsa.alarms import (
     alarm,
 )
 from clsa.bank import KeyQueue
-from clsa.evaluate.diagnostics import rankme
-from clsa.losses import CHUNK
+from clsa.evaluate.diagnostics import rankme, spread
+from clsa.losses import chunk_for
 from clsa.methods.around import innermost, key_network_of
 from clsa.methods.method import Comparison, Method, Output
 
@@ -41,7 +41,7 @@ WINDOW, LEAST = 200, 100  # steps that a spike is measured against
 
 
 class Limits(NamedTuple):
-    """Where an alarm begins; set by ten healthy runs of 2,000 steps (docs/reliability.md)."""
+    """Where an alarm begins; healthy runs of 2,000 steps have set it (docs/health.md)."""
 
     spread: float = 0.05
     """`feature_spread`: lower is a collapse. 0 of constant rows, near 1 of healthy ones."""
@@ -135,7 +135,7 @@ class Health:
         """Of the step that is being taken, what the host will read at the next look."""
         comparison = output.comparisons[0]
         rows = comparison.rows()[0].detach()[:ROWS].float()
-        self.spreads.append(rows.std(0, correction=0).mean() * rows.shape[1] ** 0.5)
+        self.spreads.append(spread(rows))
         if self._is_look():
             loss = output.losses[self.method.landmarks.name].detach().float()
             with torch.autocast(rows.device.type, enabled=False):
@@ -152,48 +152,53 @@ class Health:
             if begun:
                 self.quiet_until = self.step + WINDOW
             if is_look:
-                begun += self._look()
+                shape = self.seen[0].shape
+                begun += self._judge(self._gathered().cpu(), shape)  # one read of the device
         if is_look:
             self.spreads, self.seen = [], []
         return begun
 
-    def _look(self) -> list[Alarm]:
+    def _gathered(self) -> Float[Tensor, "numbers"]:
+        """What has been seen since the last look, in one tensor on the device."""
         rows, loss, first = self.seen
-        signs = torch.stack([loss, first, self._queue_stands(rows), self._keys_are_queries(rows)])
-        # One read of the device for all of it.
-        packed = torch.cat([signs, torch.stack(self.spreads), rows.flatten()]).cpu()
-        count = len(self.spreads)
-        (main, top1, stands, equal), found = packed[:4].tolist(), packed[4 + count :]
-        spreads, rows = packed[4 : 4 + count].nan_to_num(1.0), found.view(rows.shape)  # of skipped
-        spread, least, full = spreads[-1].item(), spreads.min().item(), min(rows.shape)
+        signs = [loss, first, self._queue_stands(rows), self._keys_are_queries(rows)]
+        return torch.cat([torch.stack([*signs, *self.spreads]), rows.flatten()])
+
+    def _judge(self, gathered: Float[Tensor, "numbers"], shape: torch.Size) -> list[Alarm]:
+        """The alarms that begin with a look.
+
+        Args:
+            gathered: on the CPU.
+            shape: of the rows in it.
+        """
+        numbers, rows = gathered[: -shape.numel()], gathered[-shape.numel() :].view(shape)
+        (loss, top1, stands, equal), spreads = numbers[:4].tolist(), numbers[4:].nan_to_num(1.0)
+        last, least, full = spreads[-1].item(), spreads.min().item(), min(shape)
         rank = rankme(rows - rows.mean(0))
         self.peak_rank = max(self.peak_rank, rank)
-        self.numbers = {"spread": round(spread, 4), "rankme": round(rank, 2)}
+        self.numbers = {"spread": round(last, 4), "rankme": round(rank, 2)}
         if math.isfinite(top1):
             self.numbers["top1"] = round(top1, 4)
         chance, limits = self.method.landmarks.chance, LIMITS
         low = max(limits.rank, limits.rank_share * full, limits.rank_drop * self.peak_rank)
+        enough = full >= LEAST_ROWS  # of few rows spread and rank tell nothing
         shows = {
-            COLLAPSE: spread < limits.spread,
-            BLANK: least < limits.spread < spreads.median().item(),
-            LOW_RANK: rank < low,
+            COLLAPSE: enough and last < limits.spread,
+            BLANK: enough and least < limits.spread < spreads.median().item(),
+            LOW_RANK: enough and rank < low,
             # With prototypes a healthy loss may stand there for long.
-            NO_LEARNING: abs(main - chance) < limits.chance * abs(chance)
+            NO_LEARNING: abs(loss - chance) < limits.chance * abs(chance)
             and self.method.has_positives
             and self.step > self.warmup_steps,
-            LEAK: top1 > limits.top1
-            and spread > limits.spread
-            and self.step <= self.steps_per_epoch,
+            LEAK: top1 > limits.top1 and last > limits.spread and self.step <= self.steps_per_epoch,
             FROZEN_QUEUE: stands > 0 and self.step - LOOK_EVERY > self.method.first_queued,
             NO_LAG: equal > 0,
         }
         values = {
-            "spread": spread, "least": least, "limit": limits.spread, "rank": rank, "full": full,
-            "peak": self.peak_rank, "loss": main, "chance": chance, "top1": top1,
+            "spread": last, "least": least, "limit": limits.spread, "rank": rank, "full": full,
+            "peak": self.peak_rank, "loss": loss, "chance": chance, "top1": top1,
             "rows": len(rows), "steps": LOOK_EVERY * PATIENCE[FROZEN_QUEUE],
         }  # fmt: skip
-        if full < LEAST_ROWS:  # of few rows spread and rank tell nothing
-            shows |= dict.fromkeys((COLLAPSE, BLANK, LOW_RANK), False)
         for name, is_shown in shows.items():
             self.in_row[name] = self.in_row.get(name, 0) + 1 if is_shown else 0
         return [alarm(name, **values) for name in shows if self.in_row[name] == PATIENCE[name]]
@@ -226,12 +231,13 @@ def share_first(comparison: Comparison) -> Float[Tensor, ""]:
     positive = positive[:ROWS]
     own = (query * bank[positive].float()).sum(1)
     best = torch.full_like(own, -math.inf)
-    for start in range(0, len(bank), CHUNK):
-        alike = query @ bank[start : start + CHUNK].float().T
+    chunk = chunk_for(query)
+    for start in range(0, len(bank), chunk):
+        alike = query @ bank[start : start + chunk].float().T
         columns = torch.arange(start, start + alike.shape[1], device=bank.device)
         hidden = columns == positive[:, None]
         if candidates is not None and start < candidates.shape[1]:
-            shown = candidates[:ROWS, start : start + CHUNK]
+            shown = candidates[:ROWS, start : start + chunk]
             hidden[:, : shown.shape[1]] |= ~shown
         best = torch.maximum(best, alike.masked_fill(hidden, -math.inf).amax(1))
     return (own > best + TIE).float().mean()

@@ -82,6 +82,11 @@ class _BankStatistics(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None
 
 
+def chunk_for(rows: Tensor) -> int:
+    """Bank rows to a tile, where `rows` are."""
+    return CUDA_CHUNK if rows.is_cuda else CHUNK
+
+
 def _stream(
     query: Queries, bank: Tensor, temperature: float, candidates: Tensor | None
 ) -> tuple[PerQuery, Queries]:
@@ -91,7 +96,7 @@ def _stream(
     maximum = scaled.new_full((count, 1), torch.finfo(kind).min)  # finite: (-inf) - (-inf) is NaN
     total = scaled.new_zeros(count, 1)
     expected = scaled.new_zeros(count, dim)
-    chunk = CUDA_CHUNK if scaled.is_cuda else CHUNK
+    chunk = chunk_for(scaled)
     num_masked = 0 if candidates is None else candidates.shape[1]
     for start in range(0, len(bank), chunk):
         rows = bank[start : start + chunk].to(kind)

@@ -45,7 +45,8 @@ class LARS(torch.optim.Optimizer):
             if not params:
                 continue
             grads = [param.grad for param in params]
-            updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])  # pyright: ignore
+            decay = group["weight_decay"]
+            updates = torch._foreach_add(grads, params, alpha=decay)  # pyright: ignore
             if group["adapt"]:
                 sizes = torch.stack(torch._foreach_norm(params))  # pyright: ignore
                 lengths = torch.stack(torch._foreach_norm(updates))  # pyright: ignore

@@ -87,12 +87,13 @@ def replay(options: ReplayOptions) -> Replay:
         kept = ("precision", "device", "compile")
         others = [name for name in kept if getattr(before, name) != getattr(asked, name)]
         others += ["number of processes"] if worlds[0] != worlds[1] else []
-        head = (saved["step"], bad["reason"], worlds, others, dist.rank())
-        return Replay(*head, *_computed(parts, run))
+        return Replay(
+            saved["step"], bad["reason"], worlds, others, dist.rank(), **_computed(parts, run)
+        )
 
 
-def _computed(parts: Parts, run: Run) -> tuple[Any, ...]:
-    """The step's computation, as `Replay` tells it; moves nothing but batch norm's statistics."""
+def _computed(parts: Parts, run: Run) -> dict[str, Any]:
+    """What `Replay` tells of the computation; moves nothing but batch norm's statistics."""
     method, step = parts.state.method, parts.state.step
     weights = [name for name, value in method.state_dict().items() if not _is_finite(value)]
     (crops,) = data.batches(
@@ -105,8 +106,15 @@ def _computed(parts: Parts, run: Run) -> tuple[Any, ...]:
     losses = {name: float(value.detach()) for name, value in output.losses.items()}
     found = [agree(loss, norm, run.stop).is_bad, bool(weights), bool(views), bool(outputs)]
     anywhere = dist.all_max(torch.tensor(found, dtype=torch.float32, device=run.device))
-    agreed = tuple(map(bool, anywhere.tolist()))
-    return losses, float(norm), weights, views, outputs, bad_gradients(method), agreed
+    return {
+        "losses": losses,
+        "norm": float(norm),
+        "weights": weights,
+        "views": views,
+        "outputs": outputs,
+        "gradients": bad_gradients(method),
+        "anywhere": tuple(map(bool, anywhere.tolist())),
+    }
 
 
 def _bad_views(views: list[Tensor], crops: Crops, parts: Parts) -> list[tuple[str, str]]:
@@ -152,14 +160,12 @@ def told(shown: Replay) -> str:
             lines.append(f"{own}  not finite: {what}: {', '.join(names[:3])}{more}")
     if shown.rank:
         return "\n".join(lines)
-    first, last = (
-        [f"step {shown.step} was skipped: {shown.reason}"],
-        [_verdict(shown.others, *shown.anywhere)],
-    )
+    lines.insert(0, f"step {shown.step} was skipped: {shown.reason}")
+    lines.append(_verdict(shown.others, *shown.anywhere))
     if shown.worlds[0] != shown.worlds[1]:
         count = shown.worlds[0]
-        last.append(f"The run had {count} processes: torchrun with as many shows their very sums.")
-    return "\n".join(first + lines + last)
+        lines.append(f"The run had {count} processes: torchrun with as many shows their very sums.")
+    return "\n".join(lines)
 
 
 def _verdict(others: list[str], is_bad: bool, weights: bool, views: bool, outputs: bool) -> str:

@@ -138,7 +138,8 @@ def train(
         if reason not in ("finished", "max_steps", "max_minutes"):
             what = f"stopped at step {state.step} of {run.num_steps}"
             saved = "the state is saved" if state.step else "nothing was to be saved"
-            raise StopError(what, f"{reason}; {saved}", "the same command resumes it", reason)
+            name = REQUEUE if reason == REQUEUE else stop.signal_name
+            raise StopError(what, f"{reason}; {saved}", "the same command resumes it", name)
         if dist.rank() == 0:
             folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
     return state

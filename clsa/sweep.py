@@ -15,7 +15,7 @@ from rich.console import Console
 from clsa import checkpoint, files, lock
 from clsa.command_options import EvaluateOptions, SweepOptions
 from clsa.config import read_yaml
-from clsa.errors import ClsaError, Exit
+from clsa.errors import RESUMABLE, ClsaError, Exit
 from clsa.evaluate.run import evaluate
 from clsa.evaluate.split import split
 from clsa.folder import FREE, RunFolder
@@ -25,7 +25,6 @@ from clsa.signals import StopError
 from clsa.stages import pretrain
 from clsa.start import stoppable
 from clsa.tally import (
-    INTERRUPTED,
     LEGEND,
     Outcome,
     outcome_of,
@@ -104,7 +103,7 @@ def run(cell: Cell, grid: Grid) -> Outcome:
         pretrain(cell.options)
         return outcome_of(cell, evaluate(judging))
     except Exception as error:  # a bug or a full GPU must not cost the other runs
-        if isinstance(error, ClsaError) and error.code in INTERRUPTED:
+        if isinstance(error, ClsaError) and error.code in RESUMABLE:
             raise
         if not isinstance(error, ClsaError):
             traceback.print_exc()

@@ -15,13 +15,12 @@ from rich.text import Text
 
 from clsa import files
 from clsa.config import Config
-from clsa.errors import ClsaError, Exit, first_line
+from clsa.errors import RESUMABLE, ClsaError, Exit, first_line
 from clsa.evaluate.results import Record
 from clsa.folder import RunFolder
 from clsa.grid import Cell, Grid, words
 from clsa.protocols import CARDS
 
-INTERRUPTED = (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)  # later runs would end so too
 NOTE = "note"
 LEGEND = """\
 Mean ± sample standard deviation over the seeds; the best mean of each accuracy is bold.
@@ -71,7 +70,7 @@ class Outcome(Config):
         """What the table says of a run that is not whole."""
         if self.reason == "finished":
             return ""
-        if self.code and self.code not in INTERRUPTED:
+        if self.code and self.code not in RESUMABLE:
             return f"seed {self.seed} failed: {self.reason}"
         why = "interrupted" if self.code else self.reason
         if not self.step:

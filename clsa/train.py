@@ -185,15 +185,13 @@ def fit(
         saver = Saver(state, options, journal)
         epoch, rest = divmod(state.step, run.steps_per_epoch)
         reason = end_reason(state.step, last, run)
-        is_fresh = dist.world_size() > 2
         with suppress(Asked):  # in a preparation
             if not rest and not reason:
                 prepare(state, run, epoch, embed, journal)
             waiting = time.monotonic()
-            for crops in feed(state, shown, order, last, quarantine, run):
+            batches = feed(state, shown, order, last, quarantine, run)
+            for crops in settled(batches, model, state, run):
                 waited = time.monotonic() - waiting
-                if is_fresh:
-                    is_fresh = settle(model, state, crops, run)
                 if state.step == 0 and speaks:
                     draw_views(source, crops, method.view_specs, run, folder.views)
                 stats = train_step(model, state, crops, run)
@@ -225,19 +223,20 @@ def fit(
     return reason
 
 
-def settle(model: nn.Module, state: State, crops: Crops, run: Run) -> bool:
-    """Compute a gradient for nothing, before the first step of a start; returns False.
+def settled(batches: Iterator[Crops], model: nn.Module, state: State, run: Run) -> Iterator[Crops]:
+    """`batches`, of which the first is computed once for nothing where there are many processes.
 
-    After its first backward DistributedDataParallel sorts its buckets anew. With more than two
-    processes they would then be summed in another order than in the uninterrupted run, which has
-    done so long ago.
+    After its first backward DistributedDataParallel sorts its buckets anew. More than two processes
+    would then sum in another order than the uninterrupted run, which has done so long ago.
     """
-    batch = make_views(crops, state.method.view_specs, state.step, run)
-    state.statistics.keep()
-    gradients(model, batch, state.method, run)
-    state.statistics.put_back()
-    state.optimizer.zero_grad(set_to_none=True)
-    return False
+    for place, crops in enumerate(batches):
+        if place == 0 and dist.world_size() > 2:
+            batch = make_views(crops, state.method.view_specs, state.step, run)
+            state.statistics.keep()
+            gradients(model, batch, state.method, run)
+            state.statistics.put_back()
+            state.optimizer.zero_grad(set_to_none=True)
+        yield crops
 
 
 def heed(

@@ -252,32 +252,6 @@ def test_a_queue_around_a_method_may_stand() -> None:
     assert FROZEN_QUEUE not in told
 
 
-def test_a_look_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    method, reads = build("moco-v2", stronger=True), []
-    batch = batch_of(method)
-    health = Health(method, 1000, 0, LOOK_EVERY - 1, watches=True)
-    method(batch)
-    cpu, copied = Tensor.cpu, []
-
-    def counted(self: Tensor) -> Tensor:
-        reads.append(self.numel())
-        copied.append(cpu(self).clone())
-        return copied[-1]
-
-    def forbidden(self: Tensor) -> Any:
-        on_host = any(self.untyped_storage().data_ptr() == c.untyped_storage().data_ptr()
-                      for c in copied)  # fmt: skip
-        assert on_host or copied, "read from the device"
-        return item(self)
-
-    item = Tensor.item
-    monkeypatch.setattr(Tensor, "cpu", counted)
-    monkeypatch.setattr(Tensor, "item", forbidden)
-    monkeypatch.setattr(Tensor, "__bool__", forbidden)
-    health.after(1.0, 1.0, is_bad=False)
-    assert len(reads) == 1
-
-
 def test_every_alarm_has_words_with_its_numbers() -> None:
     values = dict.fromkeys(
         ("spread", "least", "limit", "rank", "peak", "loss", "chance", "top1", "value",

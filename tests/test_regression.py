@@ -26,6 +26,7 @@ from clsa.config import merge
 from clsa.cutting import Crops
 from clsa.data import batches
 from clsa.folder import RunFolder
+from clsa.health import LOOK_EVERY, Health
 from clsa.intake import open_source
 from clsa.methods import build_method
 from clsa.methods.method import Extent
@@ -215,6 +216,24 @@ def test_a_number_that_is_not_finite_costs_no_further_read(tmp_path: Path) -> No
     with reads() as told:
         stats.numbers()
     assert told == {"__float__": len(stats.terms)}
+
+
+@pytest.mark.parametrize("recipe", ["clsa-small", "swav-small"])
+def test_a_look_of_health_reads_the_device_once(recipe: str, tmp_path: Path) -> None:
+    """By one `cpu`; what is judged after that has no other tensor of the device."""
+    trainer = Trainer(tmp_path, 8, recipe)
+    health = Health(trainer.method, 10, 0, LOOK_EVERY - 1, watches=True)
+    crops, judged = trainer.crops(), []
+    with reads() as told, Seen() as seen:
+        train_step(trainer.model, trainer.state, crops, trainer.run)
+    assert told == {"tolist": 1, "numpy": 3} and not seen.waiting  # the hook reads nothing
+    judge = health._judge
+    health._judge = lambda gathered, shape: judged.append((gathered, shape)) or []
+    with reads() as told, Seen() as seen:
+        health.after(1.0, 1.0, is_bad=False)
+    assert told == {"cpu": 1} and not seen.waiting
+    ((gathered, shape),) = judged
+    assert judge(gathered, shape) == [] and health.numbers["spread"] > 0
 
 
 def resident() -> tuple[Source, DataOptions]:

@@ -400,6 +400,18 @@ def test_an_extension_that_began_at_step_0_is_resumed_by_the_same_call(
     assert {"data": found.data.data, "workers": found.data.workers, "device": "auto"} == where
 
 
+def test_an_extension_may_take_other_pictures(tmp_path: Path, small: None) -> None:
+    root, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "run"
+    pretrain(run_of(root, out, epochs=2))
+    grown(root)
+    with pytest.raises(ClsaError, match=r"data changed: \+16 -0 ~0"):
+        extend(ExtendOptions(run=out, epochs=3))
+    extend(ExtendOptions(run=out, epochs=3, accept_data_change=True))
+    assert max(tiny.losses(out)) == 21  # seven steps an epoch now
+    told = [set(line) - {"step"} for line in RunFolder(out).read_history()]
+    assert {"data_changed"} in told and {"epochs"} in told
+
+
 def test_what_cannot_be_extended(tmp_path: Path) -> None:
     with pytest.raises(ClsaError, match=r"holds no run .* - give the folder of a run$") as caught:
         extend(ExtendOptions(run=tmp_path, epochs=2))

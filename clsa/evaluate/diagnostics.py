@@ -216,5 +216,9 @@ def feature_spread(features: Float[Tensor, "n F"]) -> float:
     SimSiam's sign of collapse (Chen and He 2021): 0 when all rows are equal, near 1 when they are
     spread over the sphere.
     """
-    rows = unit(features)
-    return (rows.std(0, correction=0).mean() * rows.shape[1] ** 0.5).item()
+    return spread(unit(features)).item()
+
+
+def spread(rows: Float[Tensor, "n F"]) -> Float[Tensor, ""]:
+    """`feature_spread` of rows that are of unit length already, where they are."""
+    return rows.std(0, correction=0).mean() * rows.shape[1] ** 0.5

@@ -49,7 +49,7 @@ def healthy(half: int) -> Check:
         runs = sick.HEALTHY[half::2]
         steps = sick.HEALTHY_STEPS if is_long else 160
         found = sick.healthy(root, runs if is_long else runs[:1], steps)
-        what = f"nothing: healthy runs of {steps:,} steps, no alarm"
+        what = f"nothing: {('first', 'other')[half]} healthy runs of {steps:,} steps, no alarm"
         return [figure_of(22, what, found, ", ".join(dict.fromkeys(name for name, _ in runs)))]
 
     return check

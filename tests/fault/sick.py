@@ -52,7 +52,7 @@ class Sickness(NamedTuple):
     """Steps."""
     at_once: bool = False
     """From the first step on."""
-    over: dict[str, Any] = {}  # noqa: RUF012
+    over: dict[str, Any] | None = None
     ends: tuple[int, ...] = (0,)
     """Exit codes."""
 
@@ -225,7 +225,9 @@ def sicken(
     for seed in seeds:
         begin = 0 if sickness.at_once else first
         out = root / f"{name}-{seed}".replace(" ", "-")
-        run = options(out, "moco-v2-small", seed, begin + sickness.within + 1, **sickness.over)
+        run = options(
+            out, "moco-v2-small", seed, begin + sickness.within + 1, **(sickness.over or {})
+        )
         code, said = alarms(root, out.name, run, lambda begin=begin: sickness.begin(begin))
         found = told(out) if (out / "metrics.jsonl").exists() else []
         named = [step for step, called in found if called in sickness.names]
