@@ -32,7 +32,11 @@ def both(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     tally = stops.stops(setup, setup.at("stops"), 48 if is_long else 2, seed=0)
     what = "SIGUSR1 under SLURM or SIGTERM to one or both of 2 processes: "
     what += "begin, step, preparation, save" if is_long else "step, preparation"
-    return [figure_of(15, what, tally)]
+    launched = stops.launched(setup, setup.at("signalled"), 5 if is_long else 1)
+    return [
+        figure_of(15, what, tally),
+        figure_of(15, "SIGUSR1 to torchrun, with README's options", launched),
+    ]
 
 
 def peers(setup: Setup, root: Path, is_long: bool) -> list[Figure]:

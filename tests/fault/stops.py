@@ -4,7 +4,10 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -150,4 +153,38 @@ def stops(setup: Setup, root: Path, count: int, seed: int) -> Tally:
             wrong.append(f"then {again}, or another run")
         name = signal.Signals(signum).name
         tally.note(not wrong, f"{name} to {hearers} in a {place} {number}: {wrong}")
+    return tally
+
+
+def launched(setup: Setup, root: Path, count: int) -> Tally:
+    """USR1 to torchrun itself, with the options that README gives, amid a run of two processes."""
+    tally, readme = Tally(), (ranks.ROOT / "README.md").read_text("utf-8")
+    told = re.findall(r"`(--(?:signals-to-handle|shutdown-timeout) \S+?)`", readme)
+    for number in range(count):
+        out, at = root / f"run-{number}", root / f"at-{number}"
+        at.mkdir()
+        scontrol = at / "scontrol"
+        scontrol.write_text(preempt.SCONTROL)
+        scontrol.chmod(0o755)
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            *" ".join(told).split(), "-m", "clsa", "pretrain", "--data", str(setup.pictures),
+            "--out", str(out), "--recipe", "moco-v2-small", "--batch-size", "16",
+            "--epochs", "4000", "--views.size", "16", "--log-every", "1", "--device", "cpu",
+        ]  # fmt: skip
+        env = {**os.environ, **preempt.JOB, "PATH": f"{at}:/usr/bin:/bin",
+               "PYTHONPATH": str(ranks.ROOT)}  # fmt: skip
+        with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as launcher:
+            give_up = time.monotonic() + tiny.PATIENCE_S
+            while not tiny.losses(out) and time.monotonic() < give_up:
+                time.sleep(0.05)
+            launcher.send_signal(signal.SIGUSR1)
+            _, said = launcher.communicate(timeout=tiny.PATIENCE_S)
+        path, calls = out / "status.json", scontrol.with_suffix(".calls")
+        status = json.loads(path.read_text()) if path.exists() else {}
+        heard = calls.read_text() if calls.exists() else ""
+        saved = status.get("step", 0) == tiny.newest_whole(out) > 0
+        is_right = saved and (status["code"], status["resumable"]) == (Exit.PREEMPTED, True)
+        is_right = is_right and heard == "requeue\n777\n--\n" and len(told) == 2
+        tally.note(is_right, f"{told}: {status}, scontrol heard {heard!r}, {said[-300:]}")
     return tally
