@@ -24,11 +24,11 @@ from torchvision.transforms import v2
 from benchmarks import report
 from benchmarks.drive import Drive
 from benchmarks.report import Row, alternate, medians, share, versus
-from clsa.color import BLUR_TAPS
-from clsa.intake import open_source
-from clsa.options import DataOptions, ViewOptions
-from clsa.sources import Pictures, Source
-from clsa.views import MAX_SIGMA, MEAN, MIN_SIGMA, STD
+from clsa.options.run import DataOptions, ViewOptions
+from clsa.pictures.opening import open_source
+from clsa.pictures.sources import Pictures, Source
+from clsa.views.color import BLUR_TAPS
+from clsa.views.transform import MAX_SIGMA, MEAN, MIN_SIGMA, STD
 
 SIZES = (32, 64)
 

@@ -9,24 +9,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from clsa import data
-from clsa.config import merge
-from clsa.cutting import Crops
-from clsa.folder import RunFolder
-from clsa.host import keep_freed_memory
-from clsa.intake import open_source
-from clsa.journal import Journal
+from clsa.learning.models import autocast
+from clsa.learning.optim import build_optimizer
+from clsa.loading import loader
+from clsa.loading.crops import Crops
+from clsa.loading.order import Order
 from clsa.methods import build_method
 from clsa.methods.method import Batch, Extent
-from clsa.models import autocast
-from clsa.optim import build_optimizer
-from clsa.options import RunOptions
-from clsa.order import Order
+from clsa.options.config import merge
+from clsa.options.run import RunOptions
+from clsa.pictures.opening import open_source
+from clsa.pictures.sources import Source
 from clsa.recipes import resolve
-from clsa.signals import Stop
-from clsa.sources import Source
-from clsa.state import State
-from clsa.train import Run, make_views, parallel, train_step
+from clsa.runs.folder import RunFolder
+from clsa.runs.journal import Journal
+from clsa.runs.state import State
+from clsa.system.machine import keep_freed_memory
+from clsa.system.signals import Stop
+from clsa.training.step import Run, make_views, parallel, train_step
 
 CPU = torch.device("cpu")
 LAST_STEP = 1_000_000  # the batches never end
@@ -66,7 +66,7 @@ class Drive:
         self.run = Run(options, device, steps, Stop())
         self.model = parallel(self.method, options)
         self.specs = self.method.view_specs[chosen]
-        self.batches = data.batches(
+        self.batches = loader.batches(
             self.source, self.specs, self.order, 0, LAST_STEP, device, options.data
         )
         self.journal: Journal | None = None

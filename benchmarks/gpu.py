@@ -26,18 +26,19 @@ from benchmarks.loss import Sizes, unit_rows
 from benchmarks.on_paper import EPOCHS, IMAGENET
 from benchmarks.photographs import FROM, prepared
 from benchmarks.report import Row, share, versus
-from clsa import dist
-from clsa.config import merge
-from clsa.errors import ClsaError
-from clsa.host import num_cores
-from clsa.intake import open_source
-from clsa.losses import contrast_and_divergence
-from clsa.options import DataOptions, StrongOptions, ViewOptions, WeakViews
-from clsa.sources import Pictures, Source
-from clsa.streamed import PREFETCH
-from clsa.train import make_views
-from clsa.views import ViewSpec, pixels, sample, strong_specs, weak_specs
-from tests.reference import written_out
+from clsa.learning.losses import contrast_and_divergence
+from clsa.loading.streaming import PREFETCH
+from clsa.options.config import merge
+from clsa.options.run import DataOptions, StrongOptions, ViewOptions, WeakViews
+from clsa.pictures.opening import open_source
+from clsa.pictures.sources import Pictures, Source
+from clsa.system import dist
+from clsa.system.errors import ClsaError
+from clsa.system.machine import num_cores
+from clsa.training.step import make_views
+from clsa.views.specs import ViewSpec, strong_specs, weak_specs
+from clsa.views.transform import pixels, sample
+from tests.support.reference import written_out
 
 WISH = 2_000.0
 TRITON_AT = 0.02  # share of a step from which a kernel of its own is due for the loss

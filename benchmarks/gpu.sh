@@ -47,7 +47,7 @@ for part in "${parts[@]}"; do
       shapes=()
       "$python" -c 'import beartype' 2>/dev/null || shapes=(--override-ini addopts=)
       timeout --kill-after=10 80 "$python" -m pytest -q -p no:cacheprovider "${shapes[@]}" \
-        tests/test_cuda.py || { echo "tests ended with $?"; status=1; }
+        tests/training/test_cuda.py || { echo "tests ended with $?"; status=1; }
       ;;
     steps) measure steps 3.4 245 "$@" ;;
     compiled) measure compiled 7 540 "$@" ;;

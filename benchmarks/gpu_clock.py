@@ -14,9 +14,10 @@ import torch
 from benchmarks import report
 from benchmarks.drive import Drive
 from benchmarks.report import Row
-from clsa import train
-from clsa.bank import KeyQueue
-from clsa.methods import moco, stronger
+from clsa.learning.bank import KeyQueue
+from clsa.methods import moco
+from clsa.methods.wrappers import stronger
+from clsa.training import step
 
 WARM_UP, LEAST, MOST = 3, 5, 50
 
@@ -98,14 +99,14 @@ class Spans:
         optimizer = drive.state.optimizer
         places: list[tuple[Any, str, str]] = [
             (drive, "next_crops", "crops"),
-            (train, "make_views", "views"),
+            (step, "make_views", "views"),
             (moco, "encode_shuffled", "keys: shuffle and encoder"),
             (moco, "streams", "contrastive loss, forward"),
             (moco, "contrast", "contrastive loss, forward"),
             (stronger, "streams", "divergence, forward"),
             (stronger, "divergence", "divergence, forward"),
             (torch.nn.utils, "get_total_norm", "gradient norm"),
-            (train, "agree", "the host's look at the loss"),
+            (step, "agree", "the host's look at the loss"),
             (optimizer, "step", "optimiser"),
             (moco, "move_towards", "momentum copy"),
             (KeyQueue, "enqueue", "queue"),

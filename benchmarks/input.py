@@ -22,8 +22,8 @@ from benchmarks import plain_views, report
 from benchmarks.drive import Drive
 from benchmarks.photographs import FROM, prepared
 from benchmarks.report import Row, versus
-from clsa.command_options import PackOptions
-from clsa.pack import pack
+from clsa.options.commands import PackOptions
+from clsa.pictures.pack import pack
 
 PLAIN, PACKED = 8.0, 10.0  # budgets against the Pillow path
 PEER = "Pillow and torchvision, to normalised floats"

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.plain_clsa import endless
-from clsa.method_options import MoCoOptions
-from clsa.models import build_encoder, feature_dim
-from clsa.options import RunOptions
+from clsa.learning.models import build_encoder, feature_dim
+from clsa.options.methods import MoCoOptions
+from clsa.options.run import RunOptions
 
 
 class LightlyMoCo:

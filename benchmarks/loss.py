@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import report
 from benchmarks.report import Row, versus
-from clsa.errors import ClsaError, Exit
-from clsa.losses import contrast_and_divergence
-from tests.reference import written_out
+from clsa.learning.losses import contrast_and_divergence
+from clsa.system.errors import ClsaError, Exit
+from tests.support.reference import written_out
 
 TEMPERATURE = 0.2
 CHUNK = 4096

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from clsa.models import Network
-from clsa.options import RunOptions
+from clsa.learning.models import Network
+from clsa.options.run import RunOptions
 from clsa.recipes import resolve
 
 IMAGENET, EPOCHS, PER_GPU = 1_281_167, 200, 256

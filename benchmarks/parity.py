@@ -9,9 +9,10 @@ operations a view gets over 10,000 views.
 
 import numpy as np
 
-from clsa import views
-from clsa.options import StrongOptions, ViewOptions
-from tests.reference_pillow import parity
+from clsa.options.run import StrongOptions, ViewOptions
+from clsa.views import transform
+from clsa.views.specs import strong_specs
+from tests.support.reference_pillow import parity
 
 NUM_DRAWS, NUM_VIEWS = 1_000, 10_000
 
@@ -19,7 +20,7 @@ NUM_DRAWS, NUM_VIEWS = 1_000, 10_000
 def main() -> None:
     print("| pool | operation | size | within 1/255, mean | worst draw | equal |")
     print("|---|---|---|---|---|---|")
-    for pool, ops in views.POOLS.items():
+    for pool, ops in transform.POOLS.items():
         for op in ops:
             for size in (32, 96):
                 result = parity(op, pool, NUM_DRAWS, size)
@@ -29,9 +30,9 @@ def main() -> None:
     print("\n| pool | operations a view | none applied | none but Identity |")
     print("|---|---|---|---|")
     for pool in ("paper", "official"):
-        (spec,) = views.strong_specs(ViewOptions(), StrongOptions(pool=pool), first_view=2)
-        params = views.sample(spec, seed=0, epoch=0, index=np.arange(NUM_VIEWS))
-        changing = params.applied & (np.array(views.POOLS[pool])[params.ops] != "Identity")
+        (spec,) = strong_specs(ViewOptions(), StrongOptions(pool=pool), first_view=2)
+        params = transform.sample(spec, seed=0, epoch=0, index=np.arange(NUM_VIEWS))
+        changing = params.applied & (np.array(transform.POOLS[pool])[params.ops] != "Identity")
         none_applied, none_changing = (~params.applied).all(1).mean(), (~changing).all(1).mean()
         mean = params.applied.sum(1).mean()
         print(f"| {pool} | {mean:.3f} | {none_applied:.4f} | {none_changing:.4f} |")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clsa.errors import ClsaError, Exit
-from clsa.host import num_cores
-from tests.pictures import photograph
+from clsa.system.errors import ClsaError, Exit
+from clsa.system.machine import num_cores
+from tests.support.pictures import photograph
 
 FOLDERS = ("/usr/share/backgrounds", "/usr/share/wallpapers")
 LEAST_PIXELS = 2_000_000

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from benchmarks import plain_views
-from clsa.method_options import MoCoOptions
-from clsa.models import build_encoder, feature_dim, mlp
-from clsa.options import RunOptions
-from clsa.views import strong_specs, weak_specs
-from tests.reference import written_out
+from clsa.learning.models import build_encoder, feature_dim, mlp
+from clsa.options.methods import MoCoOptions
+from clsa.options.run import RunOptions
+from clsa.views.specs import strong_specs, weak_specs
+from tests.support.reference import written_out
 
 
 class PlainCLSA(nn.Module):

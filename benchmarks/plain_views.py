@@ -11,8 +11,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 
-from clsa.views import MAX_SIGMA, MEAN, MIN_SIGMA, STD, ViewSpec
-from tests.reference_pillow import operate
+from clsa.views.specs import ViewSpec
+from clsa.views.transform import MAX_SIGMA, MEAN, MIN_SIGMA, STD
+from tests.support.reference_pillow import operate
 
 View = Callable[[Image.Image], Tensor]
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.report import Row, versus
-from clsa import clustering
-from clsa.around_options import MixtureOptions
-from clsa.host import num_cores
-from clsa.neighbours import find
+from clsa.learning import clustering
+from clsa.learning.neighbours import find
+from clsa.options.wrappers import MixtureOptions
+from clsa.system.machine import num_cores
 
 DIM, NEIGHBOURS = 128, 40
 

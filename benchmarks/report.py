@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from benchmarks import page
-from clsa.errors import ClsaError
-from clsa.host import num_cores
+from clsa.system.errors import ClsaError
+from clsa.system.machine import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"

@@ -32,9 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import report
 from benchmarks.drive import CPU, Drive
 from benchmarks.report import Row, share, versus
-from clsa import dist
-from clsa.listing import MIN_CACHED
-from clsa.train import train_step
+from clsa.pictures.listing import MIN_CACHED
+from clsa.system import dist
+from clsa.training.step import train_step
 
 CLASSES, FEW = 1000, 200  # more than one step of them, so that no probe comes first
 SETTLED_S = 3.0  # a younger folder is not cached

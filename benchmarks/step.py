@@ -26,7 +26,7 @@ import torch
 from benchmarks import report
 from benchmarks.drive import Drive
 from benchmarks.report import Row, seconds, share, versus
-from clsa.archives import CLIPART
+from clsa.pictures.named_sets import CLIPART
 from clsa.recipes import resolve
 
 LIGHTLY, ENCODER = 4.0, 0.9  # budgets: times lightly's rate, the encoder's share of a step

@@ -2,7 +2,7 @@
 
 import sys
 
-from clsa import signals
+from clsa.system import signals
 
 TRAIN = ("pretrain", "extend", "demo", "sweep")
 
@@ -11,7 +11,7 @@ def console() -> None:
     """Entry point of the `clsa` script."""
     if sys.argv[1:2] and sys.argv[1] in TRAIN:
         signals.leave_at_once()
-    from clsa.cli import main
+    from clsa.cli.main import main
 
     sys.exit(main())
 

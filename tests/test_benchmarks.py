@@ -13,20 +13,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from reference import written_out
 
 from benchmarks import augment, gpu, loss, on_paper, page, photographs, plain_views, report, scale
 from benchmarks import input as input_path
 from benchmarks import step as whole_step
 from benchmarks.drive import Drive
 from benchmarks.photographs import SYNTHETIC, prepared
-from clsa.errors import ClsaError
 from clsa.methods import build_method
 from clsa.methods.method import Batch, Extent, Method, sum_of
-from clsa.options import RunOptions, StrongOptions, ViewOptions
+from clsa.options.run import RunOptions, StrongOptions, ViewOptions
+from clsa.pictures.sources import Pictures
 from clsa.recipes import resolve
-from clsa.sources import Pictures
-from clsa.views import POOLS, amount, strong_specs, weak_specs
+from clsa.system.errors import ClsaError
+from clsa.views.specs import strong_specs, weak_specs
+from clsa.views.transform import POOLS, amount
+from tests.support.reference import written_out
 
 ROOT = Path(report.__file__).parent.parent
 TINY = {"batch_size": 8, "model": {"norm_groups": 2}, "log_every": 1}

@@ -1,4 +1,4 @@
-"""The shape of the code base: order of the files, their sizes, and what none of them may do."""
+"""The shape of the code base: wings, order and sizes of the files, and what none of them may do."""
 
 import ast
 import functools
@@ -9,83 +9,80 @@ from pathlib import Path
 
 import pytest
 
-import clsa
+from tests.support import structure
+from tests.support.structure import ROOT, entries, imports, own_imports, path_of
 
-ROOT = Path(clsa.__file__).parent
-
-# A file imports only from files that stand before it.
-ORDER = [
-    "errors", "signals", "slurm", "files", "lock", "host", "peers", "dist", "config",
-    "method_options", "around_options", "options", "cards", "detect_cards", "protocols",
-    "command_options", "extras",
-    "rng", "decode", "archives", "names", "sources", "shards", "listing", "intake", "geometry",
-    "color", "views", "order", "few_labels", "workers", "cutting", "streamed", "data", "pack",
-    "roster", "annotations", "scenes",
-    "models", "bank",
-    "losses", "mixing", "assignments", "clustering", "neighbours", "optim",
-    "methods.method", "methods.moco", "methods.simclr", "methods.byol", "methods.simsiam",
-    "methods.swav", "methods.adco", "methods.instdisc", "methods.pirl", "methods.pcl",
-    "methods.moco_v3", "methods.dino", "methods.supervised",
-    "methods.around", "methods.clim", "methods.suncet", "methods.continual",
-    "methods.stronger", "methods",
-    "checkpoint", "evaluate", "evaluate.results", "evaluate.split", "evaluate.features",
-    "evaluate.on_disk", "evaluate.progress", "evaluate.heads", "evaluate.leaks", "evaluate.knn",
-    "evaluate.diagnostics", "evaluate.operations", "evaluate.figures",
-    "evaluate.logistic", "evaluate.linear", "evaluate.linear_fast", "evaluate.finetune",
-    "evaluate.average_precision", "evaluate.box_ap", "evaluate.detector", "evaluate.detect",
-    "evaluate.voc07", "evaluate.voc07_released", "evaluate.svm",
-    "evaluate.subject", "evaluate.run", "evaluate.predict", "evaluate.embed", "export",
-    "folder", "preview", "networks", "bench", "diagnosis", "diagnose",
-    "bad_steps", "alarms", "health", "journal", "environment", "change", "state", "judge", "saver",
-    "train", "start", "replay",
-    "exemplars", "forgetting", "stages", "extend",
-    "recipes.recipe", "recipes.imagenet", "recipes.cifar", "recipes.small",
-    "recipes.around", "recipes",
-    "grid", "tally", "sweep", "cli", "__main__",
+WINGS = [
+    "system", "options", "pictures", "views", "loading", "learning", "methods", "runs", "exchange",
+    "evaluate", "diagnose", "training", "sweeps", "pages", "cli",
 ]  # fmt: skip
-FILES = [*ORDER, ""]
-MAX_LINES, MAX_METHOD_LINES = 400, 80
-
-
-def path_of(name: str) -> Path:
-    module = ROOT.joinpath(*name.split("."))
-    return module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+ORDER = structure.modules()
+FILES = [*ORDER, "losses", "__main__", ""]
+FOLDERS = [path.parent for path in sorted(ROOT.rglob("__init__.py"))]
+MAX_FILES, MAX_LINES, MAX_METHOD_LINES = 14, 400, 80
 
 
 @functools.cache
 def tree_of(name: str) -> ast.Module:
-    return ast.parse(path_of(name).read_text("utf-8"))
+    return structure.tree_of(path_of(name))
 
 
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of the modules that a file imports, anywhere in it."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                inside = inner.startswith("clsa.") and inner.removeprefix("clsa.") in ORDER
-                yield inner if inside else str(node.module)
+def relative(folder: Path) -> str:
+    return str(folder.relative_to(ROOT))
 
 
-def test_every_file_has_its_place() -> None:
-    found = {str(path.relative_to(ROOT).with_suffix("")) for path in ROOT.rglob("*.py")}
-    names = {name.replace("/", ".").removesuffix(".__init__") for name in found}
-    assert names - {"__init__"} == set(ORDER) and len(set(ORDER)) == len(ORDER)
+def test_the_wings_stand_in_their_order() -> None:
+    named = [entry.name for entry in entries(ROOT) if entry.name not in structure.BESIDE]
+    assert all(entry.is_folder for entry in entries(ROOT))
+    assert named == [wing for wing in WINGS if (ROOT / wing).exists()]
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_from_files_above_it(name: str) -> None:
-    own = {module for module in imports(tree_of(name)) if module.split(".")[0] == "clsa"}
-    above = {f"clsa.{other}" for other in ORDER[: ORDER.index(name)]} | {"clsa"}
-    assert own <= above, own - above
+def test_no_file_stands_outside_a_wing() -> None:
+    found = {path.name for path in ROOT.iterdir() if path.name != "__pycache__"}
+    wings = {entry.name for entry in entries(ROOT)} | {"assets"}
+    assert found - wings == {"__init__.py", "__main__.py", "losses.py", "py.typed"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=relative)
+def test_a_folder_lists_its_files_and_says_what_it_is_for(folder: Path) -> None:
+    listed = {entry.name + ("" if entry.is_folder else ".py") for entry in entries(folder)}
+    kept = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    inner = {path.parent.name for path in folder.glob("*/__init__.py")}
+    outside = {"__main__.py", "losses.py"} if folder == ROOT else set()
+    assert listed == (kept | inner) - outside
+    assert len(kept) <= MAX_FILES
+    if folder != ROOT:
+        text = structure.docstring(folder)
+        assert "\nIn come" in text and " Out go" in text, "what comes in, what goes out"
+
+
+def test_imports_run_downward_only() -> None:
+    assert structure.upward(ORDER) == []
+
+
+def test_the_losses_only_hand_on_names() -> None:
+    import clsa
+    from clsa import losses
+
+    nodes = tree_of("losses").body
+    assert {type(node) for node in nodes} <= {ast.Expr, ast.ImportFrom, ast.Assign}
+    assert all(name.startswith("learning.") for name in own_imports("losses"))
+    assert sorted(losses.__all__) == losses.__all__ and set(losses.__all__) <= set(dir(losses))
+    assert all(getattr(losses, name).__doc__ for name in losses.__all__)
+    for name in ("info_nce", "distribution_divergence", "bank_statistics"):
+        assert getattr(clsa, name) is getattr(clsa.losses, name)
+    assert "moco" in clsa.methods.METHODS
 
 
 def test_the_package_itself_imports_nothing_when_imported() -> None:
     outer = [node for node in tree_of("").body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert set(imports(ast.Module(outer, []))) == {"pathlib", "typing"}
+
+
+def test_a_start_of_a_run_hardly_climbs() -> None:
+    """A reader who follows the start goes down once to set out the run, and once to train it."""
+    assert structure.route_of_a_start(1).climbs(ORDER) <= 1
+    assert structure.route_of_a_start(2).climbs(ORDER) <= 4
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -115,7 +112,9 @@ def test_code_is_counted_without_words() -> None:
     assert lines_of_code(ast.parse(head + body)) == {6, 9, 11, 12, 13}
 
 
-@pytest.mark.parametrize("name", [name for name in ORDER if name.startswith("methods.")])
+@pytest.mark.parametrize(
+    "name", [name for name in ORDER if name.startswith("methods.") and "__" not in name]
+)
 def test_a_method_fits_on_a_page(name: str) -> None:
     assert len(lines_of_code(tree_of(name))) <= MAX_METHOD_LINES
 
@@ -133,7 +132,9 @@ def test_nothing_dangerous_is_called(name: str) -> None:
         last = function.rpartition(".")[2]
         assert function not in ("eval", "exec", "compile", "os.system", "os.popen"), function
         assert not function.startswith(("pickle.", "marshal.", "shelve.")), function
-        assert not function.startswith("subprocess.") or name == "slurm", function  # scontrol
+        assert not function.startswith("subprocess.") or name == "system.slurm", (
+            function
+        )  # scontrol
         assert last not in ("extractall", "unsafe_load", "full_load"), function
         assert keywords.get("shell") != "True" and "trust_remote_code" not in keywords, function
         assert keywords.get("pretrained", "False") == "False", function
@@ -150,7 +151,7 @@ def test_nothing_dangerous_is_called(name: str) -> None:
 def test_the_yaml_loader_is_a_safe_one() -> None:
     import yaml
 
-    from clsa import config
+    from clsa.options import config
 
     assert issubclass(config._Loader, yaml.SafeLoader)
 
@@ -191,7 +192,7 @@ def test_training_needs_none_of_the_tools_of_analysis() -> None:
 import sys
 blocked = "faiss umap plotly sklearn scipy matplotlib pycocotools pandas pyarrow".split()
 sys.modules.update(dict.fromkeys(blocked))
-import clsa.train, clsa.evaluate.run
+import clsa.training.stages, clsa.evaluate.evaluate
 print("imported")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -8,13 +8,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from clsa import checkpoint, dist, files, intake
-from clsa.command_options import EmbedOptions
-from clsa.evaluate.features import centre_views, encode, frozen
-from clsa.evaluate.subject import data_of
-from clsa.host import keep_freed_memory
-from clsa.models import feature_dim
-from clsa.names import as_text
+from clsa.evaluate.features.extract import centre_views, encode, frozen
+from clsa.learning.models import feature_dim
+from clsa.options.commands import EmbedOptions
+from clsa.pictures import opening
+from clsa.pictures.names import as_text
+from clsa.runs import digests, saved_encoder
+from clsa.runs.saved_encoder import data_of
+from clsa.system import dist, files
+from clsa.system.machine import keep_freed_memory
 
 
 def embed(options: EmbedOptions) -> Path:
@@ -31,13 +33,13 @@ def embed(options: EmbedOptions) -> Path:
     import pyarrow as pa  # slow to import, needed nowhere else
     import pyarrow.parquet as pq
 
-    encoder, facts = checkpoint.load_encoder_facts(options.run)
+    encoder, facts = saved_encoder.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
     keep_freed_memory()
     encoder = encoder.to(device)
     views, data = facts.views, data_of(options.data, facts)
     spec = data.val if options.split == "val" and data.val else data.data
-    source = intake.open_source(spec, options.split, data)
+    source = opening.open_source(spec, options.split, data)
     names = np.array([*source.classes, None], dtype=object)  # the last is label -1's
     width = feature_dim(encoder)
     vector = pa.list_(pa.float32(), width)
@@ -57,7 +59,7 @@ def embed(options: EmbedOptions) -> Path:
                 written += len(rows)
             unreadable = len(source) - written
             about = {
-                "encoder_digest": checkpoint.digest(encoder.state_dict()),
+                "encoder_digest": digests.digest(encoder.state_dict()),
                 "data_digest": source.digest(),
                 "unreadable": unreadable,
             }

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from clsa import checkpoint, dist, files, intake
-from clsa.command_options import PredictOptions
-from clsa.data import EVAL_CHUNK
-from clsa.errors import ClsaError, Exit
-from clsa.evaluate.features import centre_views, encode, frozen
-from clsa.evaluate.heads import load_head
-from clsa.evaluate.progress import watched
-from clsa.listing import SUFFIXES
-from clsa.names import as_text
-from clsa.options import DataOptions
-from clsa.sources import Folder, Source
+from clsa.evaluate.features.extract import centre_views, encode, frozen
+from clsa.evaluate.results.heads import load_head
+from clsa.evaluate.results.progress import watched
+from clsa.loading.loader import EVAL_CHUNK
+from clsa.options.commands import PredictOptions
+from clsa.options.run import DataOptions
+from clsa.pictures import opening
+from clsa.pictures.listing import SUFFIXES
+from clsa.pictures.names import as_text
+from clsa.pictures.sources import Folder, Source
+from clsa.runs import saved_encoder
+from clsa.system import dist, files
+from clsa.system.errors import ClsaError, Exit
 
 PROBABILITY_DIGITS = 6
 
@@ -35,7 +37,7 @@ def predict(options: PredictOptions) -> str:
         ClsaError: without a head (`clsa evaluate` learns them), without pictures, or when the head
             belongs to another encoder.
     """
-    encoder, _ = checkpoint.load_encoder_facts(options.run)
+    encoder, _ = saved_encoder.load_encoder_facts(options.run)
     head, facts = load_head(options.run, options.head, encoder)
     source = pictures(options.images)
     device = dist.pick_device(options.device)
@@ -73,7 +75,7 @@ def pictures(images: tuple[str, ...]) -> Source:
     if len(images) == 1 and (listed or not alone.is_file()):
         if alone.suffix.lower() in SUFFIXES:
             raise ClsaError(images[0], "no such file", "check the path", Exit.NO_INPUT)
-        return intake.open_source(images[0], "val", DataOptions())
+        return opening.open_source(images[0], "val", DataOptions())
     for name in images:
         if not os.path.isfile(name):
             why = "a folder among files" if os.path.isdir(name) else "no such file"

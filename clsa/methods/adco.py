@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clsa.bank import LearnedNegatives, own_rows
-from clsa.losses import contrast, lowest_info_nce, streams
-from clsa.method_options import AdCoOptions
+from clsa.learning.bank import LearnedNegatives, own_rows
+from clsa.learning.losses import contrast, lowest_info_nce, streams
+from clsa.learning.models import Network, encode_shuffled, momentum_copy, move_towards
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
-from clsa.models import Network, encode_shuffled, momentum_copy, move_towards
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import AdCoOptions
+from clsa.options.run import RunOptions
+from clsa.views.specs import weak_specs
 
 
 class AdCo(Method):

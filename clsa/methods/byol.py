@@ -5,15 +5,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from clsa import dist
-from clsa.bank import KeyQueue, own_rows
-from clsa.losses import cosine_regression
-from clsa.method_options import BYOLOptions
+from clsa.learning.bank import KeyQueue, own_rows
+from clsa.learning.losses import cosine_regression
+from clsa.learning.models import Network, build_predictor, momentum_copy, move_towards
+from clsa.learning.optim import momentum_at
 from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
-from clsa.models import Network, build_predictor, momentum_copy, move_towards
-from clsa.optim import momentum_at
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import BYOLOptions
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.views.specs import weak_specs
 
 
 class BYOL(Method):

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from clsa import dist
-from clsa.assignments import entropy, sharpened, similarity, swapped_prediction
-from clsa.bank import Prototypes
-from clsa.losses import lowest_info_nce
-from clsa.method_options import DINOOptions
+from clsa.learning.assignments import entropy, sharpened, similarity, swapped_prediction
+from clsa.learning.bank import Prototypes
+from clsa.learning.losses import lowest_info_nce
+from clsa.learning.models import Network, momentum_copy, move_towards
+from clsa.learning.optim import momentum_at
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
-from clsa.models import Network, momentum_copy, move_towards
-from clsa.optim import momentum_at
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import DINOOptions
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.views.specs import weak_specs
 
 
 class DINO(Method):

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clsa import dist
-from clsa.bank import Memory
-from clsa.losses import Stream, contrast, lowest_info_nce, noise_contrastive, streams
-from clsa.method_options import InstDiscOptions
+from clsa.learning.bank import Memory
+from clsa.learning.losses import Stream, contrast, lowest_info_nce, noise_contrastive, streams
+from clsa.learning.models import Network
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output, sum_of
-from clsa.models import Network
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import InstDiscOptions
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.views.specs import weak_specs
 
 
 class InstDisc(Method):

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
-from clsa.bank import KeyQueue, keys_with_queue
-from clsa.losses import Stream
-from clsa.models import Network
-from clsa.options import RunOptions
-from clsa.order import Companions
-from clsa.views import ViewSpec
+from clsa.learning.bank import KeyQueue, keys_with_queue
+from clsa.learning.losses import Stream
+from clsa.learning.models import Network
+from clsa.loading.order import Companions
+from clsa.options.run import RunOptions
+from clsa.views.specs import ViewSpec
 
 Embed = Callable[[Network], Float[Tensor, "n D"]]
 """Unit projections of the centre crops of the whole set by a network, in the set's order."""

@@ -5,15 +5,15 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-from clsa import rng
-from clsa.bank import KeyQueue, keys_with_queue
-from clsa.losses import contrast, lowest_info_nce, streams
-from clsa.method_options import MoCoOptions
+from clsa.learning.bank import KeyQueue, keys_with_queue
+from clsa.learning.losses import contrast, lowest_info_nce, streams
+from clsa.learning.models import Network, encode_shuffled, momentum_copy, move_towards
+from clsa.learning.optim import momentum_at
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output, sum_of
-from clsa.models import Network, encode_shuffled, momentum_copy, move_towards
-from clsa.optim import momentum_at
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import MoCoOptions
+from clsa.options.run import RunOptions
+from clsa.views import rng
+from clsa.views.specs import weak_specs
 
 
 class MoCo(Method):

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clsa import dist
-from clsa.bank import KeyQueue, own_rows
-from clsa.losses import info_nce, lowest_info_nce
-from clsa.method_options import MoCoV3Options
+from clsa.learning.bank import KeyQueue, own_rows
+from clsa.learning.losses import info_nce, lowest_info_nce
+from clsa.learning.models import Network, build_predictor, momentum_copy, move_towards
+from clsa.learning.optim import momentum_at
 from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
-from clsa.models import Network, build_predictor, momentum_copy, move_towards
-from clsa.optim import momentum_at
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import MoCoV3Options
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.views.specs import weak_specs
 
 
 class MoCoV3(Method):

@@ -7,24 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clsa import rng
-from clsa.bank import KeyQueue, keys_with_queue
-from clsa.clustering import Clusters
-from clsa.losses import contrast, info_nce, lowest_info_nce, streams
-from clsa.method_options import PCLOptions
-from clsa.methods.method import (
-    Batch,
-    Comparison,
-    Embed,
-    Extent,
-    Landmarks,
-    Method,
-    Output,
-    sum_of,
-)
-from clsa.models import Network, encode_shuffled, momentum_copy, move_towards
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.learning.bank import KeyQueue, keys_with_queue
+from clsa.learning.clustering import Clusters
+from clsa.learning.losses import contrast, info_nce, lowest_info_nce, streams
+from clsa.learning.models import Network, encode_shuffled, momentum_copy, move_towards
+from clsa.methods.method import Batch, Comparison, Embed, Extent, Landmarks, Method, Output, sum_of
+from clsa.options.methods import PCLOptions
+from clsa.options.run import RunOptions
+from clsa.views import rng
+from clsa.views.specs import weak_specs
 
 
 class PCL(Method):

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clsa import rng
-from clsa.bank import Memory
-from clsa.errors import ClsaError
-from clsa.geometry import jigsaw
-from clsa.losses import contrast, lowest_info_nce, streams
-from clsa.method_options import PIRLOptions
+from clsa.learning.bank import Memory
+from clsa.learning.losses import contrast, lowest_info_nce, streams
+from clsa.learning.models import Network, feature_dim, mlp
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
-from clsa.models import Network, feature_dim, mlp
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import PIRLOptions
+from clsa.options.run import RunOptions
+from clsa.system.errors import ClsaError
+from clsa.views import rng
+from clsa.views.geometry import jigsaw
+from clsa.views.specs import weak_specs
 
 
 class PIRL(Method):

@@ -4,14 +4,14 @@ import math
 
 import torch
 
-from clsa import dist
-from clsa.bank import own_rows
-from clsa.losses import lowest_info_nce, nt_xent
-from clsa.method_options import SimCLROptions
+from clsa.learning.bank import own_rows
+from clsa.learning.losses import lowest_info_nce, nt_xent
+from clsa.learning.models import Network
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
-from clsa.models import Network
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import SimCLROptions
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.views.specs import weak_specs
 
 
 class SimCLR(Method):

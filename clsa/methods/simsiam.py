@@ -4,14 +4,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from clsa import dist
-from clsa.bank import KeyQueue, own_rows
-from clsa.losses import cosine_regression
-from clsa.method_options import SimSiamOptions
+from clsa.learning.bank import KeyQueue, own_rows
+from clsa.learning.losses import cosine_regression
+from clsa.learning.models import Network, build_predictor
 from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
-from clsa.models import Network, build_predictor
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import SimSiamOptions
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.views.specs import weak_specs
 
 
 class SimSiam(Method):

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clsa import dist
-from clsa.errors import ClsaError
-from clsa.method_options import SupervisedOptions
+from clsa.learning.models import Network, feature_dim, mlp
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
-from clsa.models import Network, feature_dim, mlp
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import SupervisedOptions
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.system.errors import ClsaError
+from clsa.views.specs import weak_specs
 
 
 class Supervised(Method):

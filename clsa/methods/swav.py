@@ -6,15 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clsa import dist
-from clsa.assignments import similarity, sinkhorn, swapped_prediction
-from clsa.bank import KeyQueue, Prototypes, own_rows
-from clsa.losses import lowest_info_nce
-from clsa.method_options import SwAVOptions
+from clsa.learning.assignments import similarity, sinkhorn, swapped_prediction
+from clsa.learning.bank import KeyQueue, Prototypes, own_rows
+from clsa.learning.losses import lowest_info_nce
+from clsa.learning.models import Network
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
-from clsa.models import Network
-from clsa.options import RunOptions
-from clsa.views import weak_specs
+from clsa.options.methods import SwAVOptions
+from clsa.options.run import RunOptions
+from clsa.system import dist
+from clsa.views.specs import weak_specs
 
 
 class SwAV(Method):

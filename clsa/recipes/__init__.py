@@ -1,17 +1,22 @@
-"""Named runs. A recipe is what departs from the defaults of `options.py`.
+"""Named runs: what each sets apart from the defaults of `options`.
 
-Three sizes: as published on ImageNet (224 pixels), `-cifar` (32 pixels, ResNet-18) and `-small` (32
-pixels, minutes on a CPU).
+In comes a name such as `clsa-small`, with what the user sets besides. Out go the options of a run.
+
+    recipe.py    what a recipe is
+    imagenet.py  as published, 224 pixels
+    cifar.py     32 pixels, ResNet-18
+    small.py     32 pixels, for a CPU
+    wrappers.py  CLIM, SuNCEt and continual pretraining, at all three sizes
 """
 
-from clsa.config import merge, nearest
-from clsa.errors import ClsaError
-from clsa.options import RunOptions
-from clsa.recipes.around import AROUND
+from clsa.options.config import merge, nearest
+from clsa.options.run import RunOptions
 from clsa.recipes.cifar import CIFAR
 from clsa.recipes.imagenet import IMAGENET
 from clsa.recipes.recipe import Overrides, Recipe
 from clsa.recipes.small import SMALL
+from clsa.recipes.wrappers import AROUND
+from clsa.system.errors import ClsaError
 
 RECIPES: dict[str, Recipe] = {
     **IMAGENET,

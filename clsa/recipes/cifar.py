@@ -4,7 +4,7 @@ Accuracies are published ones on CIFAR-10 and CIFAR-100. Pictures are normalised
 this library, by ImageNet's mean and deviation.
 """
 
-from clsa.config import merge
+from clsa.options.config import merge
 from clsa.recipes.imagenet import (
     ADCO,
     BYOL,

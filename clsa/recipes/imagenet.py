@@ -1,6 +1,6 @@
 """Recipes at 224 pixels, as published on ImageNet. None was trained here at that scale."""
 
-from clsa.config import merge
+from clsa.options.config import merge
 from clsa.recipes.recipe import Overrides, Recipe
 
 FIVE = (224, 192, 160, 128, 96)

@@ -5,7 +5,7 @@ size asks for. A single strong view keeps the full 32 pixels, since 96/224 of 32
 five views take 32 to 16.
 """
 
-from clsa.config import merge
+from clsa.options.config import merge
 from clsa.recipes.imagenet import IMAGENET
 from clsa.recipes.recipe import Overrides, Recipe
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from clsa import checkpoint
-from clsa.errors import Exit
+from clsa.runs import digests
+from clsa.system.errors import Exit
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.resumes import options
@@ -57,7 +57,7 @@ def keys(pictures: Path, root: Path, limit: int | None) -> tuple[Tally, Tally, T
         raise RuntimeError(said)
     path = out / "checkpoints" / "step-000002.ckpt"
     whole = torch.load(path, weights_only=True)
-    digest, paths = checkpoint.digest(whole), leaves(whole)
+    digest, paths = digests.digest(whole), leaves(whole)
     if limit is not None:
         paths = random.Random(0).sample(paths, limit)
 
@@ -74,7 +74,7 @@ def keys(pictures: Path, root: Path, limit: int | None) -> tuple[Tally, Tally, T
         for key in leaf[:-1]:
             holder = holder[key]
         holder[leaf[-1]] = perturbed(holder[leaf[-1]])
-        changed.note(checkpoint.digest(values) != digest, f"{leaf} changed unseen")
+        changed.note(digests.digest(values) != digest, f"{leaf} changed unseen")
         del holder[leaf[-1]]
         publish(path, values)
         code, told = refused()

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import clsa.replay as replaying
-from clsa import dist, train
-from clsa.checkpoint import digest
-from clsa.command_options import ReplayOptions
 from clsa.methods.method import Output
 from clsa.methods.moco import MoCo
-from clsa.state import State
+from clsa.options.commands import ReplayOptions
+from clsa.runs.digests import digest
+from clsa.runs.state import State
+from clsa.system import dist
+from clsa.training import replay as replaying
+from clsa.training import step
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import Setup
@@ -38,7 +39,7 @@ class _NaNBackward(torch.autograd.Function):
 
 def inject(place: str, until: int = BAD + 1) -> None:
     """In an attempt: a bad number at `place` in the steps from `BAD` to before `until`."""
-    make_views, forward = train.make_views, MoCo.forward
+    make_views, forward = step.make_views, MoCo.forward
 
     def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
         batch = make_views(crops, specs, step, run)
@@ -56,13 +57,13 @@ def inject(place: str, until: int = BAD + 1) -> None:
             contrast = _NaNBackward.apply(contrast)
         return output._replace(losses={"contrast": contrast})
 
-    train.make_views = replaying.make_views = views
+    step.make_views = replaying.make_views = views
     MoCo.forward = losses
 
 
 def watch(place: str, told: Path) -> None:
     """In an attempt: write whether the bad step has moved anything, and the next has."""
-    step_of = train.train_step
+    step_of = step.train_step
 
     def watched(model: Any, state: State, crops: Any, run: Any) -> Any:
         method: Any = state.method
@@ -77,7 +78,7 @@ def watch(place: str, told: Path) -> None:
                 file.write(json.dumps([step, before != _digest(state), stats.lr]) + "\n")
         return stats
 
-    train.train_step = watched
+    step.train_step = watched
 
 
 def _digest(state: State) -> str:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clsa import checkpoint, cli
-from clsa.config import flatten
-from clsa.errors import Exit
-from clsa.folder import FREE, RunFolder
-from clsa.options import RunOptions
-from clsa.state import State
+from clsa.cli import main
+from clsa.options.config import flatten
+from clsa.options.run import RunOptions
+from clsa.runs import checkpoint, digests
+from clsa.runs.folder import FREE, RunFolder
+from clsa.runs.state import State
+from clsa.system.errors import Exit
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.resumes import LAST, options
@@ -56,7 +57,7 @@ def pinned(out: Path) -> set[str]:
     for manifest in (out / "checkpoints").rglob("*.json"):
         if json.loads(manifest.read_text())["keep"] or manifest.parent.name != "checkpoints":
             state, _ = checkpoint.load_one(manifest.with_suffix(".ckpt"))
-            found.add(checkpoint.digest(state["method"]))
+            found.add(digests.digest(state["method"]))
     return found
 
 
@@ -216,7 +217,7 @@ def _names(run: RunOptions, tally: Tally) -> None:
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             try:
-                code = cli.main(["pretrain", *args])
+                code = main.main(["pretrain", *args])
             except SystemExit as stop:
                 code = int(stop.code or 0)
         return code, said.getvalue()

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clsa import workers
-from clsa.errors import Exit
+from clsa.system import workers
+from clsa.system.errors import Exit
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import Setup

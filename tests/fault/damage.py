@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from clsa import checkpoint
-from clsa.errors import Exit
+from clsa.runs import checkpoint
+from clsa.system.errors import Exit
 from tests.fault import tiny
 from tests.fault.tiny import EPOCH, Setup
 

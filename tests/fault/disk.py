@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from clsa import checkpoint, files
-from clsa.errors import Exit
+from clsa.runs import checkpoint
+from clsa.system import files
+from clsa.system.errors import Exit
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.machine import has

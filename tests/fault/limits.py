@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clsa.errors import Exit
+from clsa.system.errors import Exit
 from tests.fault import disk, tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import Setup

@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from clsa import checkpoint, judge, saver, signals, slurm, start, streamed, train
-from clsa.errors import ClsaError, Exit
-from clsa.evaluate.features import extract, frozen
-from clsa.evaluate.split import Split
+from clsa.evaluate.features.extract import extract, frozen
+from clsa.evaluate.features.split import Split
+from clsa.loading import streaming
 from clsa.methods.moco import MoCo
-from clsa.state import State
+from clsa.runs import checkpoint, saver
+from clsa.runs.state import State
+from clsa.system import signals, slurm
+from clsa.system.errors import ClsaError, Exit
+from clsa.training import fit, online_probe, start
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import EPOCH, STEPS, Setup
@@ -59,7 +62,7 @@ def _slow_pictures(path: Path) -> None:
         path.touch()
         time.sleep(600)
 
-    streamed._Steps._open_first = stuck  # pyright: ignore
+    streaming._Steps._open_first = stuck  # pyright: ignore
 
 
 def _long_preparation(path: Path) -> None:
@@ -95,9 +98,9 @@ def _long_probe(path: Path) -> None:
 
 def probe_everything(begun: Callable[[], object], times: int) -> None:
     """In an attempt: the online probe looks at the whole set so many times; its labels are none."""
-    init = judge.Judge.__init__
+    init = online_probe.OnlineProbe.__init__
 
-    def begin(self: judge.Judge, state: Any, source: Any, *rest: Any) -> None:
+    def begin(self: online_probe.OnlineProbe, state: Any, source: Any, *rest: Any) -> None:
         init(self, state, source, *rest)
         self.every, self.parts, self.data_digest = 1, Split(source, source, "itself"), ""
 
@@ -108,8 +111,8 @@ def probe_everything(begun: Callable[[], object], times: int) -> None:
                 extract(encoder, parts.bank, np.arange(len(parts.bank)), *rest)
         return 0.0
 
-    judge.Judge.__init__ = begin  # pyright: ignore
-    judge.probe = probe
+    online_probe.OnlineProbe.__init__ = begin  # pyright: ignore
+    online_probe.probe = probe
 
 
 def phases(rng: random.Random) -> dict[str, tuple[Body, dict[str, Any]]]:
@@ -118,12 +121,12 @@ def phases(rng: random.Random) -> dict[str, tuple[Body, dict[str, Any]]]:
     return {
         "refused save": (_refused_save, {}),
         "first batch": (_slow_pictures, {"data": {"workers": 2}}),
-        "step": (mark(train, "train_step", step), {"data": {"workers": rng.randrange(3)}}),
+        "step": (mark(fit, "train_step", step), {"data": {"workers": rng.randrange(3)}}),
         "begin": (mark(start, "assemble"), {}),
         "preparation": (_long_preparation, {}),
         "probe": (_long_probe, {"probe_every": 1}),
         "save": (mark(checkpoint, "save", rng.randrange(1, STEPS // EPOCH)), {}),
-        "end": (mark(train, "append_records"), {}),
+        "end": (mark(fit, "append_records"), {}),
     }
 
 
@@ -281,7 +284,7 @@ def others(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
 
         aim = rng.randrange(3)
         body = [
-            mark(train, "train_step", rng.randrange(2, 100)),
+            mark(fit, "train_step", rng.randrange(2, 100)),
             mark(checkpoint, "save", rng.randrange(2, 10)),
             mark(saver.Saver, "save", rng.randrange(2, 10), after=True),
         ][aim]

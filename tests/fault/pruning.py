@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clsa import checkpoint
+from clsa.runs import checkpoint
 from tests.fault import tiny
 from tests.fault.damage import Tally, flip
 from tests.fault.machine import has

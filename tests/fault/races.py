@@ -6,8 +6,8 @@ import re
 import time
 from pathlib import Path
 
-from clsa import lock
-from clsa.errors import Exit
+from clsa.system import lock
+from clsa.system.errors import Exit
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import Setup

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from clsa import checkpoint, views
-from clsa.errors import Exit
-from clsa.options import RunOptions
-from clsa.order import Order
+from clsa.loading.order import Order
+from clsa.options.run import RunOptions
+from clsa.runs import checkpoint
+from clsa.system.errors import Exit
+from clsa.views import transform
+from clsa.views.specs import ViewSpec
 from tests.fault import seen, tiny
 from tests.fault.damage import Tally
 
@@ -58,12 +60,12 @@ def scramble(seed: int) -> None:
 
 def _global_generator() -> None:
     """Jitter is drawn from a generator of the process, which nothing saves."""
-    sample = views.sample
+    sample = transform.sample
 
-    def drawn(spec: views.ViewSpec, seed: int, epoch: int, index: Any) -> views.Params:
+    def drawn(spec: ViewSpec, seed: int, epoch: int, index: Any) -> transform.Params:
         return sample(spec, seed + int(np.random.randint(1 << 30)), epoch, index)
 
-    views.sample = drawn
+    transform.sample = drawn
 
 
 def _order_anew() -> None:

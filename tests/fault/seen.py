@@ -7,7 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clsa import cutting, dist, train, views
+from clsa.loading import crops
+from clsa.system import dist
+from clsa.training import step
+from clsa.views import transform
+from clsa.views.specs import ViewSpec
 
 
 class Seen(NamedTuple):
@@ -44,12 +48,12 @@ def watch(log: Path, stop_at: Collection[int] = ()) -> None:
         stop_at: a signal to stop comes in the midst of the step that makes so many.
     """
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    cuts, sample, step_of = cutting.Plan.cuts, views.sample, train.train_step
+    cuts, sample, step_of = crops.Plan.cuts, transform.sample, step.train_step
 
     def tell(lines: list[Any]) -> None:
         os.write(handle, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def cut(self: cutting.Plan, epoch: int, drawn: Any, heights: Any, widths: Any) -> Any:
+    def cut(self: crops.Plan, epoch: int, drawn: Any, heights: Any, widths: Any) -> Any:
         found = cuts(self, epoch, drawn, heights, widths)
         tell(
             [
@@ -62,7 +66,7 @@ def watch(log: Path, stop_at: Collection[int] = ()) -> None:
         )
         return found
 
-    def sampled(spec: views.ViewSpec, seed: int, epoch: int, drawn: Any) -> views.Params:
+    def sampled(spec: ViewSpec, seed: int, epoch: int, drawn: Any) -> transform.Params:
         found = sample(spec, seed, epoch, drawn)
         rows = zip(*(values.tolist() for values in found), strict=True)
         numbers = drawn.tolist()
@@ -77,7 +81,7 @@ def watch(log: Path, stop_at: Collection[int] = ()) -> None:
         tell([[["step", step], [dist.rank(), *rows, float(stats.terms["loss"])]]])
         return stats
 
-    cutting.Plan.cuts, views.sample, train.train_step = cut, sampled, stepped
+    crops.Plan.cuts, transform.sample, step.train_step = cut, sampled, stepped
 
 
 def read(log: Path) -> Seen:

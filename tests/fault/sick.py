@@ -8,23 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clsa import train
-from clsa.alarms import (
-    BLANK,
-    COLLAPSE,
-    FROZEN_QUEUE,
-    LEAK,
-    LOW_RANK,
-    NO_LAG,
-    SPIKE,
-)
-from clsa.bank import KeyQueue
-from clsa.config import merge
+from clsa.learning.bank import KeyQueue
+from clsa.learning.models import Network
 from clsa.methods import moco
-from clsa.models import Network
-from clsa.options import RunOptions
+from clsa.options.config import merge
+from clsa.options.run import RunOptions
 from clsa.recipes import resolve
-from clsa.state import State
+from clsa.runs.alarms import BLANK, COLLAPSE, FROZEN_QUEUE, LEAK, LOW_RANK, NO_LAG, SPIKE
+from clsa.runs.state import State
+from clsa.training import step
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import Setup
@@ -97,18 +89,18 @@ def told(out: Path) -> list[tuple[int, str]]:
 
 
 def _each_step(change: Callable[[State], None], first: int, last: int | None = None) -> None:
-    step_of = train.train_step
+    step_of = step.train_step
 
     def changed(model: Any, state: State, crops: Any, run: Any) -> Any:
         if first <= state.step < (last or 10**9):
             change(state)
         return step_of(model, state, crops, run)
 
-    train.train_step = changed
+    step.train_step = changed
 
 
 def _rates(factor: float, first: int, last: int | None = None) -> None:
-    set_lr = train.set_lr
+    set_lr = step.set_lr
 
     def raised(optimizer: Any, lr: float, peak: float, decay: float) -> None:
         here = first <= current[0] < (last or 10**9)
@@ -116,7 +108,7 @@ def _rates(factor: float, first: int, last: int | None = None) -> None:
 
     current = [0]
     _each_step(lambda state: current.__setitem__(0, state.step), 0)
-    train.set_lr = raised
+    step.set_lr = raised
 
 
 def _shaken(first: int) -> None:
@@ -130,14 +122,14 @@ def _shaken(first: int) -> None:
 
 
 def _constant_pictures(first: int) -> None:
-    make_views = train.make_views
+    make_views = step.make_views
 
     def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
         batch = make_views(crops, specs, step, run)
         same = [torch.zeros_like(view) for view in batch.views]
         return batch._replace(views=same) if step == first else batch
 
-    train.make_views = views
+    step.make_views = views
 
 
 def _dead_layer(first: int) -> None:
@@ -167,7 +159,7 @@ def _one_direction(first: int) -> None:
 def _keys_are_queries(_: int) -> None:
     held: list[State] = []
     _each_step(lambda state: held.append(state) if not held else None, 0)
-    make_views = train.make_views
+    make_views = step.make_views
 
     def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
         batch = make_views(crops, specs, step, run)
@@ -177,7 +169,7 @@ def _keys_are_queries(_: int) -> None:
         with torch.no_grad():
             return held[0].method.network(view)
 
-    train.make_views, moco.encode_shuffled = views, leak
+    step.make_views, moco.encode_shuffled = views, leak
 
 
 def _queue_stands(first: int) -> None:

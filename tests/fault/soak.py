@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from clsa import train
-from clsa.errors import Exit
+from clsa.system.errors import Exit
+from clsa.training import fit, step
 from tests.fault import preempt, tiny
 from tests.fault.crew import left_of
 from tests.fault.damage import Tally
@@ -24,7 +24,7 @@ CYCLES = 20
 
 def _note_resources(path: Path) -> None:
     """In an attempt: every 50 steps resident kB, open files, threads, /dev/shm entries."""
-    take, own = train.train_step, os.getpid()
+    take, own = step.train_step, os.getpid()
 
     def noted(model: Any, state: Any, *rest: Any) -> Any:
         if state.step % 50 == 0 and os.getpid() == own:
@@ -35,7 +35,7 @@ def _note_resources(path: Path) -> None:
                 file.write(f"{state.step} {kb} {files} {threads} {shared}\n")
         return take(model, state, *rest)
 
-    train.train_step = noted
+    step.train_step = noted
 
 
 def long_run(setup: Setup, root: Path) -> tuple[Tally, str]:
@@ -71,7 +71,7 @@ def cycles(setup: Setup, root: Path, count: int, seed: int) -> Tally:
         aim, moment = rng.randrange(3, 9), root / f"moment-{number}"
 
         def body(run: Any = run, aim: int = aim, moment: Path = moment) -> int:
-            preempt.mark(train, "train_step", aim)(moment)
+            preempt.mark(fit, "train_step", aim)(moment)
             return tiny.pretrain(run)
 
         pid = tiny.start(body, root / f"log-{number}")

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clsa import checkpoint, dist, signals, slurm, start, train
-from clsa.errors import Exit
 from clsa.methods.moco import MoCo
+from clsa.runs import checkpoint
+from clsa.system import dist, signals, slurm
+from clsa.system.errors import Exit
+from clsa.training import step
+from clsa.training.setup import assemble
 from tests.fault import preempt, ranks, tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import EPOCH, Setup
@@ -27,13 +30,13 @@ HEARERS = ((1,), (0, 1), (0,))
 
 def _at_begin(_: random.Random) -> Callable[[Callable[[], object]], None]:
     def patch(here: Callable[[], object]) -> None:
-        assemble = start.assemble
+        assemble = assemble
 
         def watched(*given: Any) -> Any:
             here()
             return assemble(*given)
 
-        start.assemble = watched
+        assemble = watched
 
     return patch
 
@@ -42,14 +45,14 @@ def _in_step(rng: random.Random) -> Callable[[Callable[[], object]], None]:
     nth = rng.randrange(2, ranks.LAST - 4)
 
     def patch(here: Callable[[], object]) -> None:
-        take = train.train_step
+        take = step.train_step
 
         def watched(model: Any, state: Any, *rest: Any) -> Any:
             if state.step == nth:
                 here()
             return take(model, state, *rest)
 
-        train.train_step = watched
+        step.train_step = watched
 
     return patch
 
@@ -73,14 +76,14 @@ def _in_save(rng: random.Random) -> Callable[[Callable[[], object]], None]:
     nth = rng.randrange(1, ranks.LAST // EPOCH)
 
     def patch(here: Callable[[], object]) -> None:
-        save = train.Saver.save
+        save = step.Saver.save
 
         def watched(self: Any, *rest: Any, **named: Any) -> None:
             if self.state.step == nth * EPOCH:
                 here()
             save(self, *rest, **named)
 
-        train.Saver.save = watched  # pyright: ignore
+        step.Saver.save = watched  # pyright: ignore
 
     return patch
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clsa import checkpoint, files
-from clsa.state import State
+from clsa.runs import checkpoint
+from clsa.runs.state import State
+from clsa.system import files
 from tests.fault import tiny
 from tests.fault.tiny import EPOCH, Setup
 

@@ -21,12 +21,15 @@ import torch.utils.tensorboard  # before attempts are forked
 from PIL import Image
 from torch import nn
 
-from clsa import checkpoint, lock, models, stages
-from clsa.config import merge
-from clsa.errors import ClsaError, Exit
-from clsa.options import RunOptions
+from clsa.learning import models
+from clsa.options.config import merge
+from clsa.options.run import RunOptions
 from clsa.recipes import resolve
-from clsa.state import State
+from clsa.runs import checkpoint
+from clsa.runs.state import State
+from clsa.system import lock
+from clsa.system.errors import ClsaError, Exit
+from clsa.training import stages
 
 EPOCH, STEPS = 6, 120
 SAVE_EVERY_FEW_STEPS = 0.0006  # minutes

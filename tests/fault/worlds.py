@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from clsa import checkpoint, models
-from clsa.errors import Exit
-from clsa.options import RunOptions
+from clsa.learning import models
+from clsa.options.run import RunOptions
+from clsa.runs import checkpoint
+from clsa.system.errors import Exit
 from tests.fault import seen, tiny
 from tests.fault.damage import Tally
 from tests.fault.resumes import NOTE

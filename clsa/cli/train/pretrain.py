@@ -1,0 +1,28 @@
+"""`clsa pretrain`."""
+
+from pathlib import Path
+from typing import Any
+
+from clsa.cli.command import parse, value_of
+from clsa.cli.train.next_steps import say_next
+from clsa.options.config import merge, read_yaml
+from clsa.options.run import RunOptions
+from clsa.recipes import resolve
+from clsa.system.errors import ClsaError
+
+
+def pretrain(args: list[str]) -> None:
+    """Learn an encoder from pictures; the same command again resumes the run."""
+    path, recipe = value_of("--config", args), value_of("--recipe", args)
+    values: dict[str, Any] = {} if path is None else read_yaml(Path(path))
+    resolved = set(RunOptions.model_fields) <= set(values)
+    if recipe and resolved and values["recipe"] != recipe:
+        why = f"{path} was resolved from {values['recipe']} and sets every option"
+        raise ClsaError(f"--recipe {recipe}", why, "leave out one of the two")
+    values = merge(values, {"recipe": recipe} if recipe else {})
+    method = value_of("--method.name", args)
+    values = merge(values, {"method": {"name": method}} if method else {})
+    options = parse(pretrain, RunOptions, args, resolve(values, path or "options"))
+    from clsa.training.stages import pretrain as run
+
+    say_next(run(options))

@@ -1,0 +1,88 @@
+"""Nearest neighbours: a picture gets the class of the training pictures most like it."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from clsa.evaluate.results.records import Found, accuracies_of, told
+from clsa.options.cards import KnnCard
+
+MAX_SIMILARITIES = 1 << 26
+
+
+@torch.no_grad()
+def knn_predict(
+    queries: Float[Tensor, "n F"],
+    bank: Float[Tensor, "N F"],
+    labels: Int64[Tensor, "N"],
+    num_classes: int,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+    weighted: bool = True,
+) -> Float[Tensor, "n C"]:
+    """Scores of every class from the K nearest rows of the bank, by cosine similarity.
+
+    Weighted (InstDisc): score_c = sum over neighbours j of class c of exp((s_j - s_1) / T), where
+    s_1 is the similarity of the nearest; InstDisc's scores without s_1 are these times
+    exp(s_1 / T). Plain: the number of neighbours of class c; of equal numbers the smaller summed
+    distance 1 - s wins, then the smaller class. The prediction is `argmax` of a row, the first of
+    equals; of pictures as near as the K-th, the first ones vote.
+
+    Args:
+        queries, bank: features of any length.
+        neighbours: K, at least 1; all N rows when there are fewer.
+        temperature: T > 0.
+
+    Returns:
+        Scores, float64.
+    """
+    neighbours = min(neighbours, len(bank))
+    bank = F.normalize(bank, dim=1)
+    scores = []
+    for chunk in F.normalize(queries, dim=1).split(max(1, MAX_SIMILARITIES // len(bank))):
+        similarity, nearest = nearest_of(chunk @ bank.T, neighbours)
+        similarity = similarity.double()
+        if weighted:
+            votes = ((similarity - similarity[:, :1]) / temperature).exp()
+        else:  # distances sum to 2 K at most, so they only decide between equal numbers
+            votes = 1 - (1 - similarity).clamp(0, 2) / (2 * neighbours + 1)
+        empty = votes.new_zeros(len(chunk), num_classes)
+        scores.append(empty.scatter_add_(1, labels[nearest], votes))
+    return torch.cat(scores)
+
+
+def nearest_of(
+    similarity: Float[Tensor, "n N"], count: int
+) -> tuple[Float[Tensor, "n K"], Int64[Tensor, "n K"]]:
+    """The highest similarities of each row and where they stand; of equals the first ones.
+
+    `topk` takes any of equals: rows in which more are equal to the last one are sorted anew.
+    """
+    values, places = similarity.topk(count, dim=1)
+    last = values[:, -1:]
+    unsure = ((similarity == last).sum(1) > (values == last).sum(1)).nonzero()[:, 0]
+    if len(unsure):
+        sorted_ = similarity[unsure].sort(dim=1, descending=True, stable=True)
+        values[unsure], places[unsure] = sorted_.values[:, :count], sorted_.indices[:, :count]
+    return values, places
+
+
+def knn(
+    bank: tuple[Float[Tensor, "N F"], Int64[Tensor, "N"]],
+    queries: tuple[Float[Tensor, "n F"], Int64[Tensor, "n"]],
+    num_classes: int,
+    card: KnnCard,
+) -> list[Found]:
+    """Accuracies of weighted votes, and `top1-plain` of plain ones.
+
+    Args:
+        bank, queries: features and labels.
+    """
+    features, labels = queries
+    weighted, plain = (
+        knn_predict(features, *bank, num_classes, card.neighbours, card.temperature, each)
+        for each in (True, False)
+    )
+    found = accuracies_of(weighted, labels)
+    return told(found | {"top1-plain": accuracies_of(plain, labels)["top1"]})

@@ -1,0 +1,169 @@
+"""What CLSA's released code computes on VOC07: neither a frozen probe nor a mean AP of classes.
+
+It is here so that its figures can be compared with others; for a probe take `voc07-map`.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as pixels
+from jaxtyping import Float32, Int64, UInt8
+from torch import Tensor, nn
+
+from clsa.evaluate.classify.voc07 import THERE, Lists, Marked, loss_of, mean_ap, per_picture_ap
+from clsa.evaluate.features.extract import encode
+from clsa.evaluate.results.heads import new_layer
+from clsa.evaluate.results.progress import watched
+from clsa.evaluate.results.records import Found, told
+from clsa.loading.crops import Cut, Cuts, whole
+from clsa.loading.loader import eval_crops
+from clsa.loading.order import Order
+from clsa.options.cards import ReleasedCard
+from clsa.pictures.sources import Source
+from clsa.system.errors import ClsaError, Exit
+from clsa.views import color, rng
+
+MEAN = (0.457342265910642, 0.4387686270106377, 0.4073427106250871)
+STD = (0.26753769276329037, 0.2638145880487105, 0.2776826934044154)
+VIEW, SLOTS = 1008, np.arange(5)
+LARGER = 330 / 300
+BRIGHTNESS, GRAY, FLIP, DEGREES = 0.2, 0.25, 0.25, 25.0
+Network = tuple[nn.Module, nn.Linear]
+PLACES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
+
+
+def voc07_released(
+    encoder: nn.Module, lists: Lists, card: ReleasedCard, seed: int
+) -> tuple[list[Found], int, nn.Module]:
+    """Numbers after the last epoch and the best on `val`, of how many pictures; the last encoder.
+
+    As the code, and against the paper's text: whole pictures distorted to a square, brightness
+    changed by up to a fifth or, for half of them, a quarter made gray, a quarter mirrored, all
+    turned by up to 25 degrees; batches of 16 and the loss summed, so that the rate is 16 times what
+    it seems; a rate that goes up and down along a cosine of period 24; another mean and deviation
+    of pixels than in pretraining; batch norm in training mode, so that the encoder's statistics
+    move; tested by the mean of five crops. All processes compute all of it.
+
+    Args:
+        encoder: copied, as its statistics move.
+    """
+    selecting = lists.select
+    assert selecting is not None
+    device = next(encoder.parameters()).device
+    moved = copy.deepcopy(encoder)
+    width = int(encoder.head_hidden_size)  # pyright: ignore[reportArgumentType]
+    layer = new_layer(width, len(lists.classes), seed).to(device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=card.lr, momentum=card.momentum)
+    rows, pictures = squares(lists.train.source, card.size)
+    seen_in_val = [squares(selecting.source, card.size, crop_at(*PLACES[-1]))]  # every epoch
+    targets = torch.from_numpy(lists.train.targets[rows]).to(device)
+    order = Order(len(rows), min(card.batch_size, len(rows)), seed)
+    highest, best = -1.0, (0, (moved, layer))
+    for epoch in watched(range(card.epochs), card.epochs, "released protocol"):
+        optimizer.param_groups[0]["lr"] = rate_at(epoch, card)
+        moved.train(card.moving_statistics)
+        for step in range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch):
+            index = order.indices(step)
+            seen = distorted(pictures[torch.from_numpy(index)], index, epoch, seed)
+            images = color.normalize(seen.to(device) / 255, MEAN, STD)
+            features = encode(moved, images, len(images))
+            wanted = targets[torch.from_numpy(index)]
+            with torch.enable_grad():
+                loss_of(layer(features), wanted, dropped=False).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.eval()
+        ((values, _),) = judged([(moved, layer)], seen_in_val, selecting, card)
+        if values[card.headline] > highest:
+            highest = values[card.headline]
+            best = epoch + 1, (copy.deepcopy(moved), copy.deepcopy(layer))
+    crops = (squares(lists.test.source, card.size, crop_at(*place)) for place in PLACES)
+    (last, count), (then, _) = judged([(moved, layer), best[1]], crops, lists.test, card)
+    return told(last, "last", card.epochs) + told(then, "best", best[0]), count, moved
+
+
+def rate_at(epoch: int, card: ReleasedCard) -> float:
+    """lr (1 + cos(pi epoch / period)) / 2, which rises again."""
+    return card.lr * (1 + math.cos(math.pi * epoch / card.cosine_period)) / 2
+
+
+def squares(
+    source: Source, side: int, cut: Cut = whole
+) -> tuple[Int64[np.ndarray, "m"], UInt8[Tensor, "m 3 side side"]]:
+    """A cut of the readable pictures (all of them, distorted), with their numbers; on the CPU."""
+    found = list(eval_crops(source, np.arange(len(source)), side, cut, torch.device("cpu")))
+    if not found:
+        why = f"none of its {len(source)} pictures can be read"
+        raise ClsaError("nothing to judge by", why, "check the data", Exit.BAD_DATA)
+    numbers = np.concatenate([rows for rows, _ in found])
+    return numbers, torch.cat([images.round().byte() for _, images in found])
+
+
+def distorted(
+    images: UInt8[Tensor, "b 3 S S"], index: Int64[np.ndarray, "b"], epoch: int, seed: int
+) -> Float32[Tensor, "b 3 S S"]:
+    """Training views of squares, in [0, 255]; drawn from (seed, epoch, picture)."""
+    drawn = rng.uniforms(seed, epoch, index, VIEW, SLOTS)
+    views = []
+    for image, (which, amount, gray, flip, turn) in zip(images, drawn.tolist(), strict=True):
+        if which < 0.5:
+            image = pixels.adjust_brightness(image, 1 + BRIGHTNESS * (2 * amount - 1))
+        elif gray < GRAY:
+            image = pixels.rgb_to_grayscale(image, num_output_channels=3)
+        if flip < FLIP:
+            image = pixels.horizontal_flip(image)
+        views.append(pixels.rotate(image, DEGREES * (2 * turn - 1)))
+    return torch.stack(views).float()
+
+
+def judged(
+    networks: Sequence[Network],
+    crops: Iterable[tuple[Int64[np.ndarray, "m"], UInt8[Tensor, "m 3 S S"]]],
+    marked: Marked,
+    card: ReleasedCard,
+) -> list[tuple[dict[str, float], int]]:
+    """Of each network `per-image-ap` and, beside it, the `map` of all points; of how many pictures.
+
+    Of mean logits over the crops, whose pictures have a short side 1.1 times theirs.
+
+    Args:
+        networks: encoder and layer.
+        crops: one item a place: `squares` of all pictures there.
+    """
+    logits: list[list[Tensor]] = [[] for _ in networks]
+    targets = marked.targets
+    for numbers, images in crops:
+        targets = marked.targets[numbers]
+        parts: list[list[Tensor]] = [[] for _ in networks]
+        for some in images.split(card.batch_size):
+            for part, (encoder, layer) in zip(parts, networks, strict=True):
+                shown = color.normalize(some.to(layer.weight.device) / 255, MEAN, STD)
+                part.append(layer(encode(encoder, shown, len(shown))))
+        for each, part in zip(logits, parts, strict=True):
+            each.append(torch.cat(part))
+    found = []
+    for each in logits:
+        scores = torch.stack(each).mean(0).double().cpu().numpy()
+        pictures = per_picture_ap(scores, targets == THERE)
+        values = {"per-image-ap": pictures, "map": mean_ap(scores, targets, "all", dropped=False)}
+        found.append((values, len(targets)))
+    return found
+
+
+def crop_at(down: float, right: float) -> Cut:
+    """A square of 1/1.1 of the short side at a share of the room below and to the right."""
+
+    def cut(
+        index: Int64[np.ndarray, "b"],
+        heights: Int64[np.ndarray, "b"],
+        widths: Int64[np.ndarray, "b"],
+    ) -> Cuts:
+        sides = np.rint(np.minimum(heights, widths) / LARGER).astype(np.int64)
+        tops = np.rint(down * (heights - sides)).astype(np.int64)
+        lefts = np.rint(right * (widths - sides)).astype(np.int64)
+        return np.stack([tops, lefts, sides, sides], axis=1), np.zeros(len(index), bool)
+
+    return cut

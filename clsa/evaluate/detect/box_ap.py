@@ -1,0 +1,235 @@
+"""Average precision of detections: VOC's rule in NumPy, COCO's through pycocotools.
+
+Both work on boxes of edges (x1, y1, x2, y2), as `clsa.annotations` has them. VOC's code counts
+pixels, `xmax - xmin + 1` across for the first and last pixel inside; that is x2 - x1 of edges, so
+the overlaps here are VOC's own.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from clsa.evaluate.classify.average_precision import Points, average_precision
+from clsa.pictures.annotations import Thing
+from clsa.system.extras import require
+
+OVERLAPS = tuple(n / 100 for n in range(50, 100, 5))
+COCO_NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
+
+
+class Detections(NamedTuple):
+    """What was found in one picture, in any order.
+
+    Attributes:
+        boxes: edges in pixels of the picture.
+        scores: the surer, the larger.
+        labels: positions of the classes.
+        masks: of each object, as `pack_mask` makes them; None where only boxes are predicted.
+    """
+
+    boxes: Float[np.ndarray, "n 4"]
+    scores: Float[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]
+    masks: list[dict[str, Any]] | None = None
+
+
+def overlaps(
+    boxes: Float[np.ndarray, "n 4"], others: Float[np.ndarray, "m 4"]
+) -> Float[np.ndarray, "n m"]:
+    """Intersection over union of each pair."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(2)
+    areas = [(each[:, 2:] - each[:, :2]).prod(1) for each in (boxes, others)]
+    union = areas[0][:, None] + areas[1] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def voc_matches(
+    found: Sequence[Detections], things: Sequence[list[Thing]], label: int, least: float
+) -> tuple[Bool[np.ndarray, " n"], int]:
+    """Which detections of one class are right, the surest first, and how many there were to find.
+
+    VOC's rule: each detection goes to the object of its class that it overlaps most; it is right
+    where that overlap is at least `least` and no surer detection has taken the object. Later ones
+    of a taken object are wrong. Difficult objects are not to be found, and detections that go to
+    them are left out. Equal scores keep the order of the pictures.
+    """
+    truths = [[thing for thing in each if thing.label == label] for each in things]
+    positives = sum(not thing.difficult for each in truths for thing in each)
+    scores, pictures, targets, best = [], [], [], []
+    for place, (each, truth) in enumerate(zip(found, truths, strict=True)):
+        mine = each.labels == label
+        count = int(mine.sum())
+        scores.append(each.scores[mine])
+        pictures.append(np.full(count, place))
+        if truth:
+            iou = overlaps(each.boxes[mine], np.array([thing.box for thing in truth], float))
+            targets.append(iou.argmax(1))
+            best.append(iou.max(1))
+        else:
+            targets.append(np.zeros(count, int))
+            best.append(np.full(count, -1.0))
+    order = np.argsort(-np.concatenate([*scores, np.zeros(0)]), kind="stable")
+    picture, target, overlap = (
+        np.concatenate([*parts, np.zeros(0)])[order] for parts in (pictures, targets, best)
+    )
+    taken: set[tuple[int, int]] = set()
+    right = []
+    for i, j, iou in zip(picture.astype(int), target.astype(int), overlap, strict=True):
+        if iou < least:
+            right.append(False)
+        elif not truths[i][j].difficult:
+            right.append((i, j) not in taken)
+            taken.add((i, j))
+    return np.array(right, bool), positives
+
+
+def voc_ap(
+    found: Sequence[Detections], things: Sequence[list[Thing]], num_classes: int
+) -> dict[str, float]:
+    """Mean average precision over the classes that there are to find, in percent.
+
+    Args:
+        found: one a picture.
+        things: objects of the same pictures.
+
+    Returns:
+        AP50 at an overlap of 0.5, AP75, and AP, the mean over overlaps of 0.5 to 0.95, of all
+        points; the same with -11pt of 11 points, as detectron2's evaluator has all three for 2007.
+        NaN where there is nothing to find.
+    """
+    matches = {
+        least: [voc_matches(found, things, label, least) for label in range(num_classes)]
+        for least in OVERLAPS
+    }
+
+    def mean(least: float, points: Points) -> float:
+        values = [average_precision(*match, points) for match in matches[least] if match[1]]
+        return 100 * float(np.mean(values)) if values else float("nan")
+
+    found_ap: dict[str, float] = {}
+    kinds: tuple[tuple[Points, str], ...] = (("all", ""), ("11", "-11pt"))
+    for points, ending in kinds:
+        every = [mean(least, points) for least in OVERLAPS]
+        found_ap[f"AP50{ending}"] = every[0]
+        found_ap[f"AP75{ending}"] = every[OVERLAPS.index(0.75)]
+        found_ap[f"AP{ending}"] = float(np.mean(every))
+    return found_ap
+
+
+def coco_ap(
+    found: Sequence[Detections],
+    things: Sequence[list[Thing]],
+    num_classes: int,
+    sizes: Sequence[tuple[int, int]],
+    masks: bool = False,
+) -> dict[str, float]:
+    """COCO's average precision of boxes and, if asked, of masks, in percent, by pycocotools.
+
+    Objects are small under 32^2, large over 96^2 pixels of area: the one that COCO's file says, or
+    that of their mask, or else of their box. Difficult objects count as crowds: not to be found.
+
+    Args:
+        found: one a picture.
+        things: objects of the same pictures.
+        sizes: height and width of the pictures.
+
+    Returns:
+        AP, AP50, AP75, AP_S, AP_M, AP_L; of masks with `mask-` before. NaN where there is nothing
+        of a kind to find.
+    """
+    coco = require("pycocotools.coco", "evaluation", "COCO average precision")
+    judge = require("pycocotools.cocoeval", "evaluation", "COCO average precision")
+    pixels = require("pycocotools.mask", "evaluation", "COCO average precision")
+    truth, truths = coco.COCO(), []
+    for place, (each, size) in enumerate(zip(things, sizes, strict=True), 1):
+        for thing in each:
+            truth_of = _item(place, thing.label, thing.box) | {"id": len(truths) + 1}
+            truth_of["iscrowd"] = int(thing.crowd or thing.difficult)
+            truth_of["area"] = _area(thing.box) if thing.area is None else thing.area
+            if masks or (thing.area is None and thing.segmentation):
+                truth_of["segmentation"] = packed(thing, size)
+                if thing.area is None and thing.segmentation:
+                    truth_of["area"] = float(pixels.area(truth_of["segmentation"]))
+            truths.append(truth_of)
+    pictures = [
+        {"id": place, "height": size[0], "width": size[1]} for place, size in enumerate(sizes, 1)
+    ]
+    kinds = [{"id": label + 1} for label in range(num_classes)]
+    truth.dataset = {"images": pictures, "annotations": truths, "categories": kinds}
+    values: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        for kind in ("bbox", "segm") if masks else ("bbox",):
+            answers = _answers(found, kind, pixels)
+            stats = np.full(6, -1.0)
+            if answers and truths:
+                run = judge.COCOeval(truth, _index(coco, truth, answers), kind)
+                run.evaluate()
+                run.accumulate()
+                run.summarize()
+                stats = run.stats[:6]
+            elif truths:  # pycocotools refuses an empty list
+                stats = np.zeros(6)
+            for name, value in zip(COCO_NAMES, stats, strict=True):
+                prefix = "" if kind == "bbox" else "mask-"
+                values[prefix + name] = 100 * float(value) if value >= 0 else float("nan")
+    return values
+
+
+def pack_mask(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+    """A mask as pycocotools' packed run lengths, their letters as text."""
+    pixels = require("pycocotools.mask", "evaluation", "masks")
+    runs = pixels.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": runs["counts"].decode()}
+
+
+def packed(thing: Thing, size: tuple[int, int]) -> Any:
+    """Its mask as pycocotools' packed run lengths; the box where it has none."""
+    pixels = require("pycocotools.mask", "evaluation", "masks")
+    outline: Any = thing.segmentation
+    if outline is None:
+        x1, y1, x2, y2 = thing.box
+        outline = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+    if isinstance(outline, list):
+        return pixels.merge(pixels.frPyObjects(outline, *size))
+    if isinstance(outline["counts"], list):
+        return pixels.frPyObjects(outline, *outline["size"])
+    return outline
+
+
+def _answers(found: Sequence[Detections], kind: str, pixels: Any) -> list[dict[str, Any]]:
+    answers = []
+    for place, each in enumerate(found, 1):
+        for row, (box, score) in enumerate(zip(each.boxes, each.scores, strict=True)):
+            item = _item(place, int(each.labels[row]), box) | {"score": float(score)}
+            if kind == "segm":
+                item["segmentation"] = cast(list[Any], each.masks)[row]
+                item["area"] = float(pixels.area(item["segmentation"]))
+            else:
+                item["area"] = _area(box)
+            answers.append(item | {"id": len(answers) + 1, "iscrowd": 0})
+    return answers
+
+
+def _index(coco: Any, truth: Any, answers: list[dict[str, Any]]) -> Any:
+    """What `COCO.loadRes` makes of a list, without its checks of files."""
+    result = coco.COCO()
+    result.dataset = {**truth.dataset, "annotations": answers}
+    result.createIndex()
+    return result
+
+
+def _item(place: int, label: int, box: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    x1, y1, x2, y2 = map(float, box)
+    return {"image_id": place, "category_id": label + 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+
+
+def _area(box: Sequence[float] | np.ndarray) -> float:
+    x1, y1, x2, y2 = map(float, box)
+    return (x2 - x1) * (y2 - y1)

@@ -1,0 +1,14 @@
+"""The parts that learning methods are built from.
+
+In come views, queries and keys. Out go features, projections, losses and optimiser steps.
+
+    models.py           encoders (timm), projector, momentum copy, batch norm in groups
+    norm_statistics.py  a copy of batch norm's running statistics, to undo a bad step
+    bank.py             key queue, memory rows, prototypes, learned negatives
+    losses.py           bank_statistics, info_nce, distribution_divergence, nt_xent ...
+    mixture_loss.py     the contrastive loss of mixed pictures (CLIM)
+    assignments.py      losses between assignments to prototypes (SwAV, DINO)
+    clustering.py       k-means and nearest neighbours of a whole set (PCL, CLIM)
+    neighbours.py       which picture is a positive of which (CLIM)
+    optim.py            SGD, LARS, AdamW, and schedules as functions of the step
+"""

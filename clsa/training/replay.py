@@ -1,0 +1,184 @@
+"""A bad step taken again, with everything that it computes looked at for what is not finite."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clsa.loading import loader
+from clsa.loading.crops import Crops
+from clsa.methods.method import Method
+from clsa.options.commands import ReplayOptions
+from clsa.options.config import read_value
+from clsa.options.run import RunOptions
+from clsa.pictures.opening import open_source
+from clsa.runs import checkpoint
+from clsa.system import dist
+from clsa.system.errors import ClsaError, Exit
+from clsa.system.signals import Stop
+from clsa.training.bad_steps import bad_gradients
+from clsa.training.setup import Parts, assemble
+from clsa.training.step import Run, agree, gradients, make_views, parallel
+
+
+class Replay(NamedTuple):
+    """A step that a run skipped, and what its computation shows in this process."""
+
+    step: int
+    reason: str
+    """Why it was skipped then."""
+    worlds: tuple[int, int]
+    """How many processes the run had, and this replay."""
+    others: list[str]
+    """What is not here as it was in the run."""
+    rank: int
+    """Of this process."""
+    losses: dict[str, float]
+    norm: float
+    """Of the gradient."""
+    weights: list[str]
+    """Weights and buffers that were not finite before the step."""
+    views: list[tuple[str, str]]
+    """View and picture of each that is not."""
+    outputs: list[str]
+    """Modules whose output is not, in the order of computing."""
+    gradients: list[str]
+    """Parameters whose gradient is not, as backward reaches them."""
+    anywhere: tuple[bool, ...]
+    """Whether any process has found: a bad loss or gradient, weights, views, outputs."""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the step is bad again."""
+        return self.anywhere[0]
+
+
+def replay(options: ReplayOptions) -> Replay:
+    """Compute the gradient of a bad step again, from the state, the pictures and draws it had.
+
+    The batch, its order and every draw follow from the run's seed and the step; the state is that
+    before the step, as the step has moved nothing. Run it on as many processes as the run had to
+    see the same sums: batch norm and several losses go over a process's rows.
+
+    Raises:
+        ClsaError: 66 when the bundle is not whole; 2 when the pictures are others now.
+    """
+    saved, _ = checkpoint.load_one(options.bundle)
+    if "bad" not in saved:
+        why = "a checkpoint, not what a run kept of a bad step"
+        raise ClsaError(str(options.bundle), why, "give RUN/bad/step-NNNNNN.ckpt", Exit.NO_INPUT)
+    bad = saved["bad"]
+    before = RunOptions.parse(read_value(bad["options"]), str(options.bundle))
+    changes = {
+        "data": before.data.model_copy(update={"data": options.data or before.data.data}),
+        "out": options.bundle.resolve().parent.parent,  # where the run lies now
+        "precision": options.precision or before.precision,
+        "device": options.device or before.device,
+        "compile": False,  # the graphs would hide the modules
+    }
+    asked = before.model_copy(update=changes)
+    device = dist.pick_device(asked.device)
+    with dist.process_group(device):
+        parts = assemble(asked, open_source(asked.data.data, "train", asked.data), device)
+        if saved["data_digest"] != parts.state.data_digest:
+            why = "the pictures are not those of the run"
+            raise ClsaError(asked.data.data, why, "give them by --data")
+        parts.state.take(saved)
+        run = Run(asked, device, parts.order.steps_per_epoch, Stop())
+        worlds = (bad["world"], dist.world_size())
+        kept = ("precision", "device", "compile")
+        others = [name for name in kept if getattr(before, name) != getattr(asked, name)]
+        others += ["number of processes"] if worlds[0] != worlds[1] else []
+        return Replay(
+            saved["step"], bad["reason"], worlds, others, dist.rank(), **_computed(parts, run)
+        )
+
+
+def _computed(parts: Parts, run: Run) -> dict[str, Any]:
+    """What `Replay` tells of the computation; moves nothing but batch norm's statistics."""
+    method, step = parts.state.method, parts.state.step
+    weights = [name for name, value in method.state_dict().items() if not _is_finite(value)]
+    (crops,) = loader.batches(
+        parts.shown, method.view_specs, parts.order, step, step + 1, run.device, run.options.data,
+        parts.quarantine, method.companions(),
+    )  # fmt: skip
+    batch = make_views(crops, method.view_specs, step, run)
+    views, outputs = _bad_views(batch.views, crops, parts), _watch(method)
+    output, loss, norm = gradients(parallel(method, run.options), batch, method, run)
+    losses = {name: float(value.detach()) for name, value in output.losses.items()}
+    found = [agree(loss, norm, run.stop).is_bad, bool(weights), bool(views), bool(outputs)]
+    anywhere = dist.all_max(torch.tensor(found, dtype=torch.float32, device=run.device))
+    return {
+        "losses": losses,
+        "norm": float(norm),
+        "weights": weights,
+        "views": views,
+        "outputs": outputs,
+        "gradients": bad_gradients(method),
+        "anywhere": tuple(map(bool, anywhere.tolist())),
+    }
+
+
+def _bad_views(views: list[Tensor], crops: Crops, parts: Parts) -> list[tuple[str, str]]:
+    ids, found = parts.shown.ids.take(crops.index.numpy()), []
+    for spec, view in zip(parts.state.method.view_specs, views, strict=True):
+        rows = (~view.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+        found += [(spec.name, ids[row]) for row in rows]
+    return found
+
+
+def _watch(method: Method) -> list[str]:
+    """Names of modules, filled as their outputs are found not to be finite."""
+    found: list[str] = []
+    names = {module: name for name, module in method.named_modules() if name}
+
+    def see(module: nn.Module, _: object, output: object) -> None:
+        if not _is_finite(output) and names[module] not in found:
+            found.append(names[module])
+
+    for module in names:
+        module.register_forward_hook(see)
+    return found
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())
+
+
+def told(shown: Replay) -> str:
+    """What a replay shows, in lines for people; of other processes than the first, their own."""
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in shown.losses.items())
+    state = "not finite again" if shown.is_bad else "finite"
+    own = f"process {shown.rank}: " if shown.worlds[1] > 1 else ""
+    lines = [f"{own}here it is {state}: {terms}, norm of the gradient {shown.norm:.4g}"]
+    for what, names in (
+        ("weights before the step", shown.weights),
+        ("views", [f"{view} of {picture}" for view, picture in shown.views]),
+        ("outputs, in the order of computing", shown.outputs),
+        ("gradients, as backward reaches them", shown.gradients),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{own}  not finite: {what}: {', '.join(names[:3])}{more}")
+    if shown.rank:
+        return "\n".join(lines)
+    lines.insert(0, f"step {shown.step} was skipped: {shown.reason}")
+    lines.append(_verdict(shown.others, *shown.anywhere))
+    if shown.worlds[0] != shown.worlds[1]:
+        count = shown.worlds[0]
+        lines.append(f"The run had {count} processes: torchrun with as many shows their very sums.")
+    return "\n".join(lines)
+
+
+def _verdict(others: list[str], is_bad: bool, weights: bool, views: bool, outputs: bool) -> str:
+    if not is_bad and others:
+        return f"What made it bad then may be what is other here: {', '.join(others)}."
+    if not is_bad:
+        return "What made it bad then is not in the state, the pictures or the draws."
+    if weights:
+        return "The weights were broken before: go on from an earlier checkpoint, at a lower rate."
+    if views:
+        return "A view is broken: look at these pictures, and tell us."
+    if outputs:
+        return "The network overflows: lower --optim.lr or add --optim.warmup-epochs, in a new run."
+    return "All outputs are finite: the loss or its gradient overflows. Please tell us."

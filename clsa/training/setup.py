@@ -1,0 +1,147 @@
+"""What a run is made of, and where it stands: all that comes before the first step."""
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from clsa.evaluate.features.split import without_held_out_labels
+from clsa.learning.optim import build_optimizer
+from clsa.loading.few_labels import num_held, told_labels, with_few_labels
+from clsa.loading.order import Order
+from clsa.methods import build_method
+from clsa.methods.method import Extent
+from clsa.options.run import RunOptions
+from clsa.pictures.names import Names
+from clsa.pictures.opening import open_source, val_of
+from clsa.pictures.quarantine import Quarantine
+from clsa.pictures.sources import Source
+from clsa.runs.data_change import Given
+from clsa.runs.folder import RunFolder
+from clsa.runs.state import State
+from clsa.system import dist, signals
+from clsa.system.errors import ClsaError, Exit
+from clsa.system.launch import launched
+from clsa.system.signals import Stop
+
+
+class Parts(NamedTuple):
+    """What a run is made of."""
+
+    source: Source
+    """The pictures with all their labels: the online probe judges on these."""
+    shown: Source
+    """The same pictures with only the labels that the method may learn from."""
+    held: Names
+    """Ids of the pictures whose labels the method may not see."""
+    order: Order
+    quarantine: Quarantine
+    state: State
+
+
+@contextmanager
+def set_out(
+    options: RunOptions, free: Collection[str]
+) -> Iterator[tuple[Source, torch.device, Stop]]:
+    """What a run needs from outside: its pictures, its device, and a way to stop it.
+
+    Its folder is held meanwhile, so that no other run writes there. Nothing is written before
+    options, folder and pictures are known to be good: a mistake costs nothing.
+
+    Args:
+        free: names of options that may differ when a run is resumed.
+
+    Raises:
+        ClsaError: for a folder that holds something else, or pictures that cannot be opened; as
+            `launched`.
+    """
+    limits = (options.wait_minutes, options.max_minutes)
+    with launched(options.device, *limits) as (device, stop):
+        folder = RunFolder(options.out, free)
+        folder.check(options)
+        source = open_source(options.data.data, "train", options.data)
+        with folder.held(options):
+            yield source, device, stop
+
+
+def assemble(
+    options: RunOptions, source: Source, device: torch.device, num_exemplars: int = 0
+) -> Parts:
+    """Build everything that a run needs, at step 0.
+
+    Of the pictures only names and labels are read, and those that an earlier start could not read.
+
+    Args:
+        num_exemplars: how many pictures, the last ones of `source`, come from earlier stages.
+
+    Raises:
+        ClsaError: for options that do not fit the pictures or each other.
+    """
+    signals.check()
+    folder = RunFolder(options.out)
+    shown = source if val_of(options.data) else without_held_out_labels(source)
+    held = source.ids.take((shown.labels != source.labels).nonzero()[0])
+    if options.labels is not None:
+        shown = with_few_labels(shown, options.labels, options.seed, held)
+    order = Order(len(source), options.batch_size, options.seed)
+    quarantine = Quarantine(source, folder.read_quarantine())
+    steps = order.steps_per_epoch
+    last = steps * options.epochs
+    extent = Extent(len(source), len(source.classes), steps, last, shown.labels, num_exemplars)
+    method = build_method(options, extent).to(device)
+    optimizer = build_optimizer(method, options.optim, method.fixed_rate)
+    told = source if options.labels is None else shown
+    given = Given(told, steps, options.accept_data_change)
+    state = State(method, optimizer, told.digest(), folder, given=given)
+    return Parts(source, shown, held, order, quarantine, state)
+
+
+def take_up(
+    parts: Parts, options: RunOptions, device: torch.device, begin: Callable[[State], None]
+) -> None:
+    """Load the newest checkpoint, if there is one, and make the folder ready for what follows.
+
+    Raises:
+        ClsaError: 2, 66 or 77 for a checkpoint that does not fit, 73 or 74 for a folder that
+            cannot be written.
+    """
+    state, folder = parts.state, RunFolder(options.out)
+    notes = state.resume()
+    signals.check()
+    if not state.step:
+        begin(state)
+    require_same_step(state.step, device)  # every rank has checked before the first one writes
+    if dist.rank() == 0:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        folder.require_room(state.num_bytes())
+        longer = folder.claim(options, state.step)
+        if longer:
+            print(f"note: {longer}", file=sys.stderr)
+        state.keep_pictures()
+        folder.cut_metrics(state.step)
+        tell_start(options, parts)
+
+
+def require_same_step(step: int, device: torch.device) -> None:
+    """Raise on every rank unless all resume at the same step (they need one shared folder)."""
+    highest, lowest = dist.all_max(torch.tensor([step, -step], device=device)).tolist()
+    if highest != -lowest:
+        why = f"the processes found checkpoints of steps {-lowest} and {highest}"
+        raise ClsaError("cannot resume", why, "give all machines the same --out", Exit.NO_INPUT)
+
+
+def tell_start(options: RunOptions, parts: Parts) -> None:
+    """Say before the first step what a user may not have meant."""
+    if options.labels is not None:
+        held = num_held(options.labels, parts.held)
+        print(told_labels(parts.shown, held), file=sys.stderr)
+    queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
+    if queue_size > len(parts.shown):
+        print(
+            f"note: the queue ({queue_size}) is longer than the set ({len(parts.shown)}); "
+            "try a smaller --method.queue-size",
+            file=sys.stderr,
+        )

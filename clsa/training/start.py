@@ -1,0 +1,116 @@
+"""A run from its options to its exit code: set it out, take it up, train, finish."""
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from clsa.options.run import RunOptions
+from clsa.pictures.quarantine import Quarantine
+from clsa.pictures.sources import Source
+from clsa.runs.alarms import COLLAPSES
+from clsa.runs.folder import FREE
+from clsa.runs.saver import write_encoder
+from clsa.runs.state import State
+from clsa.system import dist, ranks, signals
+from clsa.system.errors import RESUMABLE, ClsaError, Exit, code_of, memory_told
+from clsa.system.signals import REQUEUE, Stop, StopError
+from clsa.training.fit import fit
+from clsa.training.setup import Parts, assemble, set_out, take_up
+from clsa.training.step import Run
+
+
+def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Path:
+    """Start or resume the run that `options` describe; returns the run folder.
+
+    Args:
+        free: names of options that may differ when a run is resumed.
+
+    Raises:
+        ClsaError: for anything the user can mend; 74 when another process or memory is lost, 75
+            when a signal stopped a run that can be resumed, 76 when bad numbers do not end.
+        Asked: when a signal came before anything was written.
+    """
+    with set_out(options, free) as (source, device, stop):
+        train(options, source, device, stop)
+    return options.out
+
+
+def train(
+    options: RunOptions,
+    source: Source,
+    device: torch.device,
+    stop: Stop,
+    begin: Callable[[State], None] = lambda _: None,
+    num_exemplars: int = 0,
+) -> State:
+    """Train from the newest checkpoint, or from the start, to the end of the schedule or a limit.
+
+    Args:
+        begin: changes the state of a new run before its first step.
+        num_exemplars: how many pictures, the last ones of `source`, come from earlier stages.
+
+    Returns:
+        The state in which it ended.
+
+    Raises:
+        ClsaError: as `pretrain`.
+    """
+    parts = assemble(options, source, device, num_exemplars)
+    take_up(parts, options, device, begin)
+    run = Run(options, device, parts.order.steps_per_epoch, stop)
+    with end_reported(parts.state, parts.quarantine):
+        reason = fit(parts, run)
+        finish(parts, run, reason)
+    return parts.state
+
+
+def finish(parts: Parts, run: Run, reason: str) -> None:
+    """Write the encoder and say how the run ended.
+
+    Args:
+        reason: why it ended, as `fit` returns it.
+
+    Raises:
+        ClsaError: 76 when an alarm ended it.
+        StopError: when a signal did.
+    """
+    state, quarantine = parts.state, parts.quarantine
+    folder, stop = state.folder, run.stop
+    what = f"stopped at step {state.step} of {run.num_steps}"
+    if reason in COLLAPSES or reason == signals.ALARM:
+        hint = "its words are above and in metrics.jsonl; in a new --out, change what they say"
+        raise ClsaError(what, f"alarm: {reason}", hint, Exit.UNHEALTHY)
+    if dist.rank() == 0 and state.step:
+        write_encoder(state, run.options, folder.encoder)
+    if dist.rank() == 0 and quarantine.reasons:
+        count = len(quarantine.reasons)
+        told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
+        print(told, file=sys.stderr)
+    if reason not in ("finished", "max_steps", "max_minutes"):
+        saved = "the state is saved" if state.step else "nothing was to be saved"
+        name = REQUEUE if reason == REQUEUE else stop.signal_name
+        raise StopError(what, f"{reason}; {saved}", "the same command resumes it", name)
+    if dist.rank() == 0:
+        folder.write_status(Exit.OK, reason, state.step, state.step < run.num_steps)
+
+
+@contextmanager
+def end_reported(state: State, quarantine: Quarantine) -> Iterator[None]:
+    """Leave `status.json` and `quarantine.jsonl` behind, whatever happens inside."""
+    folder = state.folder
+    try:
+        with ranks.named(lambda: state.step), memory_told():
+            yield
+    except BaseException as error:
+        if dist.rank() == 0:
+            code, reason = code_of(error), str(error) or type(error).__name__
+            with suppress(ClsaError):  # the disk may be what failed
+                folder.write_status(code, reason, state.step, code in RESUMABLE)
+        raise
+    finally:
+        if dist.rank() == 0 and quarantine.reasons:
+            with suppress(ClsaError):
+                folder.write_quarantine(quarantine.by_id())

@@ -1,0 +1,75 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clsa.system import slurm
+from clsa.system.launch import stoppable
+from clsa.system.signals import Asked, StopError
+
+NAMES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A false one, first on PATH, that notes what it is called with."""
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "scontrol"
+    path.write_text('#!/bin/sh\necho "$#:$*" >> "$0.calls"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return path
+
+
+def calls(scontrol: Path) -> list[str]:
+    noted = scontrol.with_suffix(".calls")
+    return noted.read_text().splitlines() if noted.exists() else []
+
+
+def test_a_job_and_a_task_of_an_array_are_named_as_scontrol_takes_them(
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert slurm.job() == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "778")
+    assert slurm.job() == "778"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12345")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm.job() == "12345_2"
+    assert slurm.requeue() == "SLURM job 12345_2 is queued again and will resume it"
+    assert calls(scontrol) == ["2:requeue 12345_2"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("echo Access denied >&2; exit 1", "(Access denied): type scontrol requeue 7"),
+        ("exit 3", "(exit code 3): type scontrol requeue 7"),
+        ("exec sleep 9", "(no answer in 0 s): type scontrol requeue 7"),
+    ],
+)
+def test_what_fails_is_told_with_the_command_to_type(
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch, answer: str, told: str
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.4)
+    scontrol.write_text(f"#!/bin/sh\n{answer}\n")
+    assert told in slurm.requeue()
+    scontrol.unlink()
+    assert "(No such file or directory): type scontrol requeue 7" in slurm.requeue()
+
+
+@pytest.mark.parametrize("kind", [Asked, lambda name: StopError("at 3", name, "go on", name)])
+def test_only_usr1_within_a_job_queues_it_again(
+    kind: Callable[[str], BaseException], scontrol: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(name: str) -> str:
+        with pytest.raises((Asked, StopError)) as found, stoppable(None):
+            raise kind(name)
+        return str(found.value)
+
+    assert "SLURM" not in told("SIGUSR1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert "SLURM" not in told("SIGTERM") and calls(scontrol) == []
+    assert told("SIGUSR1").endswith("; SLURM job 7 is queued again and will resume it")
+    assert calls(scontrol) == ["2:requeue 7"]
