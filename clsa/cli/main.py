@@ -23,7 +23,7 @@ from clsa.cli.train.recipes import recipes
 from clsa.cli.train.replay import replay
 from clsa.cli.train.sweep import sweep
 from clsa.options.config import nearest
-from clsa.system.errors import ClsaError, Exit, memory_told
+from clsa.system.errors import ClsaError, Exit, memory_errors
 
 COMMANDS: dict[str, Command] = {
     command.__name__: command
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             close = nearest(args[0], list(COMMANDS))
             hint = f"did you mean {close}?" if close else f"use one of {', '.join(COMMANDS)}"
             raise ClsaError(f"command {args[0]}", "no such command", hint)
-        with memory_told():
+        with memory_errors():
             COMMANDS[args[0]](args[1:])
         sys.stdout.flush()
     except ClsaError as error:

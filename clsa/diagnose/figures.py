@@ -336,7 +336,7 @@ def _write_cell(
     switch = effect.operation in SWITCHES
     column = (width - 1) / 2 if switch else effect.strength
     row = OPERATIONS.index(effect.operation)
-    told = "on" if switch else effect.told()
+    told = "on" if switch else effect.text()
     middle = {"ha": "center", "va": "center", "color": ink}
     axis.text(column, row - 0.14, text, fontsize=9, **middle)
     axis.text(column, row + 0.28, told, fontsize=6.5, **middle)

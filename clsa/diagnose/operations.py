@@ -40,7 +40,7 @@ class Effect(NamedTuple):
     cosine: float
     """Mean cosine of a picture with its clean self."""
 
-    def told(self) -> str:
+    def text(self) -> str:
         """The magnitude with its unit; nothing for a switch."""
         if self.operation in SWITCHES:
             return ""

@@ -238,7 +238,7 @@ def distortions(bench: Bench) -> Part:
             findings.append(bench.finding("operations", name, value, unit, of, n, settings))
 
         for effect in effects:
-            level = f" v={effect.level} {effect.told()}" if effect.level else ""
+            level = f" v={effect.level} {effect.text()}" if effect.level else ""
             name = f"{effect.operation}{level}"
             add(f"{name} retrieval", effect.retrieved, "%")
             add(f"{name} KL", effect.divergence, "nats")

@@ -23,7 +23,6 @@ from clsa.evaluate.results.records import (
     append_records,
     read_records,
     results_path,
-    told,
 )
 from clsa.learning.models import build_encoder
 from clsa.options.cards import (
@@ -139,7 +138,7 @@ def by_detection(subject: Subject, card: DetectCard) -> Verdict:
     boxes, seed = subject.boxes(card), subject.options.seed
     found = detect(subject.encoder, boxes.train, boxes.test, card, seed, subject.device)
     known = {name: value for name, value in found.items() if value == value}  # not NaN
-    return Verdict(told(known, "last"), len(boxes.test.things))
+    return Verdict(findings(known, "last"), len(boxes.test.things))
 
 
 JUDGES: dict[type[Card], Callable[[Subject, Any], Verdict]] = {
@@ -184,7 +183,7 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
             name: Subject(encoder, exam, device)
             for name, encoder in {**encoders, "trained": trained}.items()
         }
-        digests = {name: digests.digest(each.encoder.state_dict())
+        own = {name: digests.digest(each.encoder.state_dict())
                    for name, each in subjects.items()}  # fmt: skip
         pictures = {name: exam.pictures(card) for name, card in cards.items()}
         if dist.rank() == 0:
@@ -194,7 +193,7 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
             leaked, data_digest = exam.leaked(parts) if first else None, parts.digest()
             fresh: list[Record] = []
             for name, subject in subjects.items():
-                before = after = digests[name]
+                before = after = own[name]
                 with frozen(subject.encoder):  # or it raises
                     verdict = JUDGES[type(card)](subject, card)
                 if verdict.moved is not None:

@@ -134,7 +134,7 @@ def num_held(spec: str, held: Iterable[str]) -> int:
     return sum(name in names for name, _ in _lines(spec))
 
 
-def told_labels(source: Source, held: int = 0) -> str:
+def describe_labels(source: Source, held: int = 0) -> str:
     """How many labels there are, for the user; `held`: how many of a list are held out."""
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     single = int((counts == 1).sum())

@@ -69,7 +69,7 @@ def _read(path: Path) -> Roster | None:
         return None
 
 
-def told_change(path: Path, source: Source, before: str, now: str) -> str:
+def describe_change(path: Path, source: Source, before: str, now: str) -> str:
     """What differs between the pictures that a run began with and those of `source`.
 
     Args:

@@ -97,7 +97,7 @@ class Given:
             return
         what, told = str(folder.path), "other pictures"
         if self.source is not None:
-            told = fingerprints.told_change(folder.pictures, self.source, before, now)
+            told = fingerprints.describe_change(folder.pictures, self.source, before, now)
         hint = "restore the pictures, or choose another --out"
         parts = method.modules()  # what goes around a method may hold them, as CLIM does
         if any(getattr(part, "holds_pictures", False) for part in parts):

@@ -95,7 +95,7 @@ class Saver:
         folder = self.state.folder.checkpoints
         where = folder if folder.is_dir() else folder.parent
         what = f"cannot save step {self.state.step} ({folder})"
-        why = files.told_room(where, self.state.num_bytes(), error.__cause__)
+        why = files.describe_room(where, self.state.num_bytes(), error.__cause__)
         before = f"previous step {self.intact} is intact" if self.intact else "no step is saved yet"
         if last or self.missed == MISSES:
             raise ClsaError(what, why, before, Exit.IO) from error

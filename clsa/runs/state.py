@@ -143,7 +143,7 @@ class State:
             self.bad_in_row = 0
             begin = f"with the weights of {self.resumed} at step {self.step}, epoch {epoch + 1}"
             notes.append(f"data changed: {self.given.changed}; goes on {begin}")
-        moved = environment.told_change(saved.facts.get("environment"), self.environment())
+        moved = environment.describe_change(saved.facts.get("environment"), self.environment())
         return notes + ([moved] if moved else [])
 
     def take(self, saved: dict[str, Any]) -> None:

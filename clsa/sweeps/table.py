@@ -132,7 +132,7 @@ class Mean(NamedTuple):
     """Sample standard deviation; None of one value."""
     n: int
 
-    def told(self, sign: str = "-") -> str:
+    def text(self, sign: str = "-") -> str:
         """As the table has it; `sign` "+" shows the plus of a gain."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
         return f"{self.mean:{sign}.2f}{spread}"
@@ -194,11 +194,11 @@ def sheet_of(grid: Grid, outcomes: list[Outcome]) -> Sheet:
             [
                 *seeds[0].row.values(),
                 *(
-                    mean.told("+" if name.endswith(" gain") else "-") if mean else ""
+                    mean.text("+" if name.endswith(" gain") else "-") if mean else ""
                     for name, mean in columns.items()
                 ),
                 f"{len(judged)} of {len(seeds)}" if len(judged) < len(seeds) else str(len(seeds)),
-                "" if speed is None else speed.told(),
+                "" if speed is None else speed.text(),
                 " to ".join(f"{count:,}" for count in dict.fromkeys([*seen[:1], *seen[-1:]])),
                 "; ".join(outcome.note for outcome in seeds if outcome.note),
             ]

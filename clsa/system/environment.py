@@ -20,7 +20,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def told_change(before: Any, now: dict[str, str | int]) -> str:
+def describe_change(before: Any, now: dict[str, str | int]) -> str:
     """One line when a run goes on elsewhere; empty where nothing differs, or nothing is known.
 
     Args:

@@ -44,7 +44,7 @@ _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough mem
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Tell of memory that the system refuses in one line.
 
     Raises:

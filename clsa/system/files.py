@@ -138,7 +138,7 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def told_room(folder: Path, num_bytes: int, refusal: OSError) -> str:
+def describe_room(folder: Path, num_bytes: int, refusal: OSError) -> str:
     """Why `folder` refused a file of `num_bytes`: room free and needed, where that is the cause."""
     free = shutil.disk_usage(folder).free
     if refusal.errno in FULL and free < num_bytes:
@@ -160,7 +160,10 @@ def require_room(folder: Path, num_bytes: int) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        why, step = told_room(folder, num_bytes, error), "free some space or choose another --out"
+        why, step = (
+            describe_room(folder, num_bytes, error),
+            "free some space or choose another --out",
+        )
         raise ClsaError(f"cannot write {folder}", why, step, Exit.CANNOT_WRITE) from error
 
 

@@ -16,7 +16,7 @@ def bad_gradients(module: nn.Module) -> list[str]:
     return bad[::-1]
 
 
-def told_badness(module: nn.Module, loss: Tensor) -> str:
+def describe_badness(module: nn.Module, loss: Tensor) -> str:
     """What is not finite on this process, in a few words: the loss, or the gradient of what."""
     bad = bad_gradients(module)
     if not loss.isfinite():

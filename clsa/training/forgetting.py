@@ -112,7 +112,7 @@ def lines_of(found: Forgetting) -> list[list[str]]:
     return lines
 
 
-def told(found: Forgetting) -> str:
+def describe(found: Forgetting) -> str:
     """The two numbers that sum it up."""
     last = len(found.accuracy) - 1
     average = f"average accuracy {found.average(last):.1f} %"

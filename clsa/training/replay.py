@@ -145,7 +145,7 @@ def _is_finite(value: object) -> bool:
     return not isinstance(value, Tensor) or bool(value.isfinite().all())
 
 
-def told(shown: Replay) -> str:
+def describe(shown: Replay) -> str:
     """What a replay shows, in lines for people; of other processes than the first, their own."""
     terms = ", ".join(f"{name} {value:.4g}" for name, value in shown.losses.items())
     state = "not finite again" if shown.is_bad else "finite"

@@ -9,7 +9,7 @@ import torch
 
 from clsa.evaluate.features.split import without_held_out_labels
 from clsa.learning.optim import build_optimizer
-from clsa.loading.few_labels import num_held, told_labels, with_few_labels
+from clsa.loading.few_labels import describe_labels, num_held, with_few_labels
 from clsa.loading.order import Order
 from clsa.methods import build_method
 from clsa.methods.method import Extent
@@ -137,7 +137,7 @@ def tell_start(options: RunOptions, parts: Parts) -> None:
     """Say before the first step what a user may not have meant."""
     if options.labels is not None:
         held = num_held(options.labels, parts.held)
-        print(told_labels(parts.shown, held), file=sys.stderr)
+        print(describe_labels(parts.shown, held), file=sys.stderr)
     queue_size = getattr(options.method, "queue_size", 0)  # not every method has one
     if queue_size > len(parts.shown):
         print(

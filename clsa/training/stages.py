@@ -306,4 +306,4 @@ class Stage:
         names = [str(number) for number in range(1, self.count + 1)]
         found = Forgetting(names, [*found.accuracy, single], random, [*found.everything, whole])
         forgetting.write(out, found)
-        self._say(f"after stage {self.number}: {forgetting.told(found)}")
+        self._say(f"after stage {self.number}: {forgetting.describe(found)}")

@@ -15,7 +15,7 @@ from clsa.runs.folder import FREE
 from clsa.runs.saver import write_encoder
 from clsa.runs.state import State
 from clsa.system import dist, ranks, signals
-from clsa.system.errors import RESUMABLE, ClsaError, Exit, code_of, memory_told
+from clsa.system.errors import RESUMABLE, ClsaError, Exit, code_of, memory_errors
 from clsa.system.signals import REQUEUE, Stop, StopError
 from clsa.training.fit import fit
 from clsa.training.setup import Parts, assemble, set_out, take_up
@@ -102,7 +102,7 @@ def end_reported(state: State, quarantine: Quarantine) -> Iterator[None]:
     """Leave `status.json` and `quarantine.jsonl` behind, whatever happens inside."""
     folder = state.folder
     try:
-        with ranks.named(lambda: state.step), memory_told():
+        with ranks.named(lambda: state.step), memory_errors():
             yield
     except BaseException as error:
         if dist.rank() == 0:

@@ -17,7 +17,7 @@ from clsa.runs.state import State
 from clsa.system import dist
 from clsa.system.machine import upload
 from clsa.system.signals import Stop
-from clsa.training.bad_steps import told_badness
+from clsa.training.bad_steps import describe_badness
 from clsa.views import transform
 from clsa.views.specs import ViewSpec
 
@@ -101,7 +101,7 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
     lr, why_bad = 0.0, ""
     if seen.is_bad:
         state.statistics.put_back()
-        why_bad = told_badness(method, loss.detach())
+        why_bad = describe_badness(method, loss.detach())
     else:
         lr = set_rates(optimizer, state.step, run)
         if options.optim.clip_norm:

@@ -123,7 +123,7 @@ def test_stronger_levels_change_pixels_more(images: Tensor) -> None:
 
 
 def test_magnitudes_are_told_with_their_units(images: Tensor) -> None:
-    told = {each.operation: each.told() for each in measure(Mean(), images, INDEX, 0.2, 0)}
+    told = {each.operation: each.text() for each in measure(Mean(), images, INDEX, 0.2, 0)}
     assert told["Rotate"] == "±27°" and told["Invert"] == "" and told["Posterize"] == "4 bits"
     assert told["Color"] == "0.14" and told["Solarize"] == "≥26" and told["ShearX"] == "±0.27"
 

@@ -94,8 +94,8 @@ def test_evaluation_repeats_and_leaves_the_encoder_alone(run: Path) -> None:
     assert {record.protocol for record in records} == set(options.protocol)
     assert {(record.split, record.n, record.seed) for record in records} == {("holdout", 12, 0)}
     assert all(0 <= record.value <= 100 for record in records)
-    digests = {record.encoder: record.encoder_digest for record in records}
-    assert digests == {
+    found = {record.encoder: record.encoder_digest for record in records}
+    assert found == {
         "random": digests.digest(models.build_encoder(MODEL, seed=7).state_dict()),
         "trained": digests.digest(saved_encoder.load_encoder(run).state_dict()),
     }
@@ -161,8 +161,8 @@ def test_results_of_the_best_encoder_stand_beside_those_of_the_last(run: Path) -
     options = EvaluateOptions(run=run, protocol=("knn-20",), device="cpu")
     last = evaluate(options)
     best = evaluate(options.model_copy(update={"run": run / "encoder-best.safetensors"}))
-    digests = {r.encoder: r.encoder_digest for r in best}
-    assert digests["trained"] == digests.digest(encoder.state_dict())
+    found = {r.encoder: r.encoder_digest for r in best}
+    assert found["trained"] == digests.digest(encoder.state_dict())
     assert [r for r in best if r.encoder == "random"] == [r for r in last if r.encoder == "random"]
     assert read_records(run / "results.json") == last + [r for r in best if r.encoder == "trained"]
 

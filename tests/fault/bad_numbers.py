@@ -15,8 +15,8 @@ from clsa.options.commands import ReplayOptions
 from clsa.runs.digests import digest
 from clsa.runs.state import State
 from clsa.system import dist
+from clsa.training import fit, step
 from clsa.training import replay as replaying
-from clsa.training import step
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import Setup
@@ -63,7 +63,7 @@ def inject(place: str, until: int = BAD + 1) -> None:
 
 def watch(place: str, told: Path) -> None:
     """In an attempt: write whether the bad step has moved anything, and the next has."""
-    step_of = step.train_step
+    step_of = fit.train_step
 
     def watched(model: Any, state: State, crops: Any, run: Any) -> Any:
         method: Any = state.method
@@ -78,7 +78,7 @@ def watch(place: str, told: Path) -> None:
                 file.write(json.dumps([step, before != _digest(state), stats.lr]) + "\n")
         return stats
 
-    step.train_step = watched
+    fit.train_step = watched
 
 
 def _digest(state: State) -> str:
@@ -164,7 +164,7 @@ def _replayer(place: str, bundle: Path, found: Path) -> Callable[[], int]:
         loss = "finite" if all(map(math.isfinite, result.losses.values())) else "not"
         facts = {**result._asdict(), "first": firsts[0], "loss": loss}
         Path(f"{found}-{result.rank}").write_text(json.dumps(facts))
-        print(replaying.told(result))
+        print(replaying.describe(result))
         return 0
 
     return body

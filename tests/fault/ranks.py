@@ -15,7 +15,7 @@ from typing import Any
 from clsa.runs import checkpoint
 from clsa.system import dist
 from clsa.system.errors import Exit
-from clsa.training import step
+from clsa.training import fit
 from tests.fault import tiny
 from tests.fault.crew import left_of
 from tests.fault.damage import Tally
@@ -60,14 +60,14 @@ LOST = {
 
 def come_to_grief(rank: int, step: int, kind: str) -> None:
     """In an attempt: this rank fails in this way before this step."""
-    take = step.train_step
+    take = fit.train_step
 
     def watched(model: Any, state: Any, *rest: Any) -> Any:
         if state.step == step and dist.rank() == rank:
             ENDS[kind]()
         return take(model, state, *rest)
 
-    step.train_step = watched
+    fit.train_step = watched
 
 
 def options(pictures: Path, out: Path, **over: Any) -> Any:
@@ -199,7 +199,7 @@ def main(pictures: str, out: str, once: str, kind: str) -> int:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     print(f"attempt {attempt} of the ranks", flush=True)
     if not Path(once).exists():
-        take = step.train_step
+        take = fit.train_step
 
         def noted(model: Any, state: Any, *rest: Any) -> Any:
             if state.step == LAST // 2 + 1 and dist.rank() == 1:
@@ -207,7 +207,7 @@ def main(pictures: str, out: str, once: str, kind: str) -> int:
                 ENDS[kind]()
             return take(model, state, *rest)
 
-        step.train_step = noted
+        fit.train_step = noted
     return tiny.pretrain(options(Path(pictures), Path(out)))
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from clsa.loading import crops
 from clsa.system import dist
-from clsa.training import step
+from clsa.training import fit
 from clsa.views import transform
 from clsa.views.specs import ViewSpec
 
@@ -48,7 +48,7 @@ def watch(log: Path, stop_at: Collection[int] = ()) -> None:
         stop_at: a signal to stop comes in the midst of the step that makes so many.
     """
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    cuts, sample, step_of = crops.Plan.cuts, transform.sample, step.train_step
+    cuts, sample, step_of = crops.Plan.cuts, transform.sample, fit.train_step
 
     def tell(lines: list[Any]) -> None:
         os.write(handle, "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -81,7 +81,7 @@ def watch(log: Path, stop_at: Collection[int] = ()) -> None:
         tell([[["step", step], [dist.rank(), *rows, float(stats.terms["loss"])]]])
         return stats
 
-    crops.Plan.cuts, transform.sample, step.train_step = cut, sampled, stepped
+    crops.Plan.cuts, transform.sample, fit.train_step = cut, sampled, stepped
 
 
 def read(log: Path) -> Seen:

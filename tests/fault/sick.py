@@ -16,7 +16,7 @@ from clsa.options.run import RunOptions
 from clsa.recipes import resolve
 from clsa.runs.alarms import BLANK, COLLAPSE, FROZEN_QUEUE, LEAK, LOW_RANK, NO_LAG, SPIKE
 from clsa.runs.state import State
-from clsa.training import step
+from clsa.training import fit, step
 from tests.fault import tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import Setup
@@ -89,14 +89,14 @@ def told(out: Path) -> list[tuple[int, str]]:
 
 
 def _each_step(change: Callable[[State], None], first: int, last: int | None = None) -> None:
-    step_of = step.train_step
+    step_of = fit.train_step
 
     def changed(model: Any, state: State, crops: Any, run: Any) -> Any:
         if first <= state.step < (last or 10**9):
             change(state)
         return step_of(model, state, crops, run)
 
-    step.train_step = changed
+    fit.train_step = changed
 
 
 def _rates(factor: float, first: int, last: int | None = None) -> None:

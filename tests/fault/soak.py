@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clsa.system.errors import Exit
-from clsa.training import fit, step
+from clsa.training import fit
 from tests.fault import preempt, tiny
 from tests.fault.crew import left_of
 from tests.fault.damage import Tally
@@ -24,7 +24,7 @@ CYCLES = 20
 
 def _note_resources(path: Path) -> None:
     """In an attempt: every 50 steps resident kB, open files, threads, /dev/shm entries."""
-    take, own = step.train_step, os.getpid()
+    take, own = fit.train_step, os.getpid()
 
     def noted(model: Any, state: Any, *rest: Any) -> Any:
         if state.step % 50 == 0 and os.getpid() == own:
@@ -35,7 +35,7 @@ def _note_resources(path: Path) -> None:
                 file.write(f"{state.step} {kb} {files} {threads} {shared}\n")
         return take(model, state, *rest)
 
-    step.train_step = noted
+    fit.train_step = noted
 
 
 def long_run(setup: Setup, root: Path) -> tuple[Tally, str]:

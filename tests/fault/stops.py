@@ -17,8 +17,7 @@ from clsa.methods.moco import MoCo
 from clsa.runs import checkpoint
 from clsa.system import dist, signals, slurm
 from clsa.system.errors import Exit
-from clsa.training import step
-from clsa.training.setup import assemble
+from clsa.training import fit, start
 from tests.fault import preempt, ranks, tiny
 from tests.fault.damage import Tally
 from tests.fault.tiny import EPOCH, Setup
@@ -30,13 +29,13 @@ HEARERS = ((1,), (0, 1), (0,))
 
 def _at_begin(_: random.Random) -> Callable[[Callable[[], object]], None]:
     def patch(here: Callable[[], object]) -> None:
-        assemble = assemble
+        assemble = start.assemble
 
         def watched(*given: Any) -> Any:
             here()
             return assemble(*given)
 
-        assemble = watched
+        start.assemble = watched
 
     return patch
 
@@ -45,14 +44,14 @@ def _in_step(rng: random.Random) -> Callable[[Callable[[], object]], None]:
     nth = rng.randrange(2, ranks.LAST - 4)
 
     def patch(here: Callable[[], object]) -> None:
-        take = step.train_step
+        take = fit.train_step
 
         def watched(model: Any, state: Any, *rest: Any) -> Any:
             if state.step == nth:
                 here()
             return take(model, state, *rest)
 
-        step.train_step = watched
+        fit.train_step = watched
 
     return patch
 
@@ -76,14 +75,14 @@ def _in_save(rng: random.Random) -> Callable[[Callable[[], object]], None]:
     nth = rng.randrange(1, ranks.LAST // EPOCH)
 
     def patch(here: Callable[[], object]) -> None:
-        save = step.Saver.save
+        save = fit.Saver.save
 
         def watched(self: Any, *rest: Any, **named: Any) -> None:
             if self.state.step == nth * EPOCH:
                 here()
             save(self, *rest, **named)
 
-        step.Saver.save = watched  # pyright: ignore
+        fit.Saver.save = watched  # pyright: ignore
 
     return patch
 

@@ -134,13 +134,13 @@ def test_ten_optimiser_steps_on_one_batch_lower_the_loss(recipe: str, stronger: 
 
 @pytest.mark.parametrize("recipe", [*NAMES, *AROUND])
 def test_same_seed_same_weights_and_another_seed_others(recipe: str) -> None:
-    digests = []
+    found = []
     for seed, noise in ((0, 1), (0, 2), (5, 3)):
         torch.manual_seed(noise)
         method = build(recipe, seed=seed, stronger=True)  # the plain method is inside
         train(method, 4)
-        digests.append(digests.digest(method.state_dict()))
-    assert digests[0] == digests[1] != digests[2]
+        found.append(digests.digest(method.state_dict()))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("recipe", [*NAMES, *AROUND])

@@ -125,18 +125,18 @@ def test_resized_pictures_are_cut_where_the_originals_were(
         return cuts
 
     monkeypatch.setattr(crops, "crop_params", noting)
-    crops, boxes = [], []
+    batches, boxes = [], []
     for each in (source, plain):
-        crops.append(collect(each, STREAMED))
+        batches.append(collect(each, STREAMED))
         boxes.append(np.concatenate(drawn))
         drawn.clear()
     np.testing.assert_array_equal(*boxes)
-    assert_same(*crops, most=30, mean=2.5)
+    assert_same(*batches, most=30, mean=2.5)
     shifted = [
-        batch._replace(crops=[view.roll(1, 3) for view in batch.crops]) for batch in crops[0]
+        batch._replace(crops=[view.roll(1, 3) for view in batch.crops]) for batch in batches[0]
     ]
     with pytest.raises(AssertionError):  # by one pixel
-        assert_same(shifted, crops[1], most=30, mean=2.5)
+        assert_same(shifted, batches[1], most=30, mean=2.5)
     whole = [next(eval_images(each, np.arange(5), 48, 0.875, CPU))[1] for each in (source, plain)]
     assert (whole[0] - whole[1]).abs().mean() < 3
 

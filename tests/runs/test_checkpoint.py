@@ -337,12 +337,12 @@ def test_digest_survives_the_disk(state: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_digest_of_a_run_leaves_out_what_is_only_told(tmp_path: Path) -> None:
-    digests = set()
+    found = set()
     for best in (1.0, 2.0):
         state = {"method": {}, "optimizer": {}, "step": 1, "best": best, "data_digest": "x"}
         checkpoint.save(tmp_path / "checkpoints", checkpoint.name_of(checkpoint.STEP, 1), state, {})
-        digests.add(checkpoint.run_digest(tmp_path))
-    assert len(digests) == 1
+        found.add(checkpoint.run_digest(tmp_path))
+    assert len(found) == 1
     message, code = refused(lambda: checkpoint.run_digest(tmp_path / "nothing"))
     assert code == Exit.NO_INPUT and "holds no checkpoint" in message
 

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import functools
 import io
+import itertools
 import re
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def modules(folder: Path = ROOT) -> list[str]:
     for entry in entries(folder):
         path = folder / entry.name
         names += modules(path) if entry.is_folder else [name_of(path)]
-    return names + [name_of(folder)] if folder != ROOT else names
+    return [*names, name_of(folder)] if folder != ROOT else names
 
 
 def name_of(path: Path) -> str:
@@ -146,7 +147,7 @@ class Route:
         """How often the route goes from a file to one that stands after it in reading order."""
         place = {name: number for number, name in enumerate(names)}
         known = [place[name] for name in self.files if name in place]
-        return sum(after > before for before, after in zip(known, known[1:], strict=False))
+        return sum(after > before for before, after in itertools.pairwise(known))
 
 
 def route_of_a_start(depth: int) -> Route:

@@ -53,8 +53,8 @@ def test_mean_and_sample_deviation_by_hand() -> None:
     # (2, 4, 9): mean 5, squares 9 + 1 + 16 over n - 1 = 2 make 13
     assert mean_of([2.0, None, 4.0, 9.0]) == Mean(5.0, pytest.approx(13**0.5), 3)
     assert mean_of([7.0]) == Mean(7.0, None, 1) and mean_of([None]) is None
-    assert mean_of([2.0, 4.0, 9.0]).told() == "5.00 ± 3.61"  # pyright: ignore
-    assert (Mean(1.5, None, 1).told("+"), Mean(-1.5, 0.0, 2).told("+")) == ("+1.50", "-1.50 ± 0.00")
+    assert mean_of([2.0, 4.0, 9.0]).text() == "5.00 ± 3.61"  # pyright: ignore
+    assert (Mean(1.5, None, 1).text("+"), Mean(-1.5, 0.0, 2).text("+")) == ("+1.50", "-1.50 ± 0.00")
 
 
 def test_the_table_by_hand() -> None:

@@ -177,9 +177,9 @@ def test_losses_are_float32_under_autocast() -> None:
 
 def test_the_queue_turns_alike() -> None:
     queues = [KeyQueue(20, 8, 0).to(device) for device in (CPU, GPU)]
-    for step, rows in enumerate((8, 8, 8, 33, 5)):
+    for number, rows in enumerate((8, 8, 8, 33, 5)):
         for queue, device in zip(queues, (CPU, GPU), strict=True):
-            queue.enqueue(unit(rows, 8, step).to(device))
+            queue.enqueue(unit(rows, 8, number).to(device))
     assert torch.equal(queues[0].rows, queues[1].rows.cpu())
     assert queues[0].pointer.item() == queues[1].pointer.item() == (8 + 8 + 8 + 33 + 5) % 20
     bank, own, seen = keys_with_queue(unit(8, 8, 7).to(GPU), queues[1], batch_negatives=False)

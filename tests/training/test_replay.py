@@ -16,7 +16,7 @@ from clsa.recipes import resolve
 from clsa.runs import checkpoint, digests
 from clsa.runs.saver import BUNDLES
 from clsa.training import fit, stages, step
-from clsa.training.replay import Replay, replay, told
+from clsa.training.replay import Replay, describe, replay
 from clsa.training.start import pretrain
 from tests.support.pictures import clipart_folder
 
@@ -232,15 +232,17 @@ def test_what_only_another_process_has_seen_decides_the_verdict() -> None:
         "norm": math.nan, "weights": [], "outputs": ["a.b"], "gradients": ["c"],
         "anywhere": (True, False, True, True),
     }  # fmt: skip
-    first = told(Replay(**facts, rank=0, views=[]))
-    other = told(Replay(**facts, rank=1, views=[("weak0", "cat.png")]))
+    first = describe(Replay(**facts, rank=0, views=[]))
+    other = describe(Replay(**facts, rank=1, views=[("weak0", "cat.png")]))
     assert first.endswith("A view is broken: look at these pictures, and tell us.")
     assert "process 1:   not finite: views: weak0 of cat.png" in other
     assert "was skipped" in first and "was skipped" not in other
     assert "torchrun" not in first
     good = {**facts, "others": ["precision"], "anywhere": (False,) * 4}
-    assert told(Replay(**good, rank=0, views=[])).endswith("may be what is other here: precision.")
-    alone = told(Replay(**{**facts, "worlds": (2, 1)}, rank=0, views=[]))
+    assert describe(Replay(**good, rank=0, views=[])).endswith(
+        "may be what is other here: precision."
+    )
+    alone = describe(Replay(**{**facts, "worlds": (2, 1)}, rank=0, views=[]))
     assert alone.endswith("The run had 2 processes: torchrun with as many shows their very sums.")
 
 
@@ -257,4 +259,4 @@ def test_the_verdict_follows_the_first_that_is_broken(
     anywhere: tuple[bool, ...], words: str
 ) -> None:
     shown = Replay(4, "x", (1, 1), [], 0, {}, 1.0, [], [], [], [], anywhere)
-    assert words in told(shown).splitlines()[-1]
+    assert words in describe(shown).splitlines()[-1]

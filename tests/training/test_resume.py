@@ -125,8 +125,8 @@ def test_another_machine_is_told_of(tmp_path: Path, small: None) -> None:
     differences = f"torch 2.0 -> {now['torch']}, threads 64 -> {now['threads']}"
     assert state.resume() == [f"bitwise equality not promised: {differences}"]
     for unknown in (None, "x", {}, {"another": 1}, now):
-        assert environment.told_change(unknown, now) == ""
-    told = environment.told_change({**now, "processes": 2}, now)
+        assert environment.describe_change(unknown, now) == ""
+    told = environment.describe_change({**now, "processes": 2}, now)
     assert told.endswith("processes 2 -> 1; batch norm's statistics are each process's own")
 
 
@@ -148,18 +148,18 @@ def test_what_changed_among_the_pictures_is_counted(tmp_path: Path) -> None:
     for number in range(15):
         (root / "all" / f"new-{number:02d}.png").write_bytes(b"")
     now = open_source(str(root), "train", options)
-    told = fingerprints.told_change(kept, now, digest, now.digest())
+    told = fingerprints.describe_change(kept, now, digest, now.digest())
     names = "+ all/new-00.png, + all/new-01.png, + all/new-02.png, ~ all/009.png"
     assert told == f"+16 -2 ~1 (digest {digest[:4]} -> {now.digest()[:4]}): {names}"
     backwards = source.subset(np.arange(100)[::-1])
-    told = fingerprints.told_change(kept, backwards, digest, backwards.digest())
+    told = fingerprints.describe_change(kept, backwards, digest, backwards.digest())
     assert told.startswith("+0 -0 ~0 (") and told.endswith("in another order")
     for damage in (b"", b"PK\x03\x04 and nothing"):
         kept.write_bytes(damage)
-        told = fingerprints.told_change(kept, now, digest, now.digest())
+        told = fingerprints.describe_change(kept, now, digest, now.digest())
         assert told.endswith("does not tell which")
     fingerprints.keep(kept, now, now.digest())  # written anew
-    assert fingerprints.told_change(kept, now, now.digest(), "ef56").startswith("+0 -0 ~0 ")
+    assert fingerprints.describe_change(kept, now, now.digest(), "ef56").startswith("+0 -0 ~0 ")
 
 
 def test_classes_and_pixels_of_pictures_in_memory_are_told_too(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_classes_and_pixels_of_pictures_in_memory_are_told_too(tmp_path: Path) -
         (Pictures(other, labels, ["a", "b"]), "+0 -0 ~2 "),
         (joined([source.subset(np.arange(4)), source.subset(np.arange(4, 10))]), "+0 -0 ~0 "),
     ):
-        found = fingerprints.told_change(tmp_path / "kept", now, source.digest(), now.digest())
+        found = fingerprints.describe_change(tmp_path / "kept", now, source.digest(), now.digest())
         assert found.startswith(told), found
 
 

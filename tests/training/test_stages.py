@@ -22,7 +22,7 @@ from clsa.runs.checkpoint import load_newest, run_digest
 from clsa.runs.saved_encoder import load_encoder
 from clsa.system.errors import ClsaError, Exit
 from clsa.training import stages
-from clsa.training.forgetting import Forgetting, markdown, picture, told
+from clsa.training.forgetting import Forgetting, describe, markdown, picture
 from clsa.training.stages import labelled_parts, stage_seed, stage_sources
 from tests.support.pictures import clipart_folder, jpeg_folder
 
@@ -287,7 +287,7 @@ def test_forgetting_is_what_was_lost_since_the_best() -> None:
     assert FOUND.average(2) == 60.0
     assert FOUND.forgotten() == pytest.approx(((50 - 40) + (70 - 60)) / 2)
     assert Forgetting(["1"], [[50.0]], [], [50.0]).forgotten() is None
-    assert told(FOUND) == "average accuracy 60.0 %, forgetting +10.0 points"
+    assert describe(FOUND) == "average accuracy 60.0 %, forgetting +10.0 points"
     text = markdown(FOUND)
     assert "| after 2 | 30.0 | 70.0 |  | 50.0 | 45.0 |" in text
 

@@ -312,8 +312,8 @@ def test_two_processes_of_four_equal_one_of_eight(
 ) -> None:
     (one,) = ranks(1, pictures, tmp_path, recipe)
     first, second = ranks(2, pictures, tmp_path, recipe)
-    for step in range(3):
-        for a, b, c in zip(*(r["grads"][step] for r in (one, first, second)), strict=True):
+    for number in range(3):
+        for a, b, c in zip(*(r["grads"][number] for r in (one, first, second)), strict=True):
             assert torch.equal(b, c)
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for name, value in one["state"].items():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from clsa.evaluate.results.records import Found, accuracies_of, told
+from clsa.evaluate.results.records import Found, accuracies_of, findings
 from clsa.options.cards import KnnCard
 
 MAX_SIMILARITIES = 1 << 26
@@ -85,4 +85,4 @@ def knn(
         for each in (True, False)
     )
     found = accuracies_of(weighted, labels)
-    return told(found | {"top1-plain": accuracies_of(plain, labels)["top1"]})
+    return findings(found | {"top1-plain": accuracies_of(plain, labels)["top1"]})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from clsa.evaluate.classify.linear import rate_at, within
 from clsa.evaluate.features.split import CHOICE_SLOT, hold_out
 from clsa.evaluate.results.heads import layer_of, new_layer
-from clsa.evaluate.results.records import Found, accuracies_of, told
+from clsa.evaluate.results.records import Found, accuracies_of, findings
 from clsa.options.cards import LinearFastCard
 from clsa.views import rng
 
@@ -42,7 +42,7 @@ def linear_fast(
     layer = layer_of(weights[0], biases[0]).to(labels.device)
     with torch.no_grad():
         found = accuracies_of(layer(queries[0]), queries[1])
-    return told(found, "last", card.epochs), layer
+    return findings(found, "last", card.epochs), layer
 
 
 def fit(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clsa.evaluate.features.split import CHOICE_SLOT, hold_out
 from clsa.evaluate.results.heads import layer_of
-from clsa.evaluate.results.records import Found, accuracies_of, told
+from clsa.evaluate.results.records import Found, accuracies_of, findings
 from clsa.options.cards import LogisticCard
 
 MAX_STEPS = 1000
@@ -50,7 +50,7 @@ def logistic(
     scores = predict_logistic((queries[0] - mean) * scale, weights)
     plain = weights[:, :-1] * scale
     layer = layer_of(plain, weights[:, -1] - plain @ mean.double()).to(features.device)
-    return told(accuracies_of(scores, queries[1])), layer
+    return findings(accuracies_of(scores, queries[1])), layer
 
 
 def _moments(train: Float[Tensor, "N F"]) -> tuple[Float[Tensor, "F"], Float[Tensor, "F"]]:

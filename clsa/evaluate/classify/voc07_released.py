@@ -17,7 +17,7 @@ from clsa.evaluate.classify.voc07 import THERE, Lists, Marked, loss_of, mean_ap,
 from clsa.evaluate.features.extract import encode
 from clsa.evaluate.results.heads import new_layer
 from clsa.evaluate.results.progress import watched
-from clsa.evaluate.results.records import Found, told
+from clsa.evaluate.results.records import Found, findings
 from clsa.loading.crops import Cut, Cuts, whole
 from clsa.loading.loader import eval_crops
 from clsa.loading.order import Order
@@ -82,7 +82,7 @@ def voc07_released(
             best = epoch + 1, (copy.deepcopy(moved), copy.deepcopy(layer))
     crops = (squares(lists.test.source, card.size, crop_at(*place)) for place in PLACES)
     (last, count), (then, _) = judged([(moved, layer), best[1]], crops, lists.test, card)
-    return told(last, "last", card.epochs) + told(then, "best", best[0]), count, moved
+    return findings(last, "last", card.epochs) + findings(then, "best", best[0]), count, moved
 
 
 def rate_at(epoch: int, card: ReleasedCard) -> float:

@@ -99,7 +99,7 @@ def require_finite(scores: Float[Tensor, "n C"]) -> None:
         raise ClsaError("a classifier", why, "lower its rate by --change lr=...", Exit.UNHEALTHY)
 
 
-def told(values: dict[str, float], chosen: str = "", epoch: int | None = None) -> list[Found]:
+def findings(values: dict[str, float], chosen: str = "", epoch: int | None = None) -> list[Found]:
     """Numbers of one epoch, or of none."""
     return [Found(metric, value, chosen, epoch) for metric, value in values.items()]
 
@@ -107,8 +107,8 @@ def told(values: dict[str, float], chosen: str = "", epoch: int | None = None) -
 def last_and_best(epochs: list[dict[str, float]], headline: str = "top1") -> list[Found]:
     """Numbers after the last epoch, and after the first of those with the highest headline."""
     best = max(range(len(epochs)), key=lambda place: epochs[place][headline])
-    last = told(epochs[-1], "last", len(epochs))
-    return last + told(epochs[best], "best", best + 1)
+    last = findings(epochs[-1], "last", len(epochs))
+    return last + findings(epochs[best], "best", best + 1)
 
 
 def results_path(run: Path) -> Path:

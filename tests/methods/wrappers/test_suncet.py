@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from clsa.learning.losses import suncet
 from clsa.learning.optim import build_optimizer
-from clsa.loading.few_labels import Stratified, num_held, told_labels, with_few_labels
+from clsa.loading.few_labels import Stratified, describe_labels, num_held, with_few_labels
 from clsa.loading.order import Order
 from clsa.methods import METHODS, build_method
 from clsa.methods.method import Batch, Extent, Method, sum_of
@@ -105,7 +105,7 @@ def test_a_share_of_each_class_at_least_one() -> None:
     assert np.bincount(few.labels[few.labels >= 0]).tolist() == [5, 2, 1]
     chosen = few.labels >= 0
     assert (few.labels[chosen] == source.labels[chosen]).all()
-    assert told_labels(few) == "labels: 8 pictures of 3 classes, 1 of which have a single one"
+    assert describe_labels(few) == "labels: 8 pictures of 3 classes, 1 of which have a single one"
     assert (with_few_labels(source, "10%", seed=1).labels == few.labels).all()
     assert (with_few_labels(source, "10%", seed=2).labels != few.labels).any()
     assert (with_few_labels(source, "100%", seed=1).labels == source.labels).all()
@@ -154,7 +154,7 @@ def test_a_list_may_name_what_judging_holds_out(tmp_path: Path) -> None:
     path.write_text("1.png\n2.png\n3.png\n")
     assert with_few_labels(source, str(path), 0, held).labels.tolist() == [0, -1, 1]
     assert num_held(str(path), held) == 1 and num_held("10%", held) == 0
-    assert told_labels(source, 1).endswith("; judging holds out 1 of the list")
+    assert describe_labels(source, 1).endswith("; judging holds out 1 of the list")
     with pytest.raises(ClsaError, match="has no label in the set"):
         with_few_labels(source, str(path), 0)
     path.write_text("2.png\n")
