@@ -131,12 +131,12 @@ def markdown(found: Forgetting) -> str:
         "before the last stage, less the last. random: the encoder before the first stage, with "
         "all stages in the bank."
     )
-    return f"# Forgetting\n\n{told(found)}\n\n{table}\n\n{note}\n"
+    return f"# Forgetting\n\n{describe(found)}\n\n{table}\n\n{note}\n"
 
 
 def printed(found: Forgetting) -> Table:
     """The table for a terminal."""
-    table = Table("", *found.stages, "mean", "all", title=told(found), title_justify="left")
+    table = Table("", *found.stages, "mean", "all", title=describe(found), title_justify="left")
     for line in lines_of(found):
         table.add_row(*line)
     return table
@@ -149,7 +149,7 @@ def picture(found: Forgetting) -> Image.Image:
     sheet = Image.new("RGB", (max(LEFT + count * CELL, 340) + 20, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((10, 8), "20-NN accuracy in percent", "black", ImageFont.load_default(16))
-    draw.text((10, 30), told(found), "black", text)
+    draw.text((10, 30), describe(found), "black", text)
     highest = max(max(row) for row in [*found.accuracy, found.random or [0.0]]) or 1.0
     names = [f"after {name}" for name in found.stages[: len(found.accuracy)]]
     rows = [*zip(names, found.accuracy, strict=True), ("random", found.random)]
