@@ -21,6 +21,7 @@ from clsa.evaluate.results.records import (
     Found,
     Record,
     append_records,
+    findings,
     read_records,
     results_path,
 )
