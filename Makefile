@@ -1,11 +1,11 @@
-# Two commands do all the set-up: `make demo` and `make test`. Each needs Python 3.11+ and nothing else.
+# `make demo` and `make test` do all the set-up. They need only Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FILES := clsa tests benchmarks
 BENCHMARKS := input augment loss step scale
-# Compared with, never depended on; without their own dependencies, which would bring Lightning.
+# Peers for comparison, never dependencies; installed without theirs, which would bring Lightning.
 LIGHTLY := lightly lightly-utils lightning-utilities
 PEERS := $(LIGHTLY) kornia kornia-rs
 
@@ -31,14 +31,15 @@ format: $(VENV)/ready-to-test
 parity: $(VENV)/ready-to-test
 	$(BIN)/python -m benchmarks.parity
 
-# Up to 20 minutes on two idle cores; rewrites docs/benchmarks.md. One that fails does not stop the
-# next, but the whole then fails.
+# Up to 20 minutes on two idle cores; rewrites docs/benchmarks.md. If one benchmark fails, the others
+# still run, and make fails at the end.
 bench: $(VENV)/ready-to-bench
 	failed=; for name in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-# What runs survive, part by part, up to 30 minutes each; rewrites docs/reliability.md.
+# Checks that runs survive faults: one part (PART=A to D), up to 30 minutes; rewrites
+# docs/reliability.md.
 PART ?= A
 fault: $(VENV)/ready-to-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fault.part_$(shell echo $(PART) | tr A-F a-f) long --jobs 2

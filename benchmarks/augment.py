@@ -1,16 +1,16 @@
-"""Pixel work of whole batches: what it costs, its share of a step, and against kornia, torchvision.
+"""Pixel work of whole batches: its cost, its share of a step, and kornia and torchvision compared.
 
     python -m benchmarks.augment [--batch 256]
 
 First: crops and pixel operations of all views of a batch of `clsa-small` (3 views) and of
-`clsa-multi-small` (11 views) at 32 and at 64 pixels, beside the whole step that they are part of.
-The drawings are resident, so nothing is decoded. Second: the weak recipe alone (random resized
-crop, jitter 0.8, grayscale 0.2, blur 0.5, flip 0.5, normalise), one view of the same uint8 batch of
-64x64 drawings, against kornia and torchvision v2. All draw their parameters in the time that is
-measured. kornia draws for each picture and works on the batch, and only the order of its jitter is
-one a batch; it crops by slicing or by resampling, and the quicker of the two counts. torchvision v2
-draws once a call, so that a parameter a picture means a call a picture; its row with one draw for
-the whole batch does less than the others.
+`clsa-multi-small` (11 views) at 32 and at 64 pixels, compared with the whole step. The drawings are
+resident, so nothing is decoded. Second: the weak recipe alone (random resized crop, jitter 0.8,
+grayscale 0.2, blur 0.5, flip 0.5, normalise) against kornia and torchvision v2: one view of the
+same uint8 batch of 64x64 drawings. The measured time includes drawing the parameters, on all sides.
+kornia draws for each picture and works on the batch; only the order of its jitter is shared by the
+batch. It crops by slicing or by resampling, and the faster of the two counts. torchvision v2 draws
+once per call, so parameters per picture need one call per picture; its row with one draw for the
+whole batch does less than the others.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,7 +34,7 @@ SIZES = (32, 64)
 
 
 def scaled(recipe: str, size: int) -> dict[str, Any]:
-    """Options that put a -small recipe (32 pixels) at `size`."""
+    """Options that scale a -small recipe (32 pixels) to `size`."""
     factor = size // 32
     many = recipe == "clsa-multi-small"
     sides = tuple(factor * side for side in ((32, 28, 24, 20, 16) if many else (32,)))
@@ -42,7 +42,7 @@ def scaled(recipe: str, size: int) -> dict[str, Any]:
 
 
 def shares(source: Source, batch: int, repeats: int) -> Iterable[Row]:
-    """Pixel work of a batch in ms, and as a share of the step."""
+    """Rows with the pixel work of a batch in ms, and as a share of the step."""
     for recipe, num_views in (("clsa-small", 3), ("clsa-multi-small", 11)):
         for size in SIZES:
             values: dict[str, Any] = {**scaled(recipe, size), "batch_size": batch}
@@ -58,7 +58,7 @@ def shares(source: Source, batch: int, repeats: int) -> Iterable[Row]:
 
 
 def kornia_weak(views: ViewOptions, size: int, cropping: str) -> nn.Module:
-    """kornia's weak recipe for floats (B, 3, H, W) of 0 to 1; `cropping` is slice or resample."""
+    """kornia's weak recipe for floats (B, 3, H, W) from 0 to 1; `cropping` is slice or resample."""
     from kornia import augmentation
 
     weak, sigmas = views.weak, (MIN_SIGMA, MAX_SIGMA)
@@ -73,7 +73,7 @@ def kornia_weak(views: ViewOptions, size: int, cropping: str) -> nn.Module:
 
 
 def torchvision_weak(views: ViewOptions, size: int) -> v2.Compose:
-    """torchvision's weak recipe for uint8 pictures, one or many."""
+    """torchvision's weak recipe for one uint8 picture or a batch."""
     weak, sigmas = views.weak, (MIN_SIGMA, MAX_SIGMA)
     return v2.Compose(
         [
@@ -99,7 +99,7 @@ def kornia_sides(views: ViewOptions, size: int, images: Tensor) -> dict[str, Cal
 
 
 def weak_recipe(source: Pictures, batch: int, repeats: int) -> Iterable[Row]:
-    """The weak recipe of one view against the peers."""
+    """Rows that compare the weak recipe of one view with the peers."""
     few = source.subset(np.arange(batch))
     images = torch.from_numpy(np.ascontiguousarray(few.images.transpose(0, 3, 1, 2)))
     single, once = "torchvision v2, a call a picture", "torchvision v2, one draw (does less)"
@@ -128,7 +128,7 @@ def weak_recipe(source: Pictures, batch: int, repeats: int) -> Iterable[Row]:
 def main() -> None:
     """Measure both parts."""
     parser = report.parser(__doc__, threads=2)
-    parser.add_argument("--batch", type=int, default=256, help="pictures (256)")
+    parser.add_argument("--batch", type=int, default=256, help="pictures per batch (256)")
     args = parser.parse_args()
     report.require("kornia")
     torch.set_num_threads(args.threads)
@@ -141,10 +141,10 @@ def main() -> None:
     ]
     title = "Augmentation of whole batches"
     notes = [
-        f"Blur has {BLUR_TAPS} taps on every side. kornia's crop is bilinear without antialiasing, "
+        f"All sides blur with {BLUR_TAPS} taps. kornia's crop is bilinear without antialiasing; "
         "ours and torchvision's are antialiased. Ours draws an order of jitter for each picture, "
-        "as torchvision does with a call a picture. One process, in which all sides keep freed "
-        "memory, as `clsa pretrain` does."
+        "as torchvision does with one call per picture. All sides share one process, which keeps "
+        "freed memory, as `clsa pretrain` does."
     ]
     peers = ("kornia", "kornia-rs")
     report.publish("augment", title, rows, args, __doc__, args.threads, peers, notes)

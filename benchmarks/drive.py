@@ -1,4 +1,4 @@
-"""Our side of a step, driven as `fit` drives it: batches, `train_step`, journal; and its parts."""
+"""Runs our side of a step, or parts of it, as `fit` does: batches, `train_step`, journal."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,14 +33,14 @@ LAST_STEP = 1_000_000  # the batches never end
 
 
 class Drive:
-    """A run without its ends: no resuming, probing or saving; inside `with` there is a journal.
+    """A run that only steps, without resuming, probing or saving; inside `with` it has a journal.
 
     Args:
-        recipe: its name.
-        source: pictures; those that the options name if not given.
+        recipe: name of the recipe.
+        source: pictures (default: those that the options name).
         chosen: which views `views` makes; `step` needs all.
-        device: where it runs.
-        values: options that win over the recipe's.
+        device: where the run computes.
+        values: options that override the recipe's.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Drive:
         return next(self.batches)
 
     def step(self) -> None:
-        """One whole step: waiting for its data, the step, its line in the log when it is due."""
+        """One whole step: wait for the data, train, write the line of the log if it is due."""
         stats = train_step(self.model, self.state, self.next_crops(), self.run)
         if self.journal is not None:
             self.journal.count(self.batch_size, 0.0)
@@ -96,14 +96,14 @@ class Drive:
                 self.journal.log(self.state.step, stats.numbers())
 
     def views(self) -> Batch:
-        """Crops and pixel work of one batch, nothing else."""
+        """Only the crops and pixel work of one batch."""
         return make_views(self.next_crops(), self.specs, self.state.step, self.run)
 
     def encoder_alone(self) -> Callable[[], None]:
-        """Only what no method can save: the networks' forward and backward on the same shapes.
+        """The part that every method needs: the networks' forward and backward on the same shapes.
 
-        The key network sees the key view without gradient, the trained network every query with
-        it, both with the batch norm in groups that the recipe asks for.
+        The key network sees the key view without gradient, the trained network sees every query
+        with gradient. Both use the recipe's groups in batch norm.
         """
         method = self.method
         generator = torch.Generator().manual_seed(0)

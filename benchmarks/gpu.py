@@ -1,10 +1,10 @@
 """ResNet-50 at 224 on one GPU: whole steps, the encoder alone, views, loss, loader.
 
-    bash benchmarks/gpu.sh                       # all but compiled, under 10 minutes
+    bash benchmarks/gpu.sh                       # all except compiled, under 10 minutes
     python -m benchmarks.gpu PART [--minutes 4]  # steps, compiled, views, loss or loader
 
-Each part has its own file of results, written row by row. Means of calls between two waits for the
-device. `--device cpu --quick` shows on any machine that it runs.
+Each part has its own file of results, written row by row. Each figure is the mean of several calls
+between two waits for the device. `--device cpu --quick` shows on any machine that it runs.
 """
 
 import argparse
@@ -41,10 +41,10 @@ from clsa.views.transform import pixels, sample
 from tests.support.reference import written_out
 
 WISH = 2_000.0
-TRITON_AT = 0.02  # share of a step from which a kernel of its own is due for the loss
+TRITON_AT = 0.02  # above this share of a step, the loss needs its own kernel
 MOST_OUTSIDE = {"clsa": 0.07, "clsa-multi": 0.10}
 LEAST_OF_ENCODER = 0.9
-# In the order of what a short session wants first: recipe and batch.
+# Recipe and batch, the most wanted first, in case the time is short.
 PLAN = [
     *(("clsa", 256), ("moco-v2", 256), ("clsa-multi", 256), ("clsa", 512), ("clsa", 1024)),
     *(("moco-v2", 512), ("moco-v2", 1024), ("clsa-multi", 512), ("clsa-multi", 1024)),
@@ -57,7 +57,7 @@ Rows = Iterator[Row | str]
 
 
 class Bench:
-    """What all parts share: arguments, device, deadline."""
+    """Arguments, device and deadline that all parts share."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, dist.pick_device(args.device)
@@ -66,34 +66,34 @@ class Bench:
 
     @property
     def late(self) -> bool:
-        """Whether the minutes of this part are over."""
+        """Whether this part has used up its minutes."""
         return time.monotonic() > self.deadline
 
     def batch(self, batch: int) -> int:
-        """The batch size to use for one that is told."""
+        """The batch size to use instead of `batch`: a smaller one with --quick."""
         return max(8, batch // 32) if self.args.quick else batch
 
     def drive(self, recipe: str, batch: int, **values: object) -> Drive:
-        """A run of the recipe over resident pictures."""
+        """A run of the recipe on resident pictures."""
         noise = pictures(40, 64) if self.args.quick else pictures(256, 2048)
         return self.made(recipe, batch, noise, **values)
 
     def made(self, recipe: str, batch: int, source: Source, **values: Any) -> Drive:
-        """A run of the recipe over these pictures, its small form where all is to be quick."""
+        """A run of the recipe on these pictures; with --quick, of its -small form."""
         batch = self.batch(batch)
-        groups = {"norm_groups": min(8, batch // 2)}  # two pictures a group at least
+        groups = {"norm_groups": min(8, batch // 2)}  # at least two pictures per group
         values = merge({"batch_size": batch, "model": groups}, values)
         name = f"{recipe}-small" if self.args.quick else recipe
         return Drive(name, source=source, device=self.device, **values)
 
     def times(self, *calls: Callable[[], object]) -> list[float]:
-        """Mean ms of each of the calls, taken in turn."""
+        """Mean ms of each call, measured in turn."""
         return alternately(calls, self.device, self.seconds)
 
     def guarded(self, named: str, rows: Callable[[], Rows]) -> Rows:
-        """`rows`, or why there are none: no time is left, or no memory."""
+        """`rows`, or a note that no time or not enough memory was left."""
         if self.late:
-            yield f"{named}: not measured, the minutes were over"
+            yield f"{named}: not measured, the time was over"
             return
         with free(self.device):
             try:
@@ -104,7 +104,7 @@ class Bench:
 
 @lru_cache(maxsize=1)
 def pictures(side: int, count: int) -> Pictures:
-    """Noise of one size: the values change no time here."""
+    """Pictures of noise, of one size; the values of pixels do not affect the time here."""
     images = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     return Pictures(images, np.full(count, -1), [])
 
@@ -115,11 +115,11 @@ def pictures(side: int, count: int) -> Pictures:
 def steps(bench: Bench) -> Rows:
     """Whole steps.
 
-    `train_step` as `fit` calls it, over resident uint8 pictures of 256x256 that are cut on the
-    device, journal included, against the same networks' forward and backward alone on views of the
-    same shapes, in turn. Phases are times on the device, waits for the host included, beside the
-    host's time for the same calls. At the end: batch norm without groups, and a search for
-    convolution algorithms.
+    Whole steps: `train_step` as `fit` calls it, with the journal, on resident uint8 pictures of
+    256x256 that are cropped on the device. In turn with them runs the peer: forward and backward
+    alone of the same networks on views of the same shapes. A phase has its time on the device, with
+    waits for the host, and the host's time for the same calls. The last rows have batch norm
+    without groups, and a search for convolution algorithms.
     """
     for recipe, batch in PLAN:
         yield from one_size(bench, recipe, batch, compiled=False)
@@ -131,7 +131,7 @@ def steps(bench: Bench) -> Rows:
 def compiled(bench: Bench) -> Rows:
     """Whole steps, compiled.
 
-    The same steps with torch.compile over the encoders; the first step of each takes minutes.
+    The same steps with the encoders under torch.compile; each first step takes minutes.
     """
     for recipe, batch in PLAN_COMPILED:
         yield from one_size(bench, recipe, batch, compiled=True)
@@ -166,7 +166,7 @@ def step_rows(bench: Bench, named: str, recipe: str, batch: int, compiled: bool)
 
 
 def variant(bench: Bench, named: str, values: dict[str, Any]) -> Rows:
-    """What grouped batch norm costs, or what a search for convolution algorithms gains."""
+    """The cost of grouped batch norm, or the gain from a search for convolution algorithms."""
     was = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = was or named.endswith("cudnn.benchmark")
     try:
@@ -184,9 +184,9 @@ def variant(bench: Bench, named: str, values: dict[str, Any]) -> Rows:
 def views(bench: Bench) -> Rows:
     """Views.
 
-    One weak view of 224, cut from resident pictures, against kornia's by the quicker of its two
-    ways of cropping, parameters drawn in the time that is measured; all pixel work of a batch; each
-    kind of pixel work alone, on uint8 crops as the loader delivers them.
+    First, one weak view of 224, cropped from resident pictures, against kornia's with the faster of
+    its two ways of cropping; the measured time includes drawing the parameters. Then all pixel work
+    of a batch. Then each kind of pixel work alone, on uint8 crops as the loader delivers them.
     """
     yield from bench.guarded("weak recipe", partial(against_kornia, bench))
     for recipe in ("clsa", "clsa-multi"):
@@ -253,9 +253,9 @@ def kinds(bench: Bench, size: int) -> Rows:
 def loss(bench: Bench) -> Rows:
     """Loss.
 
-    Forward and backward of both terms of CLSA on one pass over the bank, against written out; and
-    as a share of the steps that the part `steps` measured here. Above 2 % a kernel of its own is
-    due.
+    Forward and backward of both terms of CLSA in one pass over the bank, compared with the loss
+    written out, and as a share of the steps that the part `steps` measured on this machine. Above
+    2 % the loss needs its own kernel.
     """
     for batch in (256, 1024):
         for recipe, count in (("clsa", 1), ("clsa-multi", 5)):
@@ -280,7 +280,7 @@ def loss_rows(bench: Bench, named: str, sizes: Sizes) -> Rows:
     (ms,) = bench.times(one_pass)
     rate = step_rate(bench, named)
     if rate is None:
-        yield f"share of the loss, {named}: no step of it was measured"
+        yield f"share of the loss, {named}: its step was not measured"
     else:
         part = share(f"{named}: of its step", ms, 1e3 * used.batch / rate, at_most=TRITON_AT)
         yield part
@@ -298,7 +298,7 @@ def loss_rows(bench: Bench, named: str, sizes: Sizes) -> Rows:
 
 
 def step_rate(bench: Bench, named: str) -> float | None:
-    """images/s of the whole steps of a recipe and batch, where this machine has measured them."""
+    """images/s of whole steps of a recipe and batch; None if not measured on this machine."""
     found = page.load(bench.args.out or report.RESULTS).get("gpu-steps")
     here = report.machine((), bench.args.threads)
     if found is None or any(
@@ -315,8 +315,8 @@ def step_rate(bench: Bench, named: str) -> float | None:
 def loader(bench: Bench) -> Rows:
     """Loader.
 
-    uint8 crops of JPEGs on the device by several numbers of worker processes, then whole steps of
-    `clsa` by the best of them.
+    The rate at which uint8 crops of JPEGs arrive on the device, with several numbers of worker
+    processes; then whole steps of `clsa` with the best number.
     """
     rates: dict[int, float] = {}
     count, workers = (32, [1, 2]) if bench.args.quick else (1024, bench.args.workers)
@@ -328,7 +328,7 @@ def loader(bench: Bench) -> Rows:
                     yield row
                     if isinstance(row, Row) and row.ours:
                         rates[number] = row.ours
-            except ClsaError as error:  # too little shared memory, say
+            except ClsaError as error:  # for example too little shared memory
                 yield f"{named}: {error}"
         if rates:
             best = max(rates, key=lambda number: rates[number])
@@ -344,7 +344,7 @@ def streamed(bench: Bench, folder: Path, workers: int) -> Drive:
 
 
 def loaded(bench: Bench, folder: Path, named: str, workers: int) -> Rows:
-    """Over two rounds, since the workers end their batches at about the same time."""
+    """Rate over two batches per worker, since all workers finish at about the same time."""
     drive = streamed(bench, folder, workers)
     mean_ms(drive.next_crops, bench.device, workers)
     ms = mean_ms(drive.next_crops, bench.device, 2 * workers)
@@ -353,7 +353,9 @@ def loaded(bench: Bench, folder: Path, named: str, workers: int) -> Rows:
 
 def trained(bench: Bench, folder: Path, named: str, workers: int, alone: float) -> Rows:
     with streamed(bench, folder, workers) as drive:
-        mean_ms(drive.step, bench.device, PREFETCH * workers + WARM_UP)  # what was ready before
+        mean_ms(
+            drive.step, bench.device, PREFETCH * workers + WARM_UP
+        )  # uses up prefetched batches
         rate = 1e3 * drive.batch_size / mean_ms(drive.step, bench.device, 4 * workers)
     yield versus(named, rate, alone, "images/s", "the loader alone")
 
@@ -362,13 +364,13 @@ def trained(bench: Bench, folder: Path, named: str, workers: int, alone: float) 
 
 
 def main() -> None:
-    """Measure one part; its rows are written as they come."""
+    """Measure one part; write each row as soon as it is measured."""
     parser = report.parser(__doc__, threads=num_cores())
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (cuda)")
-    parser.add_argument("--minutes", type=float, default=4, help="start nothing after these (4)")
-    parser.add_argument("--seconds", type=float, default=3, help="of each measurement (3)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 15], help="of the loader")
+    parser.add_argument("--minutes", type=float, default=4, help="no new measurement after (4)")
+    parser.add_argument("--seconds", type=float, default=3, help="length of each measurement (3)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[4, 8, 15], help="loader workers")
     parser.add_argument("--photos", type=Path, help=FROM)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

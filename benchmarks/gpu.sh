@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to prove, from a bare clone: nothing is installed.
+# Runs every check and benchmark that needs a GPU, from a bare clone; it installs nothing.
 #
 #   bash benchmarks/gpu.sh [PART ...] [-- options of benchmarks.gpu]
 #
-#   PART   tests, steps, views, loss, loader (these five if none is given: under 10 minutes in all)
-#          or compiled (the same steps with torch.compile; up to 9 minutes, in a call of its own)
+#   PART   tests, steps, views, loss, loader (all five if none is given: under 10 minutes in total)
+#          or compiled (the same steps with torch.compile; up to 9 minutes, in a separate call)
 #
 #   bash benchmarks/gpu.sh steps loss -- --out results
 #   bash benchmarks/gpu.sh loader -- --photos /data/photographs
-#   bash benchmarks/gpu.sh steps views loss loader -- --device cpu --quick    # does it run?
+#   bash benchmarks/gpu.sh steps views loss loader -- --device cpu --quick    # only shows that it runs
 #
-# A part that fails or runs into its limit does not stop the next; its rows so far are saved.
-# Needs python3 (or $PYTHON) with what pyproject.toml names; for all of it also pytest and kornia.
+# If a part fails or reaches its time limit, the next part still runs; rows so far are saved.
+# Needs python3 (or $PYTHON) with the packages of pyproject.toml; the tests also need pytest, and
+# the comparison of views kornia.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -31,7 +32,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do parts+=("$1"); shift; done
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 
 status=0
-measure() { # part, minutes after which nothing new starts, limit in seconds, options
+measure() { # part, minutes after which no new measurement starts, limit in seconds, options
   local part=$1 minutes=$2 limit=$3
   shift 3
   echo "== $part"
@@ -60,5 +61,5 @@ for part in "${parts[@]}"; do
       ;;
   esac
 done
-[ ! -d benchmarks/results ] || "$python" -m benchmarks.report # also after a part cut short
+[ ! -d benchmarks/results ] || "$python" -m benchmarks.report # also if a part was cut short
 exit $status

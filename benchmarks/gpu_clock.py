@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` measures with: times, memory and the phases of a step on any device."""
+"""Measures times, memory and the phases of a step on any device, for `benchmarks/gpu.py`."""
 
 import gc
 import statistics
@@ -23,7 +23,7 @@ WARM_UP, LEAST, MOST = 3, 5, 50
 
 
 def mean_ms(once: Callable[[], object], device: torch.device, count: int) -> float:
-    """Mean ms of `count` calls one after the other, the device idle before and after them."""
+    """Mean ms of `count` consecutive calls; the device is idle before and after them."""
 
     def all_of_them() -> None:
         for _ in range(count):
@@ -35,7 +35,7 @@ def mean_ms(once: Callable[[], object], device: torch.device, count: int) -> flo
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has nothing left to do."""
+    """Wait until the device has nothing left to do."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -43,9 +43,9 @@ def wait(device: torch.device) -> None:
 def alternately(
     calls: Sequence[Callable[[], object]], device: torch.device, seconds: float
 ) -> list[float]:
-    """Mean ms of each call, over about `seconds`; with none, of two calls.
+    """Mean ms of each call, over about `seconds`; if `seconds` is 0, over two calls.
 
-    Measured in two halves in turn, so that a change of clocks hits all.
+    All calls are measured once, then all again, so that a change of clock rates affects all alike.
     """
     halves: list[list[float]] = [[] for _ in calls]
     for _ in range(2 if seconds else 1):
@@ -58,7 +58,7 @@ def alternately(
 
 
 def peak_gib(once: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory in use during a call, in GiB; None on a CPU."""
+    """Peak memory in use during a call, in GiB; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -69,7 +69,7 @@ def peak_gib(once: Callable[[], object], device: torch.device) -> float | None:
 
 @contextmanager
 def free(device: torch.device) -> Iterator[None]:
-    """Afterwards the device's memory and what torch has compiled are free again."""
+    """On exit, free the device's memory and everything that torch has compiled."""
     try:
         yield
     finally:
@@ -83,10 +83,10 @@ def free(device: torch.device) -> Iterator[None]:
 
 
 class Spans:
-    """How long named calls inside a step take, on the device and on the host.
+    """Measures how long named calls inside a step take, on the device and on the host.
 
-    On a GPU a span holds the waits in it: of a device that has nothing to do until the host gives
-    it the next operation, too.
+    On a GPU a span includes all waits, also those of an idle device for the next operation from
+    the host.
     """
 
     def __init__(self, device: torch.device):
@@ -95,7 +95,7 @@ class Spans:
         self.missing: list[str] = []
 
     def of(self, drive: Drive, repeats: int = 5) -> dict[str, tuple[float, float]]:
-        """Medians over some steps, in ms: on the device, on the host."""
+        """Medians over `repeats` steps, in ms: on the device, on the host."""
         optimizer = drive.state.optimizer
         places: list[tuple[Any, str, str]] = [
             (drive, "next_crops", "crops"),
@@ -132,7 +132,7 @@ class Spans:
         }
 
     def _mark(self) -> Any:
-        """The present on the time line of the device: an event on CUDA, wall time on a CPU."""
+        """The current time on the device: an event on CUDA, wall time on a CPU."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -154,7 +154,7 @@ class Spans:
 
 
 def busy(once: Callable[[], object], device: torch.device) -> tuple[float, int, str] | None:
-    """Share of a call's time in which kernels run, their number, and the ten longest; CUDA only."""
+    """Share of a call in which kernels run, their number, a table of the ten longest; CUDA only."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -173,7 +173,7 @@ def busy(once: Callable[[], object], device: torch.device) -> tuple[float, int, 
     if not kernels:
         return None
     at_work, reached = 0.0, kernels[0][0]
-    for start, end in kernels:  # streams run side by side
+    for start, end in kernels:  # kernels of different streams overlap
         at_work += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     table = seen.key_averages().table(sort_by="self_device_time_total", row_limit=10)
@@ -181,13 +181,13 @@ def busy(once: Callable[[], object], device: torch.device) -> tuple[float, int, 
 
 
 def breakdown(drive: Drive, named: str) -> Iterator[Row | str]:
-    """Where a step goes: time on the device, waits for the host included, and host time."""
+    """The phases of a step: time on the device, with waits for the host, and time on the host."""
     spans = Spans(drive.device)
     for phase, (device_ms, host_ms) in spans.of(drive).items():
         yield Row(f"{named}: {phase}", device_ms, unit="ms")
         yield Row(f"{named}: {phase}, on the host", host_ms, unit="ms")
     if spans.missing:
-        yield f"{named}: not found and so not timed: {', '.join(spans.missing)}"
+        yield f"{named}: not found, so not timed: {', '.join(spans.missing)}"
     working = busy(drive.step, drive.device)
     if working is not None:
         share_busy, kernels, table = working

@@ -5,11 +5,12 @@
 The peer decodes with Pillow and makes each view with torchvision transforms of Pillow pictures, as
 each worker of the official CLSA code and of lightly does: RandomResizedCrop, jitter, grayscale,
 blur, flip, five rounds of strong operations for the third view, ToTensor, Normalize. In the first
-rows both sides do all of this, to normalised floats. In the rows with a budget ours stops at uint8
-crops, the work that our workers do: the pixel work after them runs batched where the model is.
+rows both sides do all of this, up to normalised floats. In the rows with a budget ours stops at
+uint8 crops, which is all that our workers do: the later pixel work runs in batches on the model's
+device.
 
-Both sides run in this process on one thread. The rate is pictures by the larger of wall time and
-processor time.
+Both sides run in this process on one thread. The rate is the number of pictures divided by the
+larger of wall time and processor time.
 """
 
 import tempfile
@@ -25,12 +26,12 @@ from benchmarks.report import Row, versus
 from clsa.options.commands import PackOptions
 from clsa.pictures.pack import pack
 
-PLAIN, PACKED = 8.0, 10.0  # budgets against the Pillow path
+PLAIN, PACKED = 8.0, 10.0  # budgets compared with the Pillow path
 PEER = "Pillow and torchvision, to normalised floats"
 
 
 class Ours:
-    """Batches of a folder through the loader's own code, without workers."""
+    """Makes batches of a folder with the loader's own code, without workers."""
 
     def __init__(self, folder: Path, batch: int):
         data = {"data": str(folder), "workers": 0, "resident_limit": 1e-6}
@@ -56,7 +57,7 @@ class Ours:
 
 
 class Pillows:
-    """The same pictures through Pillow and torchvision."""
+    """Makes batches of the same pictures with Pillow and torchvision."""
 
     def __init__(self, folder: Path, ours: Drive):
         self.paths = sorted(folder.glob("*.jpg"))
@@ -82,7 +83,7 @@ class Pillows:
 def measure(
     folder: Path, size: str, told: str, batch: int, repeats: int, budgets: bool
 ) -> list[Row]:
-    """The rows of one set of photographs; `told` is what their claims end with."""
+    """The rows of one set of photographs; `told` is appended to their claims."""
     with tempfile.TemporaryDirectory() as name:
         options = PackOptions(data=str(folder), out=Path(name) / "packed", workers=0)
         packing = report.seconds(lambda: pack(options), one_core=True)
@@ -129,10 +130,10 @@ def main() -> None:
     drawn = "drawn: this machine has no photographs" if told else "cut from photographs"
     notes = [
         "Views: key and weak query at 224, strong query at 96, recipe `clsa`. 500x375 at quality "
-        f"88 and 4000x3000 at quality 90, {drawn}; files in the page cache. One process, one "
-        "thread a side, no loader workers. Both sides keep freed memory, as `clsa pretrain` does. "
-        f"Shards hold JPEGs of {packs.size} px on the short side at quality {packs.quality}; "
-        "`clsa pack`, also on one core, makes them once."
+        f"88 and 4000x3000 at quality 90, {drawn}; files in the page cache. Both sides run in one "
+        "process on one thread, without loader workers, and keep freed memory, as `clsa pretrain` "
+        f"does. Shards hold JPEGs of {packs.size} px on the short side at quality {packs.quality}; "
+        "`clsa pack` makes them once, also on one core."
     ]
     title = "Input path of one core"
     report.publish("input", title, rows, args, __doc__, threads=1, notes=notes)

@@ -1,7 +1,7 @@
-"""MoCo v2 from lightly's blocks: its data set, transform, head, loss and momentum update.
+"""MoCo v2 built from lightly's data set, transform, head, loss and momentum update.
 
-Put together as lightly's documentation does, in plain PyTorch; backbone, batch, queue and the
-numbers of the recipe are ours, and so is the absence of blur at 32 pixels.
+They are combined as in lightly's documentation, in plain PyTorch. Backbone, batch, queue and the
+numbers of the recipe are ours; there is no blur at 32 pixels, as in our recipe.
 """
 
 import copy
@@ -28,12 +28,12 @@ from clsa.options.run import RunOptions
 
 
 class LightlyMoCo:
-    """The networks, their copies, loss and loader, with a step of SGD.
+    """The networks, their momentum copies, loss and loader, with a step of SGD.
 
     Args:
-        options: of our recipe.
-        folder: pictures as files.
-        workers: of the loader.
+        options: options of our recipe.
+        folder: folder with the pictures as files.
+        workers: number of loader workers.
         fast: bf16 autocast and channels_last, which lightly's example does not use.
     """
 
@@ -68,7 +68,7 @@ class LightlyMoCo:
         self.batches = endless(loader)
 
     def step(self) -> None:
-        """One whole step, waiting for its data included."""
+        """One whole step, with the wait for its data."""
         (query_view, key_view), _, _ = next(self.batches)
         update_momentum(self.backbone, self.key_backbone, self.key_momentum)
         update_momentum(self.head, self.key_head, self.key_momentum)
@@ -77,7 +77,7 @@ class LightlyMoCo:
         self.optimizer.zero_grad()
 
     def loss(self, query_view: Tensor, key_view: Tensor) -> Tensor:
-        """Of a batch, whose keys then stand in the memory bank."""
+        """Loss of a batch; its keys go into the memory bank."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.fast):
             query = self.head(self.backbone(self._laid_out(query_view)))
             key = self._key(key_view)

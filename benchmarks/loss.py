@@ -1,13 +1,13 @@
-"""The loss of CLSA* on one pass over the bank, against written out and chunked log-softmax.
+"""The loss of CLSA* in one pass over the bank, against a written-out and a chunked log-softmax.
 
     python -m benchmarks.loss                    # about 3 minutes
 
-Forward and backward of W + W S terms (W weak, S strong queries), on one thread. Written out: as
-the official code, a softmax matrix a pair and a copy of the bank a term. Chunked: log-softmax in
-plain torch, logsumexp over chunks of the bank, then a second pass for the expectations, each chunk
-checkpointed so that its matrices are not kept. Every side runs in a process of its own; memory is
-the growth of its peak resident set (Linux). The gradients of all sides are compared. All figures of
-the main sizes are told, of the others the times.
+Forward and backward of W + W S terms (W weak, S strong queries), on one thread. Written out: a
+softmax matrix per pair and a copy of the bank per term, as in the official code. Chunked:
+log-softmax in plain torch; logsumexp over chunks of the bank, then a second pass for the
+expectations, each chunk checkpointed so that its matrices are not kept. Every side runs in its own
+process; memory is the growth of its peak resident set (Linux). The gradients of all sides are
+compared. The main sizes have all figures, the others only times.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from tests.support.reference import written_out
 TEMPERATURE = 0.2
 CHUNK = 4096
 SIDES = ("one pass", "written out", "chunked")
-FASTER, SMALLER = 5.0, 10.0  # budgets against written out, at the first sizes
-MAX_GAP = 1e-4  # of gradients, relative to the largest
+FASTER, SMALLER = 5.0, 10.0  # budgets compared with written out, at the first sizes
+MAX_GAP = 1e-4  # largest difference of gradients, relative to the largest gradient
 
 
 class Sizes(NamedTuple):
-    """Queries a view, length of the queue, length of a projection, weak and strong views."""
+    """Queries per view, length of the queue, length of a projection, weak and strong views."""
 
     batch: int = 128
     queue: int = 65536
@@ -62,7 +62,7 @@ GRID = (
 
 
 def chunked(weak: list[Tensor], strong: list[Tensor], bank: Tensor, positive: Tensor) -> Tensor:
-    """The same loss by plain torch; only (views, B) numbers a chunk are kept for the backward."""
+    """The same loss in plain torch; backward keeps only (views, B) numbers per chunk."""
     parts, queries = bank.split(CHUNK), torch.stack([*weak, *strong])
     found = torch.stack([_checkpointed(_partition, queries, part) for part in parts])
     lse, num_weak = torch.logsumexp(found, 0), len(weak)
@@ -84,7 +84,7 @@ def _partition(queries: Tensor, part: Tensor) -> Tensor:
 
 
 def _cross_entropy(queries: Tensor, lse: Tensor, part: Tensor, num_weak: int) -> Tensor:
-    """- sum over all pairs of t log r over the rows of a chunk; the targets are summed first."""
+    """- sum of t log r over all pairs and the rows of a chunk; the targets t are summed first."""
     targets, targets_lse = queries[:num_weak].detach(), lse[:num_weak].detach()
     terms = []
     t = torch.zeros(len(lse[0]), len(part))
@@ -96,7 +96,7 @@ def _cross_entropy(queries: Tensor, lse: Tensor, part: Tensor, num_weak: int) ->
 
 
 def unit_rows(sizes: Sizes, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Weak and strong queries that want a gradient, and the bank: batch and queue, unit rows."""
+    """Weak and strong queries with gradient, and the bank (batch and queue), all of norm 1."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> Tensor:
@@ -109,7 +109,7 @@ def unit_rows(sizes: Sizes, device: torch.device) -> tuple[list[Tensor], list[Te
 
 
 def measure(side: str, sizes: Sizes, repeats: int) -> dict[str, Any]:
-    """Best time in s, extra peak memory in MB and the first gradients of one side."""
+    """Best time in s, extra peak memory in MB and the gradients of each view's first query."""
     torch.set_num_threads(1)
     weak, strong, bank = unit_rows(sizes, torch.device("cpu"))
     queries, positive = [*weak, *strong], torch.arange(sizes.batch)
@@ -126,7 +126,7 @@ def measure(side: str, sizes: Sizes, repeats: int) -> dict[str, Any]:
             loss = written_out(weak, strong, bank, positive, TEMPERATURE)
         loss.backward()
 
-    _checkpointed(torch.sin, torch.zeros(1))  # loads what it needs, a process's first time
+    _checkpointed(torch.sin, torch.zeros(1))  # the first call in a process loads modules
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory_mb("VmRSS")
     times = [report.seconds(once) for _ in range(repeats)]
@@ -142,7 +142,7 @@ def memory_mb(field: str) -> float:
 
 
 def apart(side: str, sizes: Sizes, repeats: int) -> dict:
-    """`measure` in a process of its own."""
+    """`measure` in its own process."""
     command = [sys.executable, "-m", "benchmarks.loss", "--side", side]
     command += ["--sizes", *map(str, sizes), "--repeat", str(repeats)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -153,7 +153,7 @@ def compare(sizes: Sizes, repeats: int, main: bool) -> tuple[list[Row], float]:
     """The rows of one point of the grid, and the largest relative difference of gradients.
 
     Args:
-        main: whether these are the sizes of the budgets; of others only the times are told.
+        main: whether these are the sizes of the budgets; other sizes give only times.
     """
     found = {side: apart(side, sizes, repeats) for side in SIDES}
     ours = found["one pass"]
@@ -177,9 +177,9 @@ def compare(sizes: Sizes, repeats: int, main: bool) -> tuple[list[Row], float]:
 
 
 def main() -> None:
-    """Run every point of the grid, or one side of one."""
+    """Run every point of the grid, or one side of one point."""
     parser = report.parser(__doc__)
-    parser.add_argument("--repeat", type=int, default=3, help="best of (3; 2 off the main sizes)")
+    parser.add_argument("--repeat", type=int, default=3, help="best of N (3; 2 for other sizes)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=int, nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -195,8 +195,8 @@ def main() -> None:
         gaps.append(gap)
         print(f"{sizes}: done", file=sys.stderr)
     notes = [
-        "Forward and backward, one thread, each side in a process of its own. Gradients of all "
-        f"sides agree to {max(gaps):.0e} of the largest. Written out: a softmax matrix a pair, as "
+        "Forward and backward on one thread, each side in its own process. Gradients of all sides "
+        f"agree to {max(gaps):.0e} of the largest. Written out: a softmax matrix per pair, as in "
         f"the official code; chunked: plain torch in checkpointed chunks of {CHUNK:,} rows."
     ]
     report.publish("loss", "Loss of CLSA", rows, args, __doc__, threads=1, notes=notes)

@@ -1,4 +1,4 @@
-"""The page of all benchmarks: results, as `report.publish` wrote them, to Markdown."""
+"""Renders docs/benchmarks.md from the results that `report.publish` wrote."""
 
 import json
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 from benchmarks.on_paper import on_paper
 
-SECTIONS = (  # in this order; others follow
+SECTIONS = (  # in this order; all others come after them
     *("input", "augment", "loss", "step"),
     *("gpu-steps", "gpu-compiled", "gpu-views", "gpu-loss", "gpu-loader"),
     *("start", "start-small", "work", "memory", "processes", "refresh"),
 )
-# What proves a budget; how its claim begins, and the budget. The page tells which are not measured.
+# Command that measures a budget -> start of the claim -> budget. The page lists those not measured.
 BUDGETS = {
     "python -m benchmarks.input": {
         "500x375: JPEG to uint8 crops": ">= 8x",
@@ -51,15 +51,15 @@ HEADER = """# Benchmarks
 
 Written by `make bench` from `benchmarks/results/*.json`; do not edit. Each figure was measured on
 the machine named below its table, ours and the peer in the same run, one after the other. A ratio
-says how many times better ours is: times as fast, or times less memory; in brackets the lowest and
-the highest of the single rounds.
+says how many times better ours is: how many times as fast, or how many times less memory. The
+lowest and the highest ratio of the single rounds follow in brackets.
 
-- B: pictures a batch. K: length of the queue. D: length of a projection.
-- W x S: weak and strong queries of each picture. One more weak view gives its key, so that 5x5 is
+- B: pictures per batch. K: length of the queue. D: length of a projection.
+- W x S: weak and strong queries of each picture. One more weak view gives the key, so 5x5 means
   11 views.
-- Encoder alone: forward and backward of the same networks, projector included, on views of the same
-  shapes, and nothing else.
-- `-small`: the recipe of that name at 32 px, encoder resnet10-w32 (one block a stage, width 32),
+- Encoder alone: only forward and backward of the same networks, with projector, on views of the
+  same shapes.
+- `-small`: the recipe of that name at 32 px, encoder resnet10-w32 (one block per stage, width 32),
   queue 4,096.
 """
 HEAD = """| claim | ours | peer | unit | ratio | budget | peer is |
@@ -67,7 +67,7 @@ HEAD = """| claim | ours | peer | unit | ratio | budget | peer is |
 
 
 def number(value: float | None) -> str:
-    """Three digits or so, thousands marked; a dash for none."""
+    """About three digits, with commas for thousands; a dash for None."""
     if value is None:
         return "-"
     size = abs(value)
@@ -97,7 +97,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def section(result: dict[str, Any]) -> str:
-    """One benchmark as Markdown: what it compares, table, notes, machine, command."""
+    """One benchmark as Markdown: what it compares, table, notes, command, machine."""
     facts = result["machine"]
     where = [facts["processor"]]
     if "gpu" in facts:
@@ -105,10 +105,10 @@ def section(result: dict[str, Any]) -> str:
         where.insert(0, f"{facts['gpu']} (CUDA {facts['cuda']}{driver})")
     where += [_counted(facts["cores"], "core"), _counted(facts["threads"], "thread")]
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
-    told = f"`{result['command']}`, {result['date']}"
+    footer = f"`{result['command']}`, {result['date']}"
     if result["commit"]:
-        told += f", commit {result['commit']}"
-    told += (
+        footer += f", commit {result['commit']}"
+    footer += (
         f", {result['seconds']:,.0f} s: {'; '.join(where)}; Python {facts['python']}, {versions}."
     )
     parts = [
@@ -116,7 +116,7 @@ def section(result: dict[str, Any]) -> str:
         result["about"],
         table(result["rows"]),
         *result["notes"],
-        told,
+        footer,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -126,7 +126,7 @@ def _counted(count: int, what: str) -> str:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
-    """Every budget: those of `BUDGETS`, measured or not, then what else was judged."""
+    """All budgets: first those of `BUDGETS`, measured or not, then any other judged row."""
     judged = [row for result in results for row in result["rows"] if row["met"] is not None]
     listed, missing = [], []
     for command, budgets in BUDGETS.items():
@@ -145,13 +145,13 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """All results, by name, in the order of the page."""
+    """All results by name, in the order of the page."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     names = [name for name in SECTIONS if name in found]
     return {name: found[name] for name in [*names, *(name for name in found if name not in names)]}
 
 
 def render(folder: Path) -> str:
-    """The page: every budget, a section a file of results, and what is calculated from them."""
+    """The page: all budgets, one section per file of results, and the calculated section."""
     results = list(load(folder).values())
     return "\n".join([HEADER, summary(results), *map(section, results), on_paper(results)])

@@ -1,10 +1,10 @@
-"""How close the strong operations are to Pillow's, and how often they are applied.
+"""Measures how close the strong operations are to Pillow's, and how often they are applied.
 
     python -m benchmarks.parity
 
 prints, for both pools, the share of pixels within 1/255 of Pillow (mean and worst draw) and the
-share that is exactly equal, over 1,000 draws of each operation at 32 and 96 pixels; then how many
-operations a view gets over 10,000 views.
+share of exactly equal pixels, over 1,000 draws of each operation at 32 and 96 pixels; then the mean
+number of operations per view over 10,000 views.
 """
 
 import numpy as np

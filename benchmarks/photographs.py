@@ -1,4 +1,4 @@
-"""Folders of JPEGs to read: cuts of photographs that a machine has, or else drawn ones."""
+"""Makes folders of JPEGs to read: cuts of photographs on this machine, or else drawn pictures."""
 
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ LEAST_PIXELS = 2_000_000
 CUTS_A_PHOTOGRAPH = 6
 HINT = "apt install mate-backgrounds plasma-workspace-wallpapers, or give --photos DIR"
 SYNTHETIC = ", synthetic pictures"
-FROM = "folder of JPEGs of 2 MP and more (default: Debian's wallpapers, or else drawn pictures)"
+FROM = "folder of JPEGs of at least 2 MP (default: Debian's wallpapers, or else drawn pictures)"
 
 
 def photographs(folder: Path | None) -> list[Path]:
@@ -26,10 +26,10 @@ def photographs(folder: Path | None) -> list[Path]:
     the largest first.
 
     Raises:
-        ClsaError: 66 when there are none.
+        ClsaError: 66 if there are none.
     """
     roots = [folder] if folder else [Path(name) for name in FOLDERS]
-    found: dict[int, Path] = {}  # by size in bytes: the same picture stands under many names
+    found: dict[int, Path] = {}  # by size in bytes, as the same picture is stored under many names
     for root in roots:
         for path in sorted(root.rglob("*.[jJ][pP]*[gG]")):
             found.setdefault(path.stat().st_size, path)
@@ -37,7 +37,9 @@ def photographs(folder: Path | None) -> list[Path]:
     large = [path for path, pixels in sizes.items() if pixels >= LEAST_PIXELS]
     if not large:
         named = ", ".join(map(str, roots))
-        raise ClsaError(f"no photographs in {named}", "2 MP JPEGs needed", HINT, Exit.NO_INPUT)
+        raise ClsaError(
+            f"no photographs in {named}", "needs JPEGs of at least 2 MP", HINT, Exit.NO_INPUT
+        )
     return sorted(large, key=lambda path: (-sizes[path], path))
 
 
@@ -53,18 +55,18 @@ def _num_pixels(path: Path) -> int:
 def prepared(
     folder: Path | None, width: int, height: int, quality: int, count: int
 ) -> Iterator[tuple[Path, str]]:
-    """A temporary folder of `count` JPEGs of one size, and what a claim has to say of them.
+    """A temporary folder of `count` JPEGs of one size, and the text that a claim adds about them.
 
-    They are random cuts of photographs. Where none are at hand and no folder was named, they are
-    drawn, and the claim says that they are synthetic.
+    They are random cuts of photographs. If the machine has none and no folder was named, they are
+    drawn, and the text says that they are synthetic.
 
     Args:
-        folder: where photographs are; None: Debian's.
-        width, height: of the result, in pixels.
-        quality: of the JPEGs.
+        folder: folder of photographs; None for Debian's.
+        width, height: size of the result in pixels.
+        quality: quality of the JPEGs.
 
     Raises:
-        ClsaError: 66 when `folder` has no photographs.
+        ClsaError: 66 if `folder` has no photographs.
     """
     try:
         paths = photographs(folder)
@@ -110,7 +112,7 @@ def _cut(image: Image.Image, aspect: float, share: float, draw: np.random.Genera
 
 
 def _drawn(seed: int, width: int, height: int) -> Image.Image:
-    """Gradients, blobs and grain: as heavy a file as photographs make."""
+    """Gradients, blobs and grain, so that files are as large as those of photographs."""
     image = photograph(seed, height, width).astype(np.float32)
     grain = np.random.default_rng(seed)
     for coarse, strength in ((2, 20), (6, 40)):

@@ -1,8 +1,8 @@
-"""CLSA written plainly: the paper's algorithm as its official code computes it, nothing made fast.
+"""CLSA written plainly: the paper's algorithm as its official code computes it, not optimised.
 
-Pillow views picture by picture in a DataLoader, float32 in the default memory format, a softmax
-tensor a pair, a copy of the queue a term, the key network moved parameter by parameter. Backbone,
-projector, batch, queue and views are those of our recipe.
+A DataLoader makes views picture by picture with Pillow; all is float32 in the default memory
+format. Each pair has its softmax tensor, each term its copy of the queue, and the key network moves
+parameter by parameter. Backbone, projector, batch, queue and views are those of our recipe.
 """
 
 import copy
@@ -27,9 +27,9 @@ class PlainCLSA(nn.Module):
     """Encoder, projector, their momentum copies and the queue, with a step of SGD.
 
     Args:
-        options: of our recipe, with one weak query and one strong.
-        folder: pictures as files.
-        workers: of the loader.
+        options: options of our recipe, with one weak and one strong query.
+        folder: folder with the pictures as files.
+        workers: number of loader workers.
     """
 
     queue: Tensor
@@ -59,7 +59,7 @@ class PlainCLSA(nn.Module):
         )
 
     def step(self) -> None:
-        """One whole step, waiting for its data included."""
+        """One whole step, with the wait for its data."""
         (key_view, weak_view, strong_view), _ = next(self.batches)
         momentum = self.method.key_momentum
         with torch.no_grad():
@@ -77,7 +77,7 @@ class PlainCLSA(nn.Module):
     def loss(
         self, key_view: Tensor, weak_view: Tensor, strong_view: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both terms of a batch, and its keys."""
+        """Sum of both terms of the loss of a batch, and its keys."""
         weak = F.normalize(self.network(weak_view), dim=1)
         strong = F.normalize(self.network(strong_view), dim=1)
         with torch.no_grad():
@@ -89,6 +89,6 @@ class PlainCLSA(nn.Module):
 
 
 def endless(loader: DataLoader) -> Iterator:
-    """Epoch after epoch."""
+    """The batches of endless epochs."""
     while True:
         yield from loader

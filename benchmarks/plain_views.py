@@ -1,6 +1,6 @@
-"""Views as the official CLSA code and lightly make them: by Pillow and torchvision, one by one.
+"""Views as the official CLSA code and lightly make them: with Pillow and torchvision, one by one.
 
-This is the peer of the input path and of the plain CLSA step; draws come from Python's `random`.
+The benchmark of the input path and the plain CLSA step use them. Python's `random` draws.
 """
 
 import random
@@ -17,7 +17,7 @@ from tests.support.reference_pillow import operate
 
 View = Callable[[Image.Image], Tensor]
 
-# Of one of nine levels and the picture's side to what `operate` takes.
+# From one of nine levels and the picture's side to the amount that `operate` takes.
 AMOUNTS: dict[str, Callable[[int, int], float]] = {
     "ShearX": lambda v, _: _either(3 * v / 100),
     "ShearY": lambda v, _: _either(3 * v / 100),
@@ -48,7 +48,7 @@ class Blur:
 
 
 class Rounds:
-    """The strong rounds: in each one of 14 operations, applied with some probability."""
+    """The strong rounds: each applies one of 14 operations with the given probability."""
 
     def __init__(self, rounds: int, probability: float):
         self.rounds, self.probability, self.names = rounds, probability, list(AMOUNTS)

@@ -1,10 +1,10 @@
-"""What finding neighbours anew costs (CLIM), against the size of the set.
+"""The cost of finding neighbours again (CLIM), for several sizes of the set.
 
     python -m benchmarks.refresh                 # about a minute
 
-Clusters, nearest neighbours and the choice of positives, of synthetic unit rows of 128 numbers
-around as many centres as there are clusters; embedding the pictures is not in it. The peer is the
-same choice by scikit-learn: its k-means with the same centres, rounds and repeats, and its exact
+Clusters, nearest neighbours and the choice of positives, for synthetic unit rows of 128 numbers
+around as many centres as there are clusters; embedding the pictures is not included. The peer is
+scikit-learn: its k-means with the same numbers of centres, rounds and repeats, and its exact
 neighbours.
 """
 
@@ -30,14 +30,14 @@ class Size(NamedTuple):
     pictures: int
     clusters: int
     peer: bool
-    """Whether scikit-learn is measured too; it takes minutes for the largest."""
+    """Whether scikit-learn is measured too; for the largest size it takes minutes."""
 
 
 SIZES = (Size(1_000, 10, True), Size(10_000, 80, True), Size(100_000, 780, False))
 
 
 def rows_of(size: Size) -> np.ndarray:
-    """Unit rows around random centres, always the same."""
+    """Unit rows around random centres, the same in every call."""
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((size.clusters, DIM))
     rows = centres[np.arange(size.pictures) % size.clusters]
@@ -46,7 +46,7 @@ def rows_of(size: Size) -> np.ndarray:
 
 
 def ours(rows: np.ndarray, size: Size) -> tuple[float, dict[str, float]]:
-    """Seconds of a whole selection, and its parts."""
+    """Seconds of a whole selection, and the seconds of its parts."""
     options = MixtureOptions(num_clusters=size.clusters, neighbours=NEIGHBOURS)
     begun = time.perf_counter()
     found = find(rows, options, 0, 0)
@@ -68,7 +68,7 @@ def peer(rows: np.ndarray, size: Size) -> float:
 
 
 def rows_told(size: Size) -> list[Row]:
-    """The lines of one size."""
+    """The rows of one size."""
     rows = rows_of(size)
     seconds, parts = ours(rows, size)
     claim = f"{size.pictures:,} pictures, {size.clusters} clusters"

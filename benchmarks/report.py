@@ -1,10 +1,10 @@
-"""What every benchmark shares: rows, the host's clock, the machine, results as JSON.
+"""Shared by all benchmarks: rows, the clock, facts about the machine, results as JSON.
 
     python -m benchmarks.report        # docs/benchmarks.md from benchmarks/results/*.json
 
-A benchmark is one file a claim. It measures ours and the peer in turn, makes `Row`s and hands them
-to `publish`, which prints them, writes NAME.json to the results and renders the page anew. Results
-of another machine (a GPU, say) stay in the page as long as their JSON stays in the folder.
+Each benchmark is a file of its own. It measures ours and the peer in turn, makes `Row`s and passes
+them to `publish`, which prints them, writes NAME.json to the results and renders the page again.
+Results of another machine (a GPU, say) stay on the page as long as their JSON stays in the folder.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from clsa.system.machine import num_cores
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 OURS = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
-INSTALL = "`make bench` installs it; or: pip install --no-deps -c constraints.txt, and its name"
+INSTALL = "`make bench` installs it; or: pip install --no-deps -c constraints.txt PACKAGE"
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Row:
     Attributes:
         claim: what is measured, with its sizes.
         ours, peer: the two figures in `unit`; either may be missing.
-        unit: of both: "images/s", "ms", "MB", "%".
+        unit: unit of both figures: "images/s", "ms", "MB", "%".
         ratio: how many times better ours is than the peer.
-        budget: what it must reach, in words: ">= 8x", "<= 7 %"; empty for none.
-        met: whether it does; None without a budget.
+        budget: the limit to meet, as text: ">= 8x", "<= 7 %"; empty for none.
+        met: whether the budget is met; None without a budget.
         against: what the peer is.
         spread: lowest and highest ratio of the single rounds.
     """
@@ -73,9 +73,9 @@ def versus(
     less_is_better: bool = False,
     rounds: Sequence[float] = (),
 ) -> Row:
-    """A row that compares; `at_least` is the budget of its ratio, `rounds` has single ratios."""
+    """A comparison; `at_least` is the budget of the ratio, `rounds` the ratios of single rounds."""
     over, under = (peer, ours) if less_is_better else (ours, peer)
-    ratio = over / under if under > 0 else None  # what takes nothing that shows has no ratio
+    ratio = over / under if under > 0 else None  # a figure too small to measure has no ratio
     budget = "" if at_least is None else f">= {at_least:g}x"
     met = None if at_least is None else over >= at_least * under
     spread = (min(rounds), max(rounds)) if rounds else None
@@ -89,7 +89,7 @@ def share(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Row:
-    """A row in percent of a whole; the budgets are fractions."""
+    """A row with a part in percent of a whole; the budgets are fractions."""
     value, budget, met = part / whole, "", None
     if at_least is not None:
         budget, met = f">= {100 * at_least:g} %", value >= at_least
@@ -102,7 +102,7 @@ def share(
 
 
 def seconds(call: Callable[[], object], one_core: bool = False) -> float:
-    """Wall time of one call; for one core the processor time of all threads where that is more."""
+    """Wall time of one call; with `one_core`, the processor time of all threads if it is longer."""
     wall, processor = time.perf_counter(), time.process_time()
     call()
     processor, wall = time.process_time() - processor, time.perf_counter() - wall
@@ -112,7 +112,7 @@ def seconds(call: Callable[[], object], one_core: bool = False) -> float:
 def alternate(
     sides: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, one_core: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of every call, the sides taken in turn so that a slow minute hits all alike."""
+    """Seconds of every call; sides take turns so that a slow minute affects all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + repeats):
         for name, side in sides.items():
@@ -135,8 +135,8 @@ def machine(peers: Sequence[str], threads: int) -> dict[str, Any]:
     """What the figures depend on: processor, cores, threads, GPU, versions.
 
     Args:
-        peers: names of packages whose versions are told besides our own.
-        threads: that each process computes with.
+        peers: names of packages whose versions are listed besides our own.
+        threads: number of threads that each process computes with.
     """
     facts: dict[str, Any] = {
         "processor": _processor(),
@@ -174,7 +174,7 @@ def _version(package: str) -> str:
 
 @cache
 def said(*command: str) -> str:
-    """What a command prints, the first time; nothing where it fails."""
+    """The output of a command, run only once; empty if the command fails."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, cwd=ROOT, timeout=30, check=True
@@ -184,7 +184,7 @@ def said(*command: str) -> str:
 
 
 def commit() -> str:
-    """Short name of the commit that stands here, "+dirty" when files but the results differ."""
+    """Short name of the checked-out commit, with "+dirty" if files other than results differ."""
     name = said("git", "rev-parse", "--short", "HEAD")
     written = ":!benchmarks/results", ":!docs/benchmarks.md"
     differs = said("git", "status", "--porcelain", "--", ".", *written)
@@ -192,35 +192,37 @@ def commit() -> str:
 
 
 def require(*modules: str) -> None:
-    """Say in one line which peers are missing and how to get them.
+    """Raise an error that says in one line which peers are missing and how to install them.
 
     Raises:
-        ClsaError: 2 when one is not installed.
+        ClsaError: 2 if a peer is not installed.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise ClsaError(f"{', '.join(missing)} missing", "the peer of this benchmark", INSTALL)
+        raise ClsaError(f"{', '.join(missing)} missing", "this benchmark compares with it", INSTALL)
 
 
 # ---- running
 
 
 def parser(description: str | None, threads: int | None = None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have: --quick, --out, and --threads where they may differ."""
+    """A parser with the options of all benchmarks: --quick, --out, and --threads if it may vary."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
-    told = "folder of the results (default: benchmarks/results; with --quick none)"
+    made.add_argument("--quick", action="store_true", help="tiny sizes, only to show that it runs")
+    told = "folder for the results (default: benchmarks/results; none with --quick)"
     made.add_argument("--out", type=Path, help=told)
     if threads is not None:
-        made.add_argument("--threads", type=int, default=threads, help=f"of torch ({threads})")
+        made.add_argument(
+            "--threads", type=int, default=threads, help=f"threads of torch ({threads})"
+        )
     made.set_defaults(started=time.monotonic(), commit=commit())
     return made
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; what the user can mend is told in one line."""
+    """Call `main`; print an error that the user can fix in one line."""
     try:
         main()
     except ClsaError as error:
@@ -238,17 +240,17 @@ def record(
     peers: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write rows and machine to the results; returns what it writes.
+    """Write rows and machine to the results; return what was written.
 
-    With --quick nothing is written unless --out names a folder: tiny sizes are no result.
+    With --quick nothing is written unless --out names a folder, since tiny sizes are no result.
 
     Args:
         name: the results go to NAME.json.
-        title: heading of its section.
-        args: of `parser`.
-        about: a docstring; its first paragraph behind title and commands opens the section.
-        threads: that each process computed with.
-        peers: packages whose versions are told.
+        title: heading of the section.
+        args: arguments parsed by `parser`.
+        about: a docstring; its first paragraph after title and commands opens the section.
+        threads: number of threads that each process computed with.
+        peers: packages whose versions are listed.
         notes: paragraphs of Markdown below the table.
     """
     result = {
@@ -270,14 +272,14 @@ def record(
 
 
 def destination(args: argparse.Namespace) -> Path | None:
-    """The folder that results go to, or None for nowhere."""
+    """The folder for the results, or None if they are not written."""
     return args.out or (None if args.quick else RESULTS)
 
 
 def publish(
     name: str, title: str, rows: Sequence[Row], args: argparse.Namespace, *facts: Any, **others: Any
 ) -> None:
-    """`record`, print the section, and render the page where the results are the page's."""
+    """`record`, print the section, and render the page if the results went to its folder."""
     print(page.section(record(name, title, rows, args, *facts, **others)))
     folder = destination(args)
     if folder and folder.resolve() == RESULTS.resolve():
@@ -285,7 +287,7 @@ def publish(
 
 
 def first_paragraph(docstring: str) -> str:
-    """What follows the first line and indented commands, or else the first line, as one line."""
+    """The paragraph after the title and indented commands, or else the title, as one line."""
     title, *others = inspect.cleandoc(docstring).split("\n\n")
     plain = [other for other in others if not other.startswith("    ")]
     return " ".join((plain[0] if plain else title).split())

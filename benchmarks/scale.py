@@ -1,11 +1,11 @@
-"""Cost against work: start-up, batch, pictures, queue, views, memory over time, processes.
+"""How costs grow: start-up, batch, size, queue, views, memory over time, processes.
 
     python -m benchmarks.scale                       # about 4 minutes on 2 cores
     python -m benchmarks.scale --parts start memory
     python -m benchmarks.scale --parts start --files 1000000     # the budgets; 5 GB of disk
 
-Each part has its own file of results; that of a start-up on fewer than a million files is another
-one (start-small).
+Each part has its own file of results. A start-up on fewer than a million files has a separate one
+(start-small).
 """
 
 import argparse
@@ -36,8 +36,8 @@ from clsa.pictures.listing import MIN_CACHED
 from clsa.system import dist
 from clsa.training.step import train_step
 
-CLASSES, FEW = 1000, 200  # more than one step of them, so that no probe comes first
-SETTLED_S = 3.0  # a younger folder is not cached
+CLASSES, FEW = 1000, 200  # FEW is more than one step, so that no probe runs first
+SETTLED_S = 3.0  # the listing of a younger folder is not cached
 COLD_S, CACHED_S, JUDGED, GROWTH = 60.0, 5.0, 1_000_000, 0.02
 STEPS = (200, 2000)
 TINY = """
@@ -63,7 +63,7 @@ GRID: dict[str, Sequence[int]] = {
 
 
 class Watched:
-    """`clsa pretrain` in a process of its own, one thread, and the memory that it takes."""
+    """`clsa pretrain` in its own process, on one thread, and the memory that it uses."""
 
     def __init__(self, out: Path, args: Sequence[str], **env: str):
         shutil.rmtree(out, ignore_errors=True)
@@ -83,13 +83,13 @@ class Watched:
 
     @property
     def runs(self) -> bool:
-        """Whether it still does; raises RuntimeError with its message when it has failed."""
+        """Whether the process still runs; raises RuntimeError with its output if it failed."""
         if self.process.poll():
             raise RuntimeError(self.said.read_text())
         return self.process.returncode is None
 
     def memory(self) -> tuple[float, ...]:
-        """MB resident in the main process, resident in its workers, and private to those."""
+        """MB resident in the main process, resident in its workers, and private to the workers."""
         pid = self.process.pid
         try:
             workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -99,7 +99,7 @@ class Watched:
         return _memory(pid, "Rss:"), *(sum(_memory(one, kind) for one in workers) for kind in kinds)
 
     def step(self) -> int:
-        """Steps done, by metrics.jsonl."""
+        """Steps done according to metrics.jsonl."""
         try:
             lines = (self.out / "metrics.jsonl").read_text().splitlines()
             return json.loads(lines[-1])["step"] if lines else 0
@@ -110,7 +110,7 @@ class Watched:
 def _memory(pid: int | str, kind: str) -> float:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     return sum(float(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
 
@@ -119,7 +119,7 @@ def _memory(pid: int | str, kind: str) -> float:
 
 
 def write_pictures(root: Path, count: int, classes: int) -> None:
-    """`count` JPEGs of 40 x 36 pixels in as many folders as there are classes."""
+    """Write `count` JPEGs of 40 x 36 pixels into `classes` folders."""
     generator = np.random.default_rng(0)
     contents = []
     for _ in range(64):
@@ -137,13 +137,13 @@ def write_pictures(root: Path, count: int, classes: int) -> None:
 
 
 def start_up(out: Path, pictures: Path, cache: str) -> tuple[float, float, float]:
-    """Seconds to the end of the first step; largest MB of the main process and of its worker."""
+    """Seconds to the end of the first step; peak MB of the main process and of its worker."""
     args = ["--data", str(pictures), "--batch-size", "64", "--max-steps", "1", "--workers", "1"]
     most = [0.0, 0.0, 0.0]
     with Watched(out, [*args, *STREAMED], CLSA_CACHE=cache) as run:
         while run.runs:
             most = list(map(max, most, run.memory()))
-            time.sleep(0.25)  # looking costs the process time
+            time.sleep(0.25)  # each look slows the process down
     return (out / "metrics.jsonl").stat().st_mtime - run.start, most[0], most[2]
 
 
@@ -151,9 +151,9 @@ def start_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
     """Start-up.
 
     `clsa pretrain` on a folder of tiny JPEGs in 1,000 classes, from the launch of the process to
-    the end of the first step (the time of metrics.jsonl), the folder listed anew and then from the
-    cache of listings. The page cache is warm both times. Memory of the main process is its largest
-    resident set; of the worker's, only what it shares with nobody is told.
+    the end of the first step (the time of metrics.jsonl). The first start lists the folder ("listed
+    anew"), the second reads the cached listing. The page cache is warm both times. Memory of the
+    main process is its largest resident set; memory of the worker is only its private part.
     """
     count = num_files(pictures)
     cache, few = folder / "cache", folder / "few"
@@ -175,7 +175,7 @@ def start_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
 
 
 def num_files(root: Path) -> int:
-    """Files below `root`."""
+    """Number of files below `root`."""
     return sum(len(names) for _, _, names in os.walk(root))
 
 
@@ -200,7 +200,7 @@ def work_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
 
 
 def ms_a_picture(repeats: int, batch_size: int, size: int, queue: int, strong: int) -> float:
-    """Median time of whole steps, by pictures."""
+    """Median time of whole steps, per picture."""
     options = {
         "batch_size": batch_size,
         "views": {"size": size, "weak": {"sizes": [size]}},
@@ -218,8 +218,8 @@ def ms_a_picture(repeats: int, batch_size: int, size: int, queue: int, strong: i
 def memory_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
     """Memory over time.
 
-    Resident sets of two tiny runs, one over resident drawings and one over streamed JPEGs with a
-    worker, at step 200 and at step 2,000: each the largest of ten samples.
+    Resident sets of two tiny runs at step 200 and at step 2,000, each the largest of ten samples.
+    One run has resident drawings, the other streams JPEGs with a worker.
     """
     steps = (20, 60) if quick else STEPS
     tiny = folder / "tiny.yaml"
@@ -246,7 +246,7 @@ def memory_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
 def growth(
     run: str, steps: tuple[int, int], early: Sequence[float], late: Sequence[float]
 ) -> Iterator[Row]:
-    """Rows of one run; a run without a worker has no memory there."""
+    """Rows of one run; a run without a worker has no row for it."""
     for place, before, after in zip(("main process", "worker"), early, late, strict=False):
         if before and not after:
             raise RuntimeError(f"{run}: the {place} had ended before it was measured again")
@@ -257,7 +257,7 @@ def growth(
 
 
 def largest(sample: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-    """The largest of ten samples of each kind, over some steps."""
+    """The largest of ten samples of each kind, taken over several steps."""
     taken = []
     for _ in range(10):
         taken.append(sample())
@@ -271,8 +271,9 @@ def largest(sample: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
 def process_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
     """Two processes.
 
-    Two gloo processes of one thread against one, the same global batch, and where their time goes:
-    steps with and, in turn, without the exchange of gradients.
+    Two gloo processes of one thread each, compared with one process at the same global batch. The
+    shares of exchanges in a step come from steps with and, in turn, without the exchange of
+    gradients.
     """
     steps, batch = (2, 32) if quick else (6, 256)
     results = []
@@ -298,7 +299,7 @@ def process_rows(folder: Path, pictures: Path, quick: bool) -> Iterator[Row]:
 
 
 def process_side(steps: int, batch: int) -> None:
-    """In each process: time steps with and, in turn, without the exchange of gradients."""
+    """In each process, time steps with and, in turn, without the exchange of gradients."""
     torch.set_num_threads(1)
     waited: list[float] = []
     with dist.process_group(CPU), timed_exchanges(waited):
@@ -328,7 +329,7 @@ def process_side(steps: int, batch: int) -> None:
 
 @contextmanager
 def timed_exchanges(waited: list[float]) -> Iterator[None]:
-    """Have every gather and reduction that our code asks for append its seconds to `waited`."""
+    """Make every gather and reduction that our code calls append its seconds to `waited`."""
     names = ("all_to_all_single", "all_gather", "all_reduce")
     plain = {name: getattr(td, name) for name in names}
 
@@ -352,7 +353,7 @@ def timed_exchanges(waited: list[float]) -> Iterator[None]:
 
 
 Part = Callable[[Path, Path, bool], Iterator[Row]]
-PARTS: dict[str, tuple[Part, int]] = {  # and the threads of each process
+PARTS: dict[str, tuple[Part, int]] = {  # function, threads of each process
     "start": (start_rows, 1),
     "work": (work_rows, 2),
     "memory": (memory_rows, 1),
@@ -363,9 +364,9 @@ PARTS: dict[str, tuple[Part, int]] = {  # and the threads of each process
 def main() -> None:
     """Run the parts and publish the rows of each."""
     parser = report.parser(__doc__)
-    parser.add_argument("--files", type=int, default=100_000, help="for start (100,000)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
-    parser.add_argument("--pictures", type=Path, help="a folder that such a run has left here")
+    parser.add_argument("--files", type=int, default=100_000, help="files for part start (100,000)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
+    parser.add_argument("--pictures", type=Path, help="existing folder of pictures to use")
     parser.add_argument("--side", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:

@@ -1,14 +1,14 @@
-"""Whole steps at 32 px on the CPU: against lightly, against a plain CLSA, and the encoder's share.
+"""Whole steps at 32 px on the CPU against lightly and a plain CLSA, and the encoder's share.
 
-    python -m benchmarks.step                          # all of it, about 8 minutes on 2 cores
+    python -m benchmarks.step                          # everything, about 8 minutes on 2 cores
     python -m benchmarks.step --profile clsa-small     # where one step spends its time
 
-Each side runs in processes of its own, the sides in turn, on the embedded drawings: ours resident
-as `clsa pretrain` has them, the peers' as WebP files in a folder through a DataLoader with none
-and with two workers, of which the better counts. The rate is pictures by the mean time of a step,
-with waiting for data and, on our side, the log; of several rounds of all sides the median counts.
-Beside our steps, one after the other, runs the encoder alone: forward and backward of the networks
-on the same shapes and nothing else; its share is that of all rounds together.
+Each side runs in its own processes, the sides in turn, on the embedded drawings. Ours holds them in
+memory, as `clsa pretrain` does; the peers read WebP files from a folder through a DataLoader,
+without workers and with two, and the better of the two counts. The rate is the number of pictures
+divided by the mean time of a step, with waiting for data and, on our side, the log; the median of
+several rounds counts. Our steps alternate with the encoder alone, that is forward and backward of
+the networks on the same shapes and nothing else; its share is calculated over all rounds together.
 """
 
 import argparse
@@ -29,18 +29,18 @@ from benchmarks.report import Row, seconds, share, versus
 from clsa.pictures.named_sets import CLIPART
 from clsa.recipes import resolve
 
-LIGHTLY, ENCODER = 4.0, 0.9  # budgets: times lightly's rate, the encoder's share of a step
+LIGHTLY, ENCODER = 4.0, 0.9  # budgets: rate compared with lightly's, the encoder's share of a step
 WORKERS = (0, 2)
 
 
 class Steps(Protocol):
-    """Whatever trains step by step."""
+    """Anything that trains step by step."""
 
     def step(self) -> None: ...
 
 
 class Side(NamedTuple):
-    """What a process runs: a recipe, and whose code."""
+    """The recipe that a process runs, and whose code runs it."""
 
     recipe: str
     code: str  # ours, lightly, lightly-fast or plain
@@ -64,7 +64,7 @@ TOLD = {
 
 
 def batch_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The batch size, and groups of batch norm that it can fill."""
+    """The batch size, and for a small batch fewer groups of batch norm."""
     few = {"model": {"norm_groups": 2}} if args.batch < 16 else {}
     return {"batch_size": args.batch, **few}
 
@@ -82,7 +82,7 @@ def peer(side: Side, args: argparse.Namespace) -> Steps:
 
 
 def child(side: Side, args: argparse.Namespace) -> dict[str, float]:
-    """In a process of its own: mean seconds of a step and, for ours, of the encoder alone."""
+    """In its own process, measure mean seconds of a step and, for ours, of the encoder alone."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)  # the peers draw from global generators
     if side.code != "ours":
@@ -102,7 +102,7 @@ def child(side: Side, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(side: Side, workers: int, args: argparse.Namespace) -> dict[str, float]:
-    """What `child` says in a new process; our steps are quicker, so there are more of them."""
+    """The result of `child` in a new process; our steps are faster, so it runs more of them."""
     ours = side.code == "ours"
     num_steps = args.steps * (1 if args.quick or not ours or "multi" in side.recipe else 2)
     command = [sys.executable, "-m", "benchmarks.step", "--side", side.name]
@@ -114,7 +114,7 @@ def measure(side: Side, workers: int, args: argparse.Namespace) -> dict[str, flo
 
 
 def compare(args: argparse.Namespace) -> list[Row]:
-    """Rounds of all sides in turn."""
+    """Measure all sides in turn, for several rounds."""
     runs = [(side, 0) for side in OURS]
     runs += [(side, workers) for side in PEERS for workers in WORKERS]
     found: dict[tuple[Side, int], list[dict[str, float]]] = {run: [] for run in runs}
@@ -129,7 +129,7 @@ def compare(args: argparse.Namespace) -> list[Row]:
 
 
 def judge(found: dict[tuple[Side, int], list[dict[str, float]]], batch: int) -> list[Row]:
-    """The rows, from what `child` told in every round of every side and number of workers."""
+    """The rows, from the results of `child` in every round, by side and number of workers."""
     times = {run: [told["step"] for told in rounds] for run, rounds in found.items()}
     rows = []
     for side in PEERS:
@@ -152,7 +152,7 @@ def judge(found: dict[tuple[Side, int], list[dict[str, float]]], batch: int) -> 
 
 
 def profile(recipe: str, args: argparse.Namespace) -> None:
-    """Print the ten operations in which one step spends most time."""
+    """Print the ten operations that take most of the time of one step."""
     torch.set_num_threads(args.threads)
     with Drive(recipe, **batch_options(args)) as drive:
         for _ in range(args.warmup):
@@ -165,12 +165,16 @@ def profile(recipe: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Compare, or run one side of it, or profile."""
+    """Compare all sides, run one side, or profile one step."""
     parser = report.parser(__doc__, threads=2)
-    parser.add_argument("--batch", type=int, default=256, help="pictures a step (256)")
-    parser.add_argument("--steps", type=int, default=5, help="of a peer; ours takes twice (5)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock (3)")
-    parser.add_argument("--rounds", type=int, default=2, help="processes a side (2)")
+    parser.add_argument("--batch", type=int, default=256, help="pictures per step (256)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps of a peer; ours makes twice as many (5)"
+    )
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the measurement (3)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="rounds, each with a new process per side (2)"
+    )
     parser.add_argument("--profile", metavar="RECIPE", help="print the profile of one step")
     for name, kind in (("side", str), ("workers", int), ("files", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -192,8 +196,8 @@ def main() -> None:
         rows = compare(args)
     notes = [
         "Encoder resnet10-w32 at 32 px, queue 4,096. Peers: the same backbone without groups in "
-        "its batch norm, float32 unless said, the better of 0 and 2 loader workers. Ours keeps "
-        "freed memory, as `clsa pretrain` does; the peers run as their users run them."
+        "its batch norm, float32 unless stated otherwise, the better of 0 and 2 loader workers. "
+        "Ours keeps freed memory, as `clsa pretrain` does; the peers run as their users run them."
     ]
     title = "Whole steps on the CPU"
     report.publish("step", title, rows, args, __doc__, args.threads, ("lightly",), notes)

@@ -61,14 +61,14 @@ def pretrain(data: str | Path, out: str | Path, **options: Any) -> Path:
     Args:
         data: a folder, a list file, an .npz or a named set (see `clsa pretrain --help`).
         out: folder of the run.
-        **options: as on the command line, groups as dicts: `recipe="clsa-small", epochs=10,
-            optim={"lr": 0.1}, strong={"rounds": 3}`.
+        **options: the same options as on the command line, with groups as dicts:
+            `recipe="clsa-small", epochs=10, optim={"lr": 0.1}, strong={"rounds": 3}`.
 
     Returns:
         The run folder.
 
     Raises:
-        ClsaError: for anything the caller can mend; its `code` is the command's exit code.
+        ClsaError: for anything the caller can fix; its `code` is the exit code of the command.
     """
     from clsa.options.run import DataOptions
     from clsa.recipes import resolve

@@ -1,4 +1,7 @@
-"""`clsa`, `python -m clsa`, `torchrun -m clsa`: signals are heeded before the slow imports."""
+"""Entry point of `clsa`, `python -m clsa` and `torchrun -m clsa`.
+
+Signals are handled before the slow imports begin.
+"""
 
 import sys
 

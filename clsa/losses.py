@@ -1,11 +1,11 @@
-"""The losses of this package, to be used alone: pure functions of tensors and a temperature.
+"""The losses of this package, for use on their own: pure functions of tensors and a temperature.
 
     from clsa import losses
 
     loss = losses.info_nce(query, bank, positive, temperature=0.2)
 
 They need no run, no options and no other part of clsa. Each docstring gives the equation and its
-source; shapes stand in the signatures: B batch, N candidates, K prototypes, D projection dim.
+source; shapes are in the signatures: B batch, N candidates, K prototypes, D projection dim.
 """
 
 from clsa.learning.assignments import (

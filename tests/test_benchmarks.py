@@ -1,4 +1,4 @@
-"""Benchmarks: the page they write, and that the sides which are compared do the same work."""
+"""Benchmarks: the page that they write, and that the compared sides do the same work."""
 
 import argparse
 import json
@@ -69,7 +69,7 @@ def test_shares_are_percent_with_budgets_on_either_side() -> None:
     assert (too_much.budget, too_much.met) == ("<= 10 %", False)
 
 
-def test_the_page_has_every_result_in_order_and_every_budget_on_top(
+def test_the_page_has_every_budget_first_and_then_every_result_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "BUDGETS", {"run gpu": {"quick": ">= 2x", "on a GPU": "<= 7 %"}})
@@ -99,11 +99,11 @@ def test_the_page_has_every_result_in_order_and_every_budget_on_top(
     assert told in text
 
 
-def test_the_page_in_docs_is_that_of_the_results() -> None:
+def test_the_page_in_docs_equals_the_page_made_from_the_results() -> None:
     assert report.PAGE.read_text() == page.render(report.RESULTS)
 
 
-def test_hours_on_paper_are_those_of_the_uncompiled_step_of_clsa() -> None:
+def test_hours_on_paper_use_the_rate_of_the_uncompiled_step_of_clsa() -> None:
     claims = ["steps: clsa, batch 256, plain, cudnn.benchmark: whole step", on_paper.CLAIM,
               "compiled: clsa, batch 256, compiled: whole step"]  # fmt: skip
     rows = [report.Row(claim, rate) for claim, rate in zip(claims, (3e3, 1e3, 4e3), strict=True)]
@@ -132,7 +132,7 @@ def test_numbers_have_about_three_digits(value: float | None, told: str) -> None
     assert page.number(value) == told
 
 
-def test_quick_results_are_written_only_where_asked(
+def test_quick_results_are_written_only_to_a_given_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
@@ -151,7 +151,7 @@ def test_quick_results_are_written_only_where_asked(
     assert "a claim" in report.PAGE.read_text()
 
 
-def test_a_commit_is_told_with_what_differs(
+def test_a_commit_is_marked_dirty_if_files_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = {"rev-parse": "abc1234", "status": ""}
@@ -170,7 +170,7 @@ def test_sides_are_called_in_turn() -> None:
     assert calls == ["a", "b"] * 3 and {len(taken) for taken in times.values()} == {2}
 
 
-def test_a_missing_peer_is_one_line() -> None:
+def test_a_missing_peer_is_reported_on_one_line() -> None:
     with pytest.raises(ClsaError, match=r"no_such_peer missing - .* - .*make bench"):
         report.require("torch", "no_such_peer")
 
@@ -189,7 +189,7 @@ def test_make_bench_runs_files_that_exist() -> None:
 # ---- the sides do the same work
 
 
-def test_chunked_log_softmax_is_the_written_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_log_softmax_equals_the_written_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 7)
     draw = torch.Generator().manual_seed(0)
     rows = [F.normalize(torch.randn(4, 8, generator=draw).double(), dim=1) for _ in range(5)]
@@ -206,7 +206,7 @@ def test_chunked_log_softmax_is_the_written_out_loss(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("op", POOLS["official"])
-def test_the_peer_draws_the_amounts_that_we_draw(op: str) -> None:
+def test_the_peer_draws_the_same_amounts_as_ours(op: str) -> None:
     random.seed(0)
     drawn = {plain_views.AMOUNTS[op](level, 32) for level in range(1, 10) for _ in range(40)}
     magnitude = np.repeat((np.arange(9) + 0.5) / 9, 2)
@@ -266,7 +266,7 @@ def judged(rows: list[report.Row]) -> list[str]:
 
 
 def begins(claims: list[str], wanted: list[str]) -> bool:
-    """Whether each claim begins as a budget of the page does, and each budget has its claim."""
+    """Whether claims and budgets of the page match one to one: each claim begins as its budget."""
     pairs = zip(claims, wanted, strict=True)
     return all(claim.startswith(budget) for claim, budget in pairs)
 
@@ -290,7 +290,7 @@ def test_a_pack_that_fails_ends_the_benchmark(tmp_path: Path) -> None:
         input_path.measure(tmp_path, "500x375", "", batch=2, repeats=1, budgets=True)
 
 
-def test_the_loss_tells_all_of_its_main_sizes_and_of_others_the_time(
+def test_the_loss_gives_all_figures_for_main_sizes_and_only_times_for_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     figures = {"one pass": (2.0, 0.0), "written out": (11.0, 30.0), "chunked": (8.0, 40.0)}
@@ -328,7 +328,7 @@ def test_steps_are_judged_by_medians_and_shares_by_sums() -> None:
         taken = seconds[side.code.split("-")[0]]
         rounds = [{"step": step, "encoder": step - 0.1} for step in taken]
         found |= {(side, 0): rounds}
-        if side.code != "ours":  # two workers take longer
+        if side.code != "ours":  # with two workers it is slower
             found |= {(side, 2): [{"step": 2 * told["step"]} for told in rounds]}
     rows = whole_step.judge(found, 256)
     assert (rows[0].ours, rows[0].ratio, rows[0].spread) == (128.0, 4.5, (10 / 3, 8.0))
@@ -337,7 +337,7 @@ def test_steps_are_judged_by_medians_and_shares_by_sums() -> None:
     assert shares == [pytest.approx(100 * 5.7 / 6)] * 3
 
 
-def test_growth_of_memory_is_told_in_percent() -> None:
+def test_growth_of_memory_is_in_percent() -> None:
     steps, alone, streamed = (200, 2000), (100.0, 0.0, 0.0), (100.0, 50.0, 9.0)
     rows = [
         *scale.growth("tiny resident run", steps, alone, (99.0, 0.0, 0.0)),
@@ -375,7 +375,7 @@ def test_start_up_is_judged_on_a_million_files(
         list(scale.start_rows(tmp_path / "again", tmp_path / "million", quick=False))
 
 
-def test_parts_of_scale_have_results_of_their_own(
+def test_parts_of_scale_have_separate_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def rows(folder: Path, pictures: Path, quick: bool) -> list[report.Row]:
@@ -398,7 +398,7 @@ def test_parts_of_scale_have_results_of_their_own(
     assert (told["title"], told["about"]) == ("Scale: start-up", "Of something.")
 
 
-def test_the_gpus_steps_run_and_their_claims_are_the_budgets(
+def test_the_steps_on_a_gpu_run_and_their_claims_match_the_budgets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = [(name, 256) for name in ("moco-v2", "clsa", "clsa-multi")]
@@ -431,7 +431,7 @@ def test_the_weak_recipe_is_measured_against_each_peer() -> None:
     assert all(row.ours and row.peer and row.unit == "ms" for row in rows)
 
 
-def test_the_driven_step_is_a_whole_one() -> None:
+def test_drive_runs_whole_steps() -> None:
     with Drive("moco-v2-small", **TINY) as drive:
         before = [weight.clone() for weight in drive.method.network.parameters()]
         drive.encoder_alone()()
@@ -464,7 +464,7 @@ def plainly(recipe: str) -> RunOptions:
 
 
 def ours(options: RunOptions) -> tuple[Method, Batch]:
-    """Our method with a key network that is not its query network, and a batch of noise."""
+    """Our method, with a key network other than its query network, and a batch of noise."""
     method = build_method(options, Extent(8, 0, 1, 10))
     draw = torch.Generator().manual_seed(0)
     for weight in key_network(method).parameters():
@@ -479,8 +479,11 @@ def key_network(method: Method) -> torch.nn.Module:
 
 
 def copy_weights(target: torch.nn.Module, source: torch.nn.Module) -> None:
-    """Into a module of the same tensors in the same order, under other names, and in our layout:
-    another one rounds otherwise, and a ReLU that flips changes gradients by a thousandth."""
+    """Copy weights to a module with the same tensors in the same order, under other names.
+
+    Also give it our memory layout: another layout rounds differently, and a ReLU that flips because
+    of it changes gradients by a thousandth.
+    """
     values = source.state_dict().values()
     target.load_state_dict(dict(zip(target.state_dict(), values, strict=True)))
     target.to(memory_format=torch.channels_last)  # pyright: ignore
@@ -494,7 +497,7 @@ def assert_same_gradients(ours: torch.nn.Module, peer: torch.nn.Module) -> None:
     assert max(float(mine.grad.abs().max()) for mine, _ in pairs if mine.grad is not None) > 1e-2
 
 
-def test_the_plain_clsa_has_the_loss_and_gradients_of_ours(tmp_path: Path) -> None:
+def test_the_plain_clsa_has_the_same_loss_and_gradients_as_ours(tmp_path: Path) -> None:
     from benchmarks.plain_clsa import PlainCLSA
 
     options = plainly("clsa-small")
@@ -512,7 +515,7 @@ def test_the_plain_clsa_has_the_loss_and_gradients_of_ours(tmp_path: Path) -> No
     assert_same_gradients(method.network, plain.network)
 
 
-def test_lightlys_moco_has_the_loss_and_gradients_of_ours(tmp_path: Path) -> None:
+def test_lightlys_moco_has_the_same_loss_and_gradients_as_ours(tmp_path: Path) -> None:
     pytest.importorskip("lightly")
     from benchmarks.lightly_moco import LightlyMoCo
 
@@ -533,7 +536,7 @@ def test_lightlys_moco_has_the_loss_and_gradients_of_ours(tmp_path: Path) -> Non
     assert_same_gradients(method.network, theirs)
 
 
-def test_the_plain_clsa_trains_as_ours_does(tmp_path: Path) -> None:
+def test_the_plain_clsa_updates_its_weights_and_queue(tmp_path: Path) -> None:
     from benchmarks.plain_clsa import PlainCLSA
 
     options = resolve({"recipe": "clsa-small", "method": {"queue_size": 12}, **TINY})
@@ -551,7 +554,7 @@ def test_the_plain_clsa_trains_as_ours_does(tmp_path: Path) -> None:
     assert all(moved)
 
 
-def test_lightlys_side_steps(tmp_path: Path) -> None:
+def test_lightlys_side_updates_its_weights_and_bank(tmp_path: Path) -> None:
     pytest.importorskip("lightly")
     from benchmarks.lightly_moco import LightlyMoCo
 

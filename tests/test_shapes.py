@@ -1,4 +1,4 @@
-"""Shapes in signatures are checked while tests run: one function of each wing refuses a wrong one."""
+"""Shapes are checked while tests run: one function of each wing refuses a wrong one."""
 
 from collections.abc import Callable
 

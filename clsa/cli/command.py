@@ -1,4 +1,4 @@
-"""What every command shares: parsing its options, and whether this process speaks for all."""
+"""What every command shares: parsing its options, and printing errors."""
 
 import os
 import sys
@@ -11,19 +11,19 @@ from clsa.options.config import Config
 
 Options = TypeVar("Options", bound=Config)
 Command = Callable[[list[str]], None]
-"""Takes the arguments after its name; its docstring is the line in `clsa --help`."""
+"""A function of the arguments after its name; its docstring is its line in `clsa --help`."""
 
 
 def parse(command: Command, kind: type[Options], args: list[str], default: Any = None) -> Options:
     """The options of a command, from its arguments.
 
     Args:
-        command: its name and docstring head the help.
+        command: its name and docstring appear at the top of the help.
         kind: class of the options.
-        default: options that the arguments change; without it the defaults of `kind`.
+        default: options that the arguments change; if None, the defaults of `kind`.
 
     Raises:
-        SystemExit: after --help, and with code 2 for arguments that are wrong.
+        SystemExit: after --help, and with code 2 for wrong arguments.
     """
     given = {} if default is None else {"default": default}
     return tyro.cli(
@@ -33,7 +33,7 @@ def parse(command: Command, kind: type[Options], args: list[str], default: Any =
 
 
 def value_of(flag: str, args: list[str]) -> str | None:
-    """What last follows `flag` in `args`, for a flag that decides how the rest is parsed."""
+    """The last value of `flag` in `args`, for a flag that decides how the rest is parsed."""
     value = None
     for arg, after in zip(args, [*args[1:], None], strict=False):
         name, equals, given = arg.partition("=")
@@ -43,15 +43,15 @@ def value_of(flag: str, args: list[str]) -> str | None:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all that torchrun started."""
+    """Whether this is the one process, of those that torchrun started, that prints."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def printable(text: str) -> str:
-    """`text` on one line, without control characters."""
+    """`text` with its control characters escaped, so that it stays on one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def complain(text: str) -> None:
-    """Print an error as one line."""
+    """Print an error as one line on stderr."""
     print(f"error: {printable(text)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The `clsa` command: finds the named command, runs it, turns errors into exit codes."""
+"""The `clsa` program: finds the named command, runs it, and turns errors into exit codes."""
 
 import os
 import sys
@@ -35,7 +35,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code (see `errors.Exit`)."""
+    """Run a command and return its exit code (see `errors.Exit`)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         why = f"stopped by {error}" if str(error) else "interrupted"
         complain(f"{why} - nothing more was written - run it again")
         return Exit.PREEMPTED
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.IO
     return Exit.OK

@@ -1,4 +1,4 @@
-"""Diagnostics of a run: every number beside that of its random start, and figures of them."""
+"""Diagnose a run: numbers and figures for the trained networks and for their random start."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from clsa.system.extras import require
 from clsa.system.machine import keep_freed_memory
 
 NUMBERS = "diagnostics.json"
-# What the table shows: part, number, its name for people, and what is good of it.
+# Rows of the table: part, name of the number, label for readers, and which values are good.
 SHOWN = (
     ("similarity", "P+ weak quantile 0.5", "P+ weak, median", "far above chance"),
     ("similarity", "P+ strong quantile 0.5", "P+ strong, median", "near weak"),
     ("similarity", "P+ distance", "P+ weak/strong distance", "0 alike, 1 apart"),
     ("similarity", "Var- distance", "Var- weak/strong distance", "0 alike, 1 apart"),
     ("similarity", "entropy weak", "entropy over bank, nats", "below ln(bank)"),
-    ("similarity", "KL weak strong", "KL(weak || strong), nats", "low, keys being found"),
+    ("similarity", "KL weak strong", "KL(weak || strong), nats", "low, if keys are found"),
     ("similarity", "retrieval weak", "own key found by weak, %", "high"),
     ("similarity", "retrieval strong", "own key found by strong, %", "near weak"),
     ("neighbours", "20-NN clean", "20-NN centre crops, %", "high"),
@@ -44,17 +44,17 @@ SHOWN = (
 
 
 def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]:
-    """Write OUT/diagnostics.json, then OUT/*.png; the networks stay as they are, to the bit.
+    """Write OUT/diagnostics.json, then OUT/*.png; the networks do not change, to the bit.
 
-    Parts that need labels, or the networks of a checkpoint, are left out with a line on stderr
-    where these are missing; when `only` names them they are refused. Without matplotlib all numbers
-    are written, and a line names the extra.
+    A part that needs labels or the networks of a checkpoint is left out if these are missing, with
+    a line on stderr; if `only` names such a part, an error is raised instead. Without matplotlib
+    all numbers are written, and a line says which extra to install.
 
     Returns:
-        What was found, the file of it, and the figures.
+        The findings, the path of the JSON file, and the paths of the figures.
 
     Raises:
-        ClsaError: without a run or pictures, or when not one part can be done.
+        ClsaError: if there is no run or no picture, or if a part fails that cannot be left out.
     """
     keep_freed_memory()
     bench = Bench(options)
@@ -98,7 +98,7 @@ def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]
 
 
 def _may_be_left_out(name: str, bench: Bench) -> bool:
-    """Whether the others go on without it: it needs labels, or a network that is not there."""
+    """Whether a failed part can be skipped: it needs labels, or a network that is missing."""
     if name in NEEDS_LABELS:
         return True
     return name == "similarity" and bench.snapshots[0].query is None
@@ -118,20 +118,20 @@ def _facts(bench: Bench, findings: list[Finding]) -> dict[str, object]:
 
 
 def table(findings: Iterable[Finding]) -> Table:
-    """The numbers that tell most: random, trained, and what is good in plain words."""
+    """A table of the most useful numbers: random, trained, and in words which values are good."""
     values = {(each.part, each.name, each.encoder): each.value for each in findings}
     result = Table("number")
     for title in ("random", "trained"):
         result.add_column(title, justify="right")
     result.add_column("good is")
-    for part, name, told, good in SHOWN:
+    for part, name, label, good in SHOWN:
         pair = [values.get((part, name, encoder)) for encoder in ("random", "trained")]
         if any(value is not None for value in pair):
             shown = ["" if value is None else _short(value) for value in pair]
-            result.add_row(told, *shown, good)
+            result.add_row(label, *shown, good)
     return result
 
 
 def _short(value: float) -> str:
-    """Four digits at most, without an exponent where there is no need."""
+    """At most four digits, with an exponent only for tiny numbers."""
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"

@@ -1,7 +1,7 @@
-"""Pictures of diagnostics: each function turns numbers into the bytes of a PNG (matplotlib).
+"""Figures of diagnostics: each function turns numbers into the bytes of a PNG (matplotlib).
 
-Colours are Okabe and Ito's, which stay apart for colour-blind eyes. Nothing here keeps state, so
-that figures can be drawn anywhere, in any order.
+The main colours are Okabe and Ito's, which colour-blind readers can tell apart. Nothing here keeps
+state, so figures can be drawn anywhere and in any order.
 """
 
 import io
@@ -30,19 +30,19 @@ DPI = 110
 
 
 class Spread(NamedTuple):
-    """How rows of one encoder lie on the sphere."""
+    """Numbers about how the rows of one encoder are spread over the sphere."""
 
     name: str
-    """Whose rows, as the legend says it."""
+    """Encoder and kind of rows, as shown under the bar."""
     alignment: float
     uniformity: float
     rank: float
     width: int
-    """Of the rows: the most that the rank can be."""
+    """Width of a row, an upper bound of the rank."""
 
 
 class Curve(NamedTuple):
-    """Weak and strong queries of one encoder, a number a query."""
+    """One number for each weak and each strong query of an encoder."""
 
     name: str
     weak: Float[np.ndarray, " n"]
@@ -60,7 +60,7 @@ def _figure(width: float, height: float, title: str, note: str) -> Any:
 
 
 def _axes(figure: Any, rows: int, columns: int, **shared: Any) -> np.ndarray:
-    """Plots without the frame's upper and right edges, always in two dimensions."""
+    """A grid of plots without upper and right frame lines, always a two-dimensional array."""
     found = figure.subplots(rows, columns, squeeze=False, **shared)
     for axes in found.flat:
         axes.spines[["top", "right"]].set_visible(False)
@@ -77,14 +77,14 @@ def _png(figure: Any) -> bytes:
 def similarity(
     positives: Sequence[Curve], variances: Sequence[Curve], num_negatives: int, note: str
 ) -> bytes:
-    """Histograms of P+ and Var-, a column an encoder, log scale (CLSA Fig. 3 and 6).
+    """Histograms of P+ and Var- on a log scale, one column per encoder (CLSA Fig. 3 and 6).
 
     Args:
-        positives, variances: of the same encoders.
-        num_negatives: K; P+ of chance is 1 / (K + 1).
-        note: small print: what was drawn, of how many, with which seed.
+        positives, variances: P+ and Var- of the same encoders, in the same order.
+        num_negatives: K; P+ at chance is 1 / (K + 1).
+        note: small print below: run, number of pictures, seed.
     """
-    title = "Do strong queries find their picture as weak ones do? (apart = they do not)"
+    title = "Do strong queries find their picture as well as weak ones? (apart = no)"
     figure = _figure(5 * len(positives), 6, title, note)
     axes = _axes(figure, 2, len(positives))
     labels = ("P₊, probability of the positive key", "Var₋, variance of the negatives' probability")
@@ -106,7 +106,7 @@ def _histograms(axis: Any, curve: Curve) -> None:
     tiny = np.finfo(np.float64).tiny
     weak, strong = (np.maximum(values, tiny) for values in (curve.weak, curve.strong))
     low, high = np.quantile(np.concatenate([weak, strong]), [0.001, 1.0])
-    if high < low * 1.01:  # a single value
+    if high < low * 1.01:  # all values are equal
         low, high = low / 1.1, high * 1.1
     edges = np.geomspace(low, high, int(np.clip(1.5 * len(weak) ** 0.5, 12, MOST_BINS)))
     for values, color, name in ((weak, WEAK, "weak"), (strong, STRONG, "strong")):
@@ -117,17 +117,18 @@ def _histograms(axis: Any, curve: Curve) -> None:
         axis.axvline(np.median(values), color=color, linewidth=1.2, linestyle="--", label=label)
     axis.set_xscale("log")
     axis.tick_params(which="minor", labelbottom=False)
-    if high < 30 * low:  # too narrow for powers of ten: numbers as they are
+    if high < 30 * low:  # too narrow for ticks at powers of ten
         ticks = np.geomspace(low, high, 4)
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], minor=False)
         axis.set_xticks([], minor=True)
 
 
 def neighbours(found: Mapping[str, tuple[float, float]], note: str) -> bytes:
-    """20-NN accuracy of centre crops and of strong queries, bars an encoder (CLSA Fig. 5).
+    """Bars of 20-NN accuracy for centre crops and strong queries of each encoder (CLSA Fig. 5).
 
     Args:
-        found: (centre, strong) in percent by encoder, in the order to draw.
+        found: by encoder, in drawing order: accuracy of centre crops and of strong queries in
+            percent.
         note: small print.
     """
     title = "How much accuracy do strong distortions cost? (20-NN on clean pictures)"
@@ -147,10 +148,10 @@ def neighbours(found: Mapping[str, tuple[float, float]], note: str) -> bytes:
 
 
 def tsne(features: Float[np.ndarray, "n F"], seed: int) -> Float[np.ndarray, "n 2"]:
-    """Places of pictures in a plane that keeps near ones near (t-SNE, scikit-learn).
+    """Map pictures to a plane so that similar ones stay close (t-SNE, scikit-learn).
 
-    Starts from the two main components; perplexity 30, less for under 91 pictures; cosine distance.
-    The same numbers give the same places on one machine.
+    It starts from the first two principal components. The distance is cosine; the perplexity is 30,
+    or less for fewer than 91 pictures. The same input gives the same output on one machine.
 
     Args:
         features: at least 4 rows, at most `MAX_TSNE`.
@@ -160,7 +161,7 @@ def tsne(features: Float[np.ndarray, "n F"], seed: int) -> Float[np.ndarray, "n 
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
     rows = features.astype(np.float64) / np.maximum(lengths, 1e-12)
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    # 2 - 2 cos = |a - b|^2 of unit rows, so the Euclidean metric (which init pca needs) will do
+    # 2 - 2 cos = |a - b|^2 of unit rows, so Euclidean distance (init="pca" needs it) will do
     model = library.TSNE(init="pca", perplexity=perplexity, random_state=seed, n_jobs=1)
     return np.asarray(model.fit_transform(rows - rows.mean(0)), np.float64)
 
@@ -171,15 +172,15 @@ def maps(
     classes: list[str],
     note: str,
 ) -> bytes:
-    """t-SNE, a panel an encoder, coloured by class: the `MAX_NAMED` largest, the others gray.
+    """t-SNE maps, one panel per encoder; the `MAX_NAMED` largest classes in colour, others gray.
 
     Args:
-        places: of the same pictures by encoder.
-        labels: class numbers, -1 unknown.
-        classes: their names.
+        places: by encoder, coordinates of the same pictures.
+        labels: class numbers, -1 if unknown.
+        classes: names of the classes.
         note: small print.
     """
-    title = "Do pictures of a class lie together? (t-SNE: only who is near whom means something)"
+    title = "Are pictures of a class close together? (t-SNE: only closeness has meaning)"
     figure = _figure(5 * len(places) + 1.6, 5, title, note)
     axes = _axes(figure, 1, len(places))[0]
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
@@ -206,15 +207,15 @@ def maps(
 def class_bars(
     found: Mapping[str, Mapping[str, float]], between: Mapping[str, float], note: str
 ) -> bytes:
-    """Mean cosine within each class, as bars from the mean cosine between classes.
+    """Bars of the mean cosine within each class; they start at the mean cosine between classes.
 
     Args:
-        found: by encoder, then by name of the class; of more than `MAX_BARS` classes an even
-            choice is drawn, from the most to the least alike.
-        between: of two classes, by encoder.
+        found: mean cosine within a class, by encoder, then by name of the class. Of more than
+            `MAX_BARS` classes an evenly spaced choice is drawn, from the most to the least alike.
+        between: mean cosine between different classes, by encoder.
         note: small print.
     """
-    title = "Are pictures of a class more alike than others? (bars to the right = they are)"
+    title = "Are pictures of a class more alike than other pictures? (bars to the right = yes)"
     last = found[list(found)[-1]]
     order = sorted(last, key=lambda name: last[name])
     if len(order) > MAX_BARS:
@@ -224,20 +225,20 @@ def class_bars(
     axes = _axes(figure, 1, len(found), sharex=True, sharey=True)[0]
     for axis, (name, values) in zip(axes, found.items(), strict=True):
         start, mean = between[name], float(np.mean(list(values.values())))
-        start = 0.0 if np.isnan(start) else start  # there is one class
+        start = 0.0 if np.isnan(start) else start  # NaN: there is only one class
         lengths = [values[each] - start for each in order]
         axis.barh(order, lengths, left=start, color=RANDOM if name == "random" else TRAINED)
         axis.axvline(start, color=STRONG, linestyle="--", linewidth=1.2)
         axis.axvline(mean, color="black", linewidth=1)
         axis.set_title(f"{name} encoder", fontsize=10, loc="left")
-        told = f"dashed: between classes {between[name]:.3f}, line: within {mean:.3f}"
-        axis.set_xlabel(f"mean cosine of two pictures of the class\n{told}", fontsize=9)
+        means = f"dashed: between classes {between[name]:.3f}, solid: within {mean:.3f}"
+        axis.set_xlabel(f"mean cosine of two pictures of the class\n{means}", fontsize=9)
     return _png(figure)
 
 
 def spread(found: Sequence[Spread], note: str) -> bytes:
-    """Alignment, uniformity and RankMe, bars by encoder."""
-    title = "Are views of a picture near, and pictures spread? (left two low, right one high)"
+    """Bars of alignment, uniformity and RankMe for each encoder."""
+    title = "Are views of a picture close, pictures spread? (good: left two low, right one high)"
     figure = _figure(3.2 * 3, 3.6, title, note)
     axes = _axes(figure, 1, 3)[0]
     kinds = (
@@ -259,13 +260,13 @@ def spread(found: Sequence[Spread], note: str) -> bytes:
 
 
 def spectrum(found: Mapping[str, Float[np.ndarray, " r"]], note: str) -> bytes:
-    """Singular values, each as a share of the largest, by rank; log scale.
+    """Singular values as shares of the largest one, in falling order, on a log scale.
 
     Args:
-        found: largest first, by whose rows they are.
+        found: singular values, largest first, by encoder and kind of rows.
         note: small print.
     """
-    title = "In how many directions do features vary? (a slow fall = many)"
+    title = "In how many directions do features vary? (slow decay = many)"
     figure = _figure(7, 4.2, title, note)
     axis = _axes(figure, 1, 1)[0, 0]
     for name, values in found.items():
@@ -287,17 +288,17 @@ DIVERGENCE = ("divergence", "KL in nats", "cividis_r")
 def operation_maps(
     found: Mapping[str, Sequence[Effect]], measure: tuple[str, str, str], note: str
 ) -> bytes:
-    """14 operations by magnitude, a panel an encoder; dark is broken.
+    """14 operations by magnitude, one panel per encoder; dark cells mark a strong effect.
 
     Args:
-        found: `operations.measure` by encoder.
-        measure: `RETRIEVED` or `DIVERGENCE`: field, what it is, colour map.
+        found: results of `operations.measure` by encoder.
+        measure: `RETRIEVED` or `DIVERGENCE`: field of `Effect`, its label, colour map.
         note: small print.
     """
     field, label, colors = measure
     verb = "break retrieval" if field == "retrieved" else "change similarities"
-    scale = "" if field == "retrieved" else f"; {label}; a scale each"
-    title = f"Which distortions {verb}? (dark = it does; left weakest, right strongest{scale})"
+    scale = "" if field == "retrieved" else f"; {label}; own scale per panel"
+    title = f"Which distortions {verb}? (dark = they do; weakest left, strongest right{scale})"
     figure = _figure(5.6 * len(found) + 1.2, 6.4, title, note)
     axes = _axes(figure, 1, len(found), sharey=True)[0]
     width = 1 + max(each.strength for effects in found.values() for each in effects)
@@ -320,7 +321,7 @@ def operation_maps(
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set_title(f"{name} encoder", fontsize=10, loc="left")
-        if not share:  # an untrained encoder's are a hundredth of a trained one's
+        if not share:  # values of an untrained encoder are a hundredth of a trained one's
             figure.colorbar(image, ax=axis, shrink=0.8, pad=0.02).ax.tick_params(labelsize=8)
     if share:
         figure.colorbar(image, ax=list(axes), shrink=0.8, pad=0.01).set_label(label, fontsize=9)
@@ -330,13 +331,13 @@ def operation_maps(
 def _write_cell(
     axis: Any, effect: Effect, text: str, color: tuple[float, float, float, float], width: int
 ) -> None:
-    """The value, and below it the magnitude; black on light, white on dark."""
+    """Write the value and below it the magnitude: black on light cells, white on dark ones."""
     red, green, blue, _ = color
     ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
     switch = effect.operation in SWITCHES
     column = (width - 1) / 2 if switch else effect.strength
     row = OPERATIONS.index(effect.operation)
-    told = "on" if switch else effect.text()
+    magnitude = "on" if switch else effect.text()
     middle = {"ha": "center", "va": "center", "color": ink}
     axis.text(column, row - 0.14, text, fontsize=9, **middle)
-    axis.text(column, row + 0.28, told, fontsize=6.5, **middle)
+    axis.text(column, row + 0.28, magnitude, fontsize=6.5, **middle)

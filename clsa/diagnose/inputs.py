@@ -1,4 +1,4 @@
-"""What diagnostics work on: a run's networks before its pictures; and what they find."""
+"""Inputs and outputs of diagnostics: a run's networks and pictures, and the numbers found."""
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -24,7 +24,7 @@ LEAST = 4
 
 
 class Finding(NamedTuple):
-    """One number and all that it depends on."""
+    """One number and everything it depends on."""
 
     part: str
     name: str
@@ -41,14 +41,14 @@ class Finding(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one part found, and how to draw it."""
+    """The findings of one part, and functions that draw its figures."""
 
     findings: list[Finding]
     figures: dict[str, Callable[[], bytes]]
 
 
 class Bench:
-    """A run before its pictures: what the parts share."""
+    """The networks and pictures of a run, shared by all parts."""
 
     def __init__(self, options: DiagnoseOptions):
         self.options, self.opened = options, open_run(options.run)
@@ -64,14 +64,14 @@ class Bench:
 
     @cached_property
     def parts(self) -> Split:
-        """Labelled pictures: bank and queries of kNN, as `clsa evaluate` has them."""
+        """Labelled pictures: the same bank and queries that `clsa evaluate` uses."""
         return split(self.source, open_val(self.data, self.source.classes), self.options.seed)
 
     def finding(
         self, part: str, name: str, value: float, unit: str, snapshot: Snapshot, n: int,
         settings: str = "", data_digest: str = "",
     ) -> Finding:  # fmt: skip
-        """A number of a snapshot."""
+        """A number of one snapshot, with the seed and the digests it depends on."""
         digest = data_digest or self.data_digest
         seed = self.options.seed
         return Finding(
@@ -84,12 +84,15 @@ class Bench:
         return f"{recipe} · n = {n:,} pictures{more} · seed {self.options.seed}"
 
     def specs(self) -> dict[str, ViewSpec]:
-        """Key, weak and strong view by the run's own options, with draws of their own."""
+        """Key, weak and strong view with the run's own options, but with separate random draws.
+
+        A run without strong views gets the default strong operations, at the size of a weak view.
+        """
         run = self.opened.options
         weak = weak_specs(self.views, keyed=True)[: 1 + len(self.views.weak.sizes)]
         key, query = weak[0], weak[min(1, len(weak) - 1)]
         found = {"key": key._replace(view=KEY_VIEW), "weak": query._replace(view=WEAK_VIEW)}
-        if run is None or not run.stronger:  # it has no strong views: the default ones, as large
+        if run is None or not run.stronger:  # the run has no strong views
             ops = strong_eval_spec(self.views).ops if run is None else run.strong
             strong = query._replace(name="strong0", ops=ops)
         else:
@@ -99,14 +102,14 @@ class Bench:
     def encoded(
         self, spec: ViewSpec, rows: Int64[np.ndarray, " n"], networks: Iterable[nn.Module]
     ) -> tuple[Int64[np.ndarray, " m"], list[Float32[Tensor, "m F"]]]:
-        """Numbers of the readable pictures and, of each network, the rows of one drawn view."""
+        """Numbers of the readable pictures and, for each network, its rows for one drawn view."""
         images = drawn_views(self.source, rows, spec, self.options.seed, self.device)
         return self.through(images, networks)
 
     def through(
         self, images: Iterable[tuple[np.ndarray, Tensor]], networks: Iterable[nn.Module]
     ) -> tuple[Int64[np.ndarray, " m"], list[Float32[Tensor, "m F"]]]:
-        """The rows of each network for one stream of images."""
+        """Numbers of the pictures of a stream, and the rows of each network for them."""
         chosen = list(networks)
         numbers: list[np.ndarray] = []
         found: list[list[Tensor]] = [[] for _ in chosen]
@@ -115,11 +118,11 @@ class Bench:
             for each, network in zip(found, chosen, strict=True):
                 each.append(encode(network, batch, self.options.batch_size))
         if sum(map(len, numbers)) < LEAST:
-            why = f"{sum(map(len, numbers))} of its pictures can be read"
+            why = f"only {sum(map(len, numbers))} of its pictures can be read"
             raise ClsaError(self.data.data, why, f"give {LEAST} or more", Exit.BAD_DATA)
         return np.concatenate(numbers), [torch.cat(each) for each in found]
 
 
 def spread_over(count: int, limit: int) -> Int64[np.ndarray, " n"]:
-    """At most `limit` of the numbers below `count`, from the first to the last, evenly spaced."""
+    """At most `limit` evenly spaced numbers from 0 to `count` - 1, both ends included."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)

@@ -1,9 +1,9 @@
-"""What representations are like: numbers about positives, negatives, classes and spread.
+"""Measures of representations: positives, negatives, classes and spread.
 
-Pure functions of tensors, in float64: similarities of an untrained encoder differ late. Letters: B
-queries, N bank rows, K = N - 1 negatives of each, n pictures, F width of a row. Rows are scaled to
-unit length here unless a function says otherwise. No tensor of more than `MAX_TILE` numbers is
-held, so neither the N similarities of all queries nor those of all pairs.
+Pure functions of tensors, computed in float64, because similarities of an untrained encoder differ
+only in late digits. Letters: B queries, N bank rows, K = N - 1 negatives of each query, n pictures,
+F width of a row. The functions scale rows to unit length unless they say otherwise. Similarities
+are computed in tiles of at most `MAX_TILE` numbers, never for all queries or all pairs at once.
 """
 
 from typing import NamedTuple
@@ -20,16 +20,16 @@ PerQuery = Float[Tensor, "B"]
 
 
 class Standing(NamedTuple):
-    """How queries stand to their positive and to the negatives; one entry a query."""
+    """How queries compare with their positive and their negatives; one entry per query."""
 
     positive: PerQuery
-    """P+ = p(z_i | query), the share of the positive; 1 / N where nothing is told apart."""
+    """P+ = p(z_i | query), the share of the positive; 1 / N if all rows are equally similar."""
     variance: PerQuery
     """Var- = (1/K) sum_k p_k^2 - ((1 - P+) / K)^2 over the negatives."""
     entropy: PerQuery
-    """H(p) in nats, at most ln N; exp H is about how many rows share the probability."""
+    """H(p) in nats, at most ln N; exp H is roughly the number of rows that share p."""
     retrieved: Bool[Tensor, "B"]
-    """Whether the positive is nearer than every other row (a tie is a miss)."""
+    """Whether the positive is nearer than every other row (a tie counts as a miss)."""
 
 
 def unit(rows: Float[Tensor, "n F"]) -> Float[Tensor, "n F"]:
@@ -44,11 +44,11 @@ def _log_shares(
 
 
 def _check(rows: Tensor, bank: Tensor, temperature: float) -> int:
-    """How many rows make a tile; raises ValueError for what does not fit."""
+    """Number of rows in a tile; raises ValueError for invalid arguments."""
     if rows.ndim != 2 or bank.ndim != 2 or rows.shape[1] != bank.shape[1]:
         raise ValueError(f"rows (B, F) and bank (N, F) needed, got {rows.shape}, {bank.shape}")
     if len(bank) < 2:
-        raise ValueError("a bank of at least two rows is needed")
+        raise ValueError("the bank needs at least two rows")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     return max(1, MAX_TILE // len(bank))
@@ -61,25 +61,25 @@ def positive_statistics(
     positive: Int[Tensor, "B"],
     temperature: float,
 ) -> Standing:
-    """What each query's similarity distribution p = softmax(q Z^T / T) says (CLSA Fig. 3 and 6).
+    """Statistics of each query's similarities p = softmax(q Z^T / T) (CLSA Fig. 3 and 6).
 
-    One bank serves all queries: the positive of query i is row positive_i, its K = N - 1 negatives
-    are the other rows. Var- is taken as the mean squared distance from the mean (1 - P+) / K, which
-    is the same and loses no digits. Uniform: P+ = 1 / (K + 1), Var- = 0; all on one negative:
-    Var- = 1/K - 1/K^2.
+    All queries use one bank: the positive of query i is row positive_i, and its K = N - 1 negatives
+    are the other rows. Var- is computed as the mean squared distance from the mean (1 - P+) / K,
+    which is equal and loses no digits. If p is uniform, P+ = 1 / (K + 1) and Var- = 0; if all of p
+    is on one negative, Var- = 1/K - 1/K^2.
 
     Args:
         queries: B rows.
-        bank: N >= 2 rows, each query's positive among them.
-        positive: bank row of each query's positive.
+        bank: N >= 2 rows, which include the positive of each query.
+        positive: number of the bank row that is each query's positive.
         temperature: T > 0.
 
     Raises:
-        ValueError: for shapes that do not fit, a bank of one row, or T <= 0.
+        ValueError: if shapes do not match, the bank has one row, or T <= 0.
     """
     step, bank = _check(queries, bank, temperature), unit(bank)
     if positive.shape != (len(queries),):
-        raise ValueError(f"one positive a query needed, got {positive.shape}")
+        raise ValueError(f"one positive per query needed, got {positive.shape}")
     found = []
     for rows, own in zip(unit(queries).split(step), positive.split(step), strict=True):
         logs = _log_shares(rows, bank, temperature)
@@ -103,12 +103,13 @@ def divergence(
     bank: Float[Tensor, "N F"],
     temperature: float,
 ) -> PerQuery:
-    """KL(t || r) = sum_j t_j ln(t_j / r_j) in nats, t and r the distributions over the bank.
+    """KL(t || r) = sum_j t_j ln(t_j / r_j) in nats, with t and r distributions over the bank.
 
-    t of the target (the weak query, the clean picture), r of the other row of the same number.
+    t belongs to a row of `targets` (a weak query, a clean picture), r to the row of `others` with
+    the same number.
 
     Raises:
-        ValueError: as `positive_statistics`.
+        ValueError: as `positive_statistics` does, or if targets and others differ in shape.
     """
     step, bank = _check(targets, bank, temperature), unit(bank)
     if targets.shape != others.shape:
@@ -136,23 +137,23 @@ def intra_class_similarity(
     """Mean cosine of two pictures of a class: (|sum f|^2 - n) / (n (n - 1)), by class.
 
     The CLIM paper reports the mean over classes: MoCo v2 .58, CLIM .65, supervised .75 on ImageNet.
-    Only classes of two pictures or more are there; label -1 is no class.
+    Classes with fewer than two pictures are left out; label -1 means no class.
     """
     rows, found = unit(features), {}
     for label in labels[labels >= 0].unique().tolist():
         mine = rows[labels == label]
         count = len(mine)
         if count > 1:
-            # a row of zeros has no direction, and counts as unlike all others
+            # a row of zeros has no direction: its cosine with every other row counts as 0
             total, own = mine.sum(0).square().sum(), mine.square().sum()
             found[int(label)] = ((total - own) / (count * (count - 1))).item()
     return found
 
 
 def between_class_similarity(features: Float[Tensor, "n F"], labels: Int[Tensor, "n"]) -> float:
-    """Mean cosine of two pictures of different classes: what `intra_class_similarity` must beat.
+    """Mean cosine of two pictures of different classes, to compare `intra_class_similarity` with.
 
-    (|sum_all f|^2 - sum_c |sum_{i in c} f|^2) / (n^2 - sum_c n_c^2); NaN with one class.
+    (|sum_all f|^2 - sum_c |sum_{i in c} f|^2) / (n^2 - sum_c n_c^2); NaN if there is one class.
     """
     known = labels >= 0
     rows, labels = unit(features[known]), labels[known]
@@ -167,7 +168,7 @@ def alignment(first: Float[Tensor, "n F"], second: Float[Tensor, "n F"]) -> floa
     """mean_i |a_i - b_i|^2 of two views (Wang and Isola 2020): 0 equal, 2 unrelated, 4 opposite.
 
     Raises:
-        ValueError: for shapes that differ.
+        ValueError: if the shapes differ.
     """
     if first.shape != second.shape:
         raise ValueError(f"two views of the same pictures needed: {first.shape}, {second.shape}")
@@ -177,10 +178,11 @@ def alignment(first: Float[Tensor, "n F"], second: Float[Tensor, "n F"]) -> floa
 def uniformity(features: Float[Tensor, "n F"]) -> float:
     """ln mean_{i < j} exp(-2 |f_i - f_j|^2) (Wang and Isola 2020), |f| = 1; lower is more spread.
 
-    0 for equal rows, -8 for an antipodal pair, about -4 for rows all over a wide sphere.
+    0 for equal rows, -8 for an antipodal pair, about -4 for rows spread over a high-dimensional
+    sphere.
 
     Raises:
-        ValueError: for fewer than two rows.
+        ValueError: if there are fewer than two rows.
     """
     rows = unit(features)
     count = len(rows)
@@ -190,20 +192,21 @@ def uniformity(features: Float[Tensor, "n F"]) -> float:
     for chunk in rows.split(max(1, MAX_TILE // count)):
         squared = (2 - 2 * chunk @ rows.T).clamp_(min=0)
         total += (-2 * squared).exp_().sum()
-    # every pair came twice, and every row met itself (exp 0 = 1)
+    # the sum has every pair twice, and every row with itself (exp 0 = 1)
     return ((total - count) / (count * (count - 1))).log().item()
 
 
 def singular_values(features: Float[Tensor, "n F"]) -> Float[Tensor, "r"]:
-    """Singular values of the rows as they are (neither centred nor scaled), largest first."""
+    """Singular values of the unchanged rows (neither centred nor scaled), largest first."""
     return torch.linalg.svdvals(features.double())
 
 
 def rankme(features: Float[Tensor, "n F"]) -> float:
     """Effective rank exp(-sum_k p_k ln p_k), p = sigma / sum sigma + 1e-7 (Garrido et al. 2023).
 
-    sigma: `singular_values`. At most min(n, F), which it approaches from below as n grows: the
-    paper takes 25,600 pictures. I_3 gives 3, rank one 1.
+    sigma are the `singular_values`. The result is at most min(n, F) and approaches that from
+    below as n grows; the paper takes 25,600 pictures. The identity I_3 gives 3, a matrix of rank
+    one gives 1.
     """
     sigma = singular_values(features)
     shares = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + RANKME_EPSILON
@@ -211,14 +214,14 @@ def rankme(features: Float[Tensor, "n F"]) -> float:
 
 
 def feature_spread(features: Float[Tensor, "n F"]) -> float:
-    """Mean over features of their standard deviation over unit rows, times sqrt(F).
+    """Mean over features of the standard deviation over unit rows, times sqrt(F).
 
-    SimSiam's sign of collapse (Chen and He 2021): 0 when all rows are equal, near 1 when they are
+    SimSiam's indicator of collapse (Chen and He 2021): 0 if all rows are equal, near 1 if they are
     spread over the sphere.
     """
     return spread(unit(features)).item()
 
 
 def spread(rows: Float[Tensor, "n F"]) -> Float[Tensor, ""]:
-    """`feature_spread` of rows that are of unit length already, where they are."""
+    """`feature_spread` of rows that already have unit length; the result stays on their device."""
     return rows.std(0, correction=0).mean() * rows.shape[1] ** 0.5

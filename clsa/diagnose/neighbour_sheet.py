@@ -1,4 +1,4 @@
-"""Pictures of what a run goes by: its neighbours, with an example of each mixture."""
+"""A contact sheet of pictures, the neighbours that a CLIM run found, and mixed queries."""
 
 from pathlib import Path
 
@@ -30,15 +30,15 @@ NUM_ROWS = 8
 
 
 def preview(options: PreviewOptions) -> Path:
-    """Draw the neighbours of some pictures of a run; returns the file.
+    """Draw the neighbours of some pictures of a run; return the path of the image.
 
     Raises:
-        ClsaError: for a run that has none, or other pictures than its own.
+        ClsaError: if the run has no neighbours, or the pictures are not those of the run.
     """
     folder = RunFolder(options.run)
     run = RunOptions.parse(read_yaml(folder.config), str(folder.config))
     if not options.neighbours:
-        raise ClsaError("clsa preview", "nothing to show was named", "add --neighbours")
+        raise ClsaError("clsa preview", "it was not told what to show", "add --neighbours")
     if not run.clim:
         why = "its pictures have no neighbours: it runs without --clim"
         raise ClsaError(str(options.run), why, "give a run with --clim")
@@ -47,13 +47,13 @@ def preview(options: PreviewOptions) -> Path:
     positives = next((state[name] for name in state if name.endswith("neighbours.positives")), None)
     found = next((state[name] for name in state if name.endswith("neighbours.found")), False)
     if saved is None or positives is None or not found:
-        why = "its neighbours are not found yet (mixture.start), or not saved"
+        why = "its neighbours have not been found yet (mixture.start), or were not saved"
         raise ClsaError(str(options.run), why, "wait for a checkpoint after its first refresh")
     data = run.data if options.data is None else run.data.model_copy(update={"data": options.data})
     source = open_source(data.data, "train", data)
     if source.digest() != saved.state["data_digest"]:
-        why = "not the pictures that the run learns from"
-        raise ClsaError(data.data, why, "say where they are now by --data", Exit.NO_INPUT)
+        why = "these are not the pictures that the run learns from"
+        raise ClsaError(data.data, why, "name the run's pictures by --data", Exit.NO_INPUT)
     epoch = saved.state["step"] // (len(source) // run.batch_size)
     out = options.out or folder.neighbours
     partners = Partners(positives.numpy(), run.batch_size)
@@ -69,29 +69,29 @@ def draw_neighbours(
     path: Path,
     num_rows: int = NUM_ROWS,
 ) -> None:
-    """Write a sheet: pictures, their positives, and a query of each as the epoch may mix it.
+    """Write a sheet: pictures, their positives, and a mixed query of each as in this epoch.
 
     Args:
-        partners: of the epoch; others have no such sheet.
-        epoch: whose draws are shown.
-        num_rows: pictures, spread over the set.
+        partners: of the epoch; nothing is written unless they are `Partners`.
+        epoch: the epoch whose random draws are shown.
+        num_rows: number of pictures, spread evenly over the set.
     """
     if not isinstance(partners, Partners):
         return
     count = min(num_rows, len(source))
     anchors = np.linspace(0, len(source) - 1, count).astype(np.int64)
-    given = partners.positives[anchors]
-    shown = np.unique(np.concatenate([anchors, given.ravel()]))
+    positives = partners.positives[anchors]
+    shown = np.unique(np.concatenate([anchors, positives.ravel()]))
     size, pictures = options.views.size, {}
     for numbers, originals in eval_images(source, shown, size, 1.0, CPU):
         pictures |= dict(zip(numbers.tolist(), originals.round().byte(), strict=True))
     blank = torch.full((3, size, size), 255, dtype=torch.uint8)
     mixed = mixed_queries(source, partners, options, epoch, anchors)
     rows = []
-    for anchor, others, query in zip(anchors.tolist(), given.tolist(), mixed, strict=True):
+    for anchor, others, query in zip(anchors.tolist(), positives.tolist(), mixed, strict=True):
         cells = [pictures.get(other, blank) if other != anchor else blank for other in others]
         rows.append([pictures.get(anchor, blank), *cells, blank if query is None else query])
-    titles = ["picture", *(f"positive {i + 1}" for i in range(given.shape[1])), "mixed query"]
+    titles = ["picture", *(f"positive {i + 1}" for i in range(positives.shape[1])), "mixed query"]
     image = contact_sheet(rows, titles)
     files.write_atomic(path, lambda file: image.save(file, format="PNG"))
 
@@ -103,7 +103,7 @@ def mixed_queries(
     epoch: int,
     anchors: Int64[np.ndarray, " b"],
 ) -> list[Tensor | None]:
-    """The first weak query of each picture mixed with its partner of the epoch, where both read."""
+    """Each picture's first weak query, mixed with its partner; None if either is unreadable."""
     spec = weak_specs(options.views, keyed=True, least=2)[1]
     chosen = partners.chosen(options.seed, epoch, anchors)
     step = epoch * (len(source) // options.batch_size)
@@ -129,7 +129,7 @@ def mixed_queries(
 def one_view(
     source: Source, spec: ViewSpec, seed: int, epoch: int, number: int, drawn: int
 ) -> Tensor | None:
-    """A view of one picture, (1, 3, S, S), by the draws of `drawn`; None where it is unreadable."""
+    """A view of picture `number`, with the draws of number `drawn`; None if it is unreadable."""
     draws = np.array([drawn])
 
     def cut(_: object, heights: Int64[np.ndarray, "1"], widths: Int64[np.ndarray, "1"]) -> Cuts:

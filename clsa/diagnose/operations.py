@@ -1,4 +1,4 @@
-"""Which strong operation, at which magnitude, makes a picture unrecognisable to an encoder."""
+"""Measure which strong operations, at which magnitudes, make pictures unrecognisable."""
 
 from typing import NamedTuple
 
@@ -24,24 +24,24 @@ UNITS = {"Rotate": "°", "Posterize": " bits", "TranslateX": " px", "TranslateY"
 
 
 class Effect(NamedTuple):
-    """What one operation at one magnitude does to pictures, as an encoder sees them."""
+    """Effect of one operation at one magnitude on an encoder's view of pictures."""
 
     operation: str
     level: int
-    """v of the official code, 1 to 9; 0 where an operation is on or off."""
+    """v of the official code, 1 to 9; 0 for an operation without magnitude."""
     strength: int
-    """From 0, the level that changes least, upwards."""
+    """Rank of the level, from 0 for the level that changes pictures least."""
     amount: float
-    """Shear in pixels a pixel, shift in pixels, degrees, threshold, bits or factor; signs apart."""
+    """Shear in pixels per pixel, shift in pixels, degrees, threshold, bits or factor; no sign."""
     retrieved: float
-    """Share in percent of pictures whose nearest clean picture is their own."""
+    """Percentage of pictures whose nearest clean picture is their own."""
     divergence: float
     """Mean KL(p_clean || p_distorted) in nats over the bank of clean pictures."""
     cosine: float
-    """Mean cosine of a picture with its clean self."""
+    """Mean cosine of a distorted picture with its own clean picture."""
 
     def text(self) -> str:
-        """The magnitude with its unit; nothing for a switch."""
+        """The magnitude with its unit; an empty string for an operation in `SWITCHES`."""
         if self.operation in SWITCHES:
             return ""
         sign = "±" if self.operation in geometry.AFFINE_OPS else ""
@@ -50,14 +50,14 @@ class Effect(NamedTuple):
 
 
 def levels_of(operation: str) -> tuple[int, ...]:
-    """Its levels v from the one that changes pictures least: 1 to 9, or 9 to 1 where v keeps."""
+    """Levels v, the mildest first: 1 to 9, or 9 to 1 if a higher v changes pictures less."""
     if operation in SWITCHES:
         return (0,)
     return LEVELS[::-1] if operation in FALLING else LEVELS
 
 
 def amount_of(operation: str, level: int, size: int) -> float:
-    """What level v of the official code means for pictures of `size` pixels (`views.amount`)."""
+    """Amount of level v of the official code at a side of `size` pixels (`transform.amount`)."""
     drawn, plus = np.array([(level - 0.5) / 9]), np.ones(1)
     return float(transform.amount(operation, "official", drawn, plus, size)[0])
 
@@ -69,17 +69,19 @@ def distort(
     index: Int64[np.ndarray, " b"],
     seed: int,
 ) -> UInt8[Tensor, "b 3 S S"]:
-    """One operation on every picture; shear, shift and rotation to a side drawn by (seed, index).
+    """Apply one operation to every picture.
+
+    (seed, index) decides the direction of shear, shift and rotation.
 
     Args:
         images: centre crops.
         operation: one of `OPERATIONS`.
-        level: v from 1 to 9; any number for those that are on or off.
+        level: v from 1 to 9; operations in `SWITCHES` ignore it.
         index: numbers of the pictures.
-        seed: of the sides.
+        seed: of the directions.
 
     Raises:
-        ValueError: for an unknown operation.
+        ValueError: if the operation is unknown.
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation {operation}: one of {', '.join(OPERATIONS)} needed")
@@ -100,7 +102,7 @@ def distort(
 def clean_crops(
     source: Source, rows: Int64[np.ndarray, " n"], options: ViewOptions, device: torch.device
 ) -> tuple[Int64[np.ndarray, " m"], UInt8[Tensor, "m 3 S S"]]:
-    """Centre crops as the operations take them, of the pictures that can be read."""
+    """Numbers of the readable pictures, and their centre crops in uint8 for `distort`."""
     numbers, crops = [np.zeros(0, np.int64)], []
     for kept, found in eval_images(source, rows, options.size, options.eval_crop, device):
         numbers.append(kept)
@@ -118,18 +120,18 @@ def measure(
     seed: int,
     batch_size: int = 256,
 ) -> list[Effect]:
-    """Every operation at every level on clean crops, inside `frozen(network)`.
+    """Measure every operation at every level on clean crops; call it inside `frozen(network)`.
 
-    The bank is the clean crops themselves: a distorted picture is retrieved when its own clean crop
-    is nearer than every other one (chance: 1 / m), and KL compares the distributions at T.
+    The bank holds the clean crops: a distorted picture is retrieved if its own clean crop is nearer
+    than every other one (chance: 1 / m). KL compares the distributions over the bank at T.
 
     Args:
-        network: pictures to rows, of any length.
+        network: maps pictures to rows; these may have any length.
         images: m >= 2 clean crops (`clean_crops`).
-        index: their numbers in the set.
+        index: numbers of the crops' pictures in the set.
         temperature: T of the distributions over the clean pictures.
-        seed: of the sides of shear, shift and rotation.
-        batch_size: pictures at a time.
+        seed: of the directions of shear, shift and rotation.
+        batch_size: number of pictures encoded at a time.
     """
     bank = _rows(network, images, batch_size)
     own = upload([np.arange(len(index))], images.device)[0]

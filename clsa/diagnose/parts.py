@@ -1,4 +1,4 @@
-"""The parts of `clsa diagnose`: each goes from a bench to numbers, and to figures of them."""
+"""The parts of `clsa diagnose`: each takes a `Bench` and returns findings and figures."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,19 +25,19 @@ def _pairs(bench: Bench) -> list[tuple[Network, Network]]:
     """Query and key network of each snapshot.
 
     Raises:
-        ClsaError: when only an encoder was given.
+        ClsaError: if there are only encoders, without projector and key network.
     """
     pairs = [(each.query, each.key) for each in bench.snapshots]
     found = [(query, key) for query, key in pairs if query is not None and key is not None]
     if len(found) < len(pairs):
-        why = "an encoder without projector and key network (no checkpoint of a single run)"
-        hint = "give the run folder, of a run in stages one of its stage-N"
+        why = "this encoder has no projector and key network (not a checkpoint of a single run)"
+        hint = "give the run folder; for a run in stages, give one of its stage-N folders"
         raise ClsaError(str(bench.options.run), why, hint, Exit.NO_INPUT)
     return found
 
 
 def similarity(bench: Bench) -> Part:
-    """P+ and Var- of weak and strong queries, entropy, divergence, retrieval (Fig. 3 and 6)."""
+    """P+, Var-, entropy, KL and retrieval of weak and strong queries (CLSA Fig. 3 and 6)."""
     queries, keys = zip(*_pairs(bench), strict=True)
     specs, options, temperature = bench.specs(), bench.options, bench.opened.temperature
     bank_rows = spread_over(len(bench.source), options.bank + 1)
@@ -85,7 +85,7 @@ def similarity(bench: Bench) -> Part:
 
 
 def neighbours(bench: Bench) -> Part:
-    """20-NN accuracy of centre crops and strong queries, also of each kept checkpoint (Fig. 5)."""
+    """20-NN accuracy of centre crops and strong queries, with kept checkpoints (CLSA Fig. 5)."""
     bank, asked, name = bench.parts
     settings = f"neighbours={NEIGHBOURS} knn_temperature={VOTE_TEMPERATURE} split={name}"
     rows = spread_over(len(bank), MAX_KNN_BANK)
@@ -150,7 +150,7 @@ def classes(bench: Bench) -> Part:
     for snapshot, rows_of in zip(bench.snapshots, found, strict=True):
         alike = measures.intra_class_similarity(rows_of, numbers)
         if not alike:
-            why = "no class has two pictures among those judged"
+            why = "no class has two of the pictures that were chosen"
             raise ClsaError("classes", why, "raise --num-pictures", Exit.BAD_DATA)
         within[snapshot.name] = {names[k]: value for k, value in alike.items()}
         between[snapshot.name] = measures.between_class_similarity(rows_of, numbers)
@@ -219,13 +219,13 @@ def spread(bench: Bench) -> Part:
 
 
 def distortions(bench: Bench) -> Part:
-    """Each strong operation at each magnitude on centre crops: is the picture found again?"""
+    """Whether centre crops are still found after each strong operation at each magnitude."""
     networks = [snapshot.query or snapshot.encoder for snapshot in bench.snapshots]
     rows = spread_over(len(bench.source), bench.options.num_distorted)
     kept, images = operations.clean_crops(bench.source, rows, bench.views, bench.device)
     n, temperature, seed = len(kept), bench.opened.temperature, bench.options.seed
     if n < LEAST:
-        why = f"{n} of its pictures can be read"
+        why = f"only {n} of its pictures can be read"
         raise ClsaError(bench.data.data, why, f"give {LEAST} or more", Exit.BAD_DATA)
     settings = f"temperature={temperature} bank={n}"
     findings, found = [], {}

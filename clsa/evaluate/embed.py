@@ -1,4 +1,4 @@
-"""Features of pictures as a table: a Parquet file that any data tool reads."""
+"""Write features of pictures to a table: a Parquet file that any data tool can read."""
 
 import io
 import json
@@ -22,13 +22,14 @@ from clsa.system.machine import keep_freed_memory
 def embed(options: EmbedOptions) -> Path:
     """Write path, label and vector of every readable picture of a split to `options.out`.
 
-    Columns: `path` (string), `label` (string, null where unknown), `vector` (fixed-size list of
-    float32, features of the centre crop, not normalised). The file's metadata hold, under `clsa`, a
-    JSON object: digests of encoder and data, number of pictures left out as unreadable. Paths are
-    those of the source, relative to its folder; bytes that are not UTF-8 are written as `\\xNN`.
+    Columns: `path` (string), `label` (string, null if unknown), `vector` (fixed-size list of
+    float32: features of the centre crop, not normalised). The file's metadata has a JSON object
+    under `clsa`: digests of encoder and data, and the number of unreadable pictures, which are left
+    out. Paths are relative to the folder of the source; bytes that are not UTF-8 are written as
+    `\\xNN`.
 
     Returns:
-        The path of the table, which appears when it is whole; missing folders are made.
+        The path of the table. It appears only when it is complete; missing folders are created.
     """
     import pyarrow as pa  # slow to import, needed nowhere else
     import pyarrow.parquet as pq
@@ -40,7 +41,7 @@ def embed(options: EmbedOptions) -> Path:
     views, data = facts.views, data_of(options.data, facts)
     spec = data.val if options.split == "val" and data.val else data.data
     source = opening.open_source(spec, options.split, data)
-    names = np.array([*source.classes, None], dtype=object)  # the last is label -1's
+    names = np.array([*source.classes, None], dtype=object)  # the last one is for label -1
     width = feature_dim(encoder)
     vector = pa.list_(pa.float32(), width)
     schema = pa.schema({"path": pa.string(), "label": pa.string(), "vector": vector})
@@ -75,7 +76,7 @@ def embed(options: EmbedOptions) -> Path:
 
 
 class _Sink(io.RawIOBase):
-    """What pyarrow wants a file to be, around one that can only be written to."""
+    """A file object as pyarrow needs it, around a file that can only be written to."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file

@@ -1,4 +1,4 @@
-"""From a run folder to results.json: the trained encoder against its random initialisation."""
+"""Evaluate a run: judge its trained and its initial encoder, and write results.json."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,19 +47,22 @@ from clsa.system.machine import keep_freed_memory
 
 
 class Verdict(NamedTuple):
-    """What one protocol found of one encoder."""
+    """Result of one protocol for one encoder."""
 
     found: list[Found]
     n: int
     """Number of pictures judged."""
     head: Head | None = None
-    """What was learned that `clsa predict` can use."""
+    """The classifier that was learned, for `clsa predict`."""
     moved: nn.Module | None = None
-    """The encoder afterwards, where it is not the one given."""
+    """The encoder after the protocol, if the protocol changed a copy of it."""
 
 
 def by_neighbours(subject: Subject, card: KnnCard) -> Verdict:
-    """Weighted and plain votes; strong queries against a clean bank, and against a strong one."""
+    """Nearest neighbours by weighted and plain votes.
+
+    Strong queries are judged with a clean bank, and with a strong one too.
+    """
     parts, strong = subject.parts(card), card.queries == "strong"
     queries, count = subject.seen(parts.queries, strong), len(parts.classes)
     found = knn(subject.seen(parts.bank), queries, count, card)
@@ -94,7 +97,7 @@ def by_linear(subject: Subject, card: LinearCard) -> Verdict:
 
 
 def by_finetuning(subject: Subject, card: FinetuneCard) -> Verdict:
-    """All layers of a copy, and a linear one."""
+    """Fine-tuning of all layers of a copy, with a new linear layer."""
     parts, seed = subject.parts(card), subject.options.seed
     found, n, head = finetune(subject.encoder, parts, subject.views, card, seed, subject.exam.data)
     return Verdict(found, n, head, head.encoder)
@@ -118,14 +121,14 @@ def by_voc07(subject: Subject, card: Voc07Card) -> Verdict:
 
 
 def by_released_code(subject: Subject, card: ReleasedCard) -> Verdict:
-    """What CLSA's code computes; its layer saw other pixels than `clsa predict` shows."""
+    """What CLSA's code computes; without a head, as `clsa predict` prepares pictures otherwise."""
     lists = subject.lists(card)
     found, n, moved = voc07_released(subject.encoder, lists, card, subject.options.seed)
     return Verdict(found, n, moved=moved)
 
 
 def by_machines(subject: Subject, card: SvmCard) -> Verdict:
-    """A support vector machine a class of VOC07."""
+    """One support vector machine per class of VOC07."""
     lists = subject.lists(card)
     seen = []
     for marked in (lists.train, lists.test):
@@ -135,7 +138,7 @@ def by_machines(subject: Subject, card: SvmCard) -> Verdict:
 
 
 def by_detection(subject: Subject, card: DetectCard) -> Verdict:
-    """A detector around the encoder, or around a copy of it."""
+    """A detector around a copy of the encoder."""
     boxes, seed = subject.boxes(card), subject.options.seed
     found = detect(subject.encoder, boxes.train, boxes.test, card, seed, subject.device)
     known = {name: value for name, value in found.items() if value == value}  # not NaN
@@ -157,21 +160,21 @@ JUDGES: dict[type[Card], Callable[[Subject, Any], Verdict]] = {
 
 
 def evaluate(options: EvaluateOptions) -> list[Record]:
-    """Judge a run's encoder by every protocol of `options`, beside its random initialisation.
+    """Judge a run's encoder and its random initialisation by every protocol of `options`.
 
-    The records go to results.json, in the run folder or beside the encoder's file, as soon as a
-    protocol has judged both; what the trained encoder's classifier learned, to heads/NAME.
-    On several processes (torchrun) each encodes a share of the pictures; the numbers of frozen
-    classification are those of one process, fine-tuning agrees to rounding, and detection samples
-    its regions anew on each. Weights and batch-norm statistics of the encoder are checked to be the
-    same before and after, whatever the protocol does to copies of it.
+    When a protocol has judged both, their records are added to results.json, in the run folder or
+    next to the encoder's file. The classifier of the trained encoder is written to heads/NAME.
+    With several processes (torchrun), each encodes a share of the pictures. Frozen classification
+    then gives the same numbers as one process, fine-tuning agrees up to rounding, and detection
+    differs, because each process samples its own regions. A check makes sure that weights and
+    batch-norm statistics of the encoder stay the same; protocols change only copies of it.
 
     Raises:
-        ClsaError: without an encoder, without pictures, or without labels; 65 when there is a
-            results.json that holds something else.
+        ClsaError: if there is no encoder, no pictures, or no labels; 65 if results.json holds
+            something else.
     """
     results = results_path(options.run)
-    read_records(results)  # a damaged one is told before the work
+    read_records(results)  # fails before the work if the file is damaged
     cards = cards_of(options.protocol, options.change)
     trained, facts = saved_encoder.load_encoder_facts(options.run)
     device = dist.pick_device(options.device)
@@ -188,14 +191,14 @@ def evaluate(options: EvaluateOptions) -> list[Record]:
                    for name, each in subjects.items()}  # fmt: skip
         pictures = {name: exam.pictures(card) for name, card in cards.items()}
         if dist.rank() == 0:
-            append_records(results, [])  # so is a folder that cannot be written
+            append_records(results, [])  # fails at once if the folder is not writable
         for protocol, card in cards.items():
             parts, first = pictures[protocol], dist.rank() == 0
             leaked, data_digest = exam.leaked(parts) if first else None, parts.digest()
             fresh: list[Record] = []
             for name, subject in subjects.items():
                 before = after = own[name]
-                with frozen(subject.encoder):  # or it raises
+                with frozen(subject.encoder):  # raises if the encoder changes
                     verdict = JUDGES[type(card)](subject, card)
                 if verdict.moved is not None:
                     after = digests.digest(verdict.moved.state_dict())
@@ -225,7 +228,7 @@ def keep(
     options: EvaluateOptions,
     facts: saved_encoder.EncoderFacts,
 ) -> None:
-    """Save what the trained encoder's classifier learned."""
+    """Save the classifier of the trained encoder."""
     about = HeadFacts(
         protocol=made.protocol, card=made.card, settings=made.settings,
         classes=tuple(parts.classes), several=parts.several,

@@ -1,4 +1,4 @@
-"""What is judged and on what: one encoder before pictures, each kind of which is opened once."""
+"""What evaluation works on: encoders, and the pictures they are judged on, each opened once."""
 
 import logging
 from functools import cached_property
@@ -26,12 +26,12 @@ from clsa.system.errors import ClsaError
 
 
 class Labelled(NamedTuple):
-    """Features of pictures and what they show."""
+    """Features and labels of pictures."""
 
     features: Float32[Tensor, "n F"]
     labels: Int64[Tensor, "n"]
     rows: Int64[np.ndarray, "n"]
-    """Their numbers in the source: those that could be read."""
+    """Numbers of these pictures, the readable ones, in the source."""
 
 
 Pictures = Split | Lists | Boxes
@@ -42,11 +42,11 @@ class Exam:
 
     Args:
         options: which pictures, what seed.
-        facts: of the run, whose pictures they are where `options` name none.
-        cards: what will be asked.
+        facts: of the run; its pictures are used if `options` name none.
+        cards: the protocols that will be used.
 
     Raises:
-        ClsaError: 2 where one set of pictures or options cannot serve all cards; as the sources.
+        ClsaError: 2 if the pictures or options do not suit all cards.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class Exam:
                 for kind in sorted(kinds)
             )
             why = "they take different kinds of pictures"
-            raise ClsaError(f"--protocol {names}", why, "judge by one kind after the other")
+            raise ClsaError(f"--protocol {names}", why, "use one command for each kind")
         if options.labels is not None and "classes" not in kinds:
-            why = "VOC's and COCO's lists say what is learned from"
+            why = "VOC's and COCO's lists already name the pictures to learn from"
             raise ClsaError(f"--labels {options.labels}", why, "leave it out")
         if "classes" in kinds and _is_voc(self.data.data):
             hint = "use the voc07 or detect cards (clsa protocols)"
-            raise ClsaError(self.data.data, "VOC's folders have no class a picture", hint)
+            raise ClsaError(self.data.data, "VOC's pictures have several classes", hint)
 
     def pictures(self, card: Card) -> Pictures:
-        """What a card learns from and is judged on."""
+        """The pictures that a card learns from and is judged on."""
         key = self._key(card)
         if key not in self._opened:
             self._opened[key] = self._open(card)
@@ -91,7 +91,7 @@ class Exam:
         if card.pictures == "voc":
             return read_lists(self.options.data, *_lists_of(card))
         parts, (labels,) = self._everything, self._key(card)
-        if labels is not None:  # with the run's seed, as it drew its own
+        if labels is not None:  # with the run's seed, which drew the run's own few labels
             parts = with_few_bank_labels(parts, labels, self.facts.seed)
         if len(np.unique(parts.bank.labels)) < 2:
             why = f"{len(parts.bank)} labelled pictures of a single class"
@@ -108,7 +108,10 @@ class Exam:
         return opening.open_source(self.data.data, "train", self.data)
 
     def leaked(self, parts: Pictures) -> int | None:
-        """How many of the judged pictures the run learned from, told once; None: not looked."""
+        """How many of the judged pictures the run learned from; None if not searched.
+
+        The search for a set of pictures, and its message, happen only once.
+        """
         key = id(parts.queries)
         if key not in self._leaked:
             self._leaked[key] = self._look(parts) if self.options.leaks != "off" else None
@@ -119,16 +122,16 @@ class Exam:
         try:
             learned = opening.open_source(data.data, "train", data)
         except ClsaError as error:
-            log.warning("warning: leaks not looked for, as %s", error)
+            log.warning("warning: cannot search for leaks: %s", error)
             return None
         count, folder = len(parts.queries), results_path(self.options.run).parent
         if parts.name == "holdout" and learned.digest() == self._train.digest():
-            told = "the %d evaluation pictures are held out of the pretraining set: the encoder saw"
-            log.warning(f"note: {told} their pixels, never their labels", count)
+            note = "the %d evaluation pictures are held out of the pretraining set: the encoder saw"
+            log.warning(f"note: {note} their pixels, never their labels", count)
             return count
         if self.options.leaks == "auto" and len(learned) > leaks.LIMIT:
-            told = "note: leaks not looked for among %d pretraining pictures (--leaks all does)"
-            log.warning(told, len(learned))
+            note = "note: no search for leaks among %d pretraining pictures (--leaks all starts it)"
+            log.warning(note, len(learned))
             return None
         known = leaks.remembered(learned, folder / "thumbnails.npy")
         found = leaks.find_leaks(known, leaks.thumbnails(parts.queries))
@@ -137,7 +140,7 @@ class Exam:
 
 
 class Subject:
-    """One encoder on the device; features of pictures are extracted once, when they are needed."""
+    """One encoder on the device; features are extracted when first needed, and kept."""
 
     def __init__(self, encoder: nn.Module, exam: Exam, device: torch.device):
         self.encoder, self.exam, self.device = encoder.to(device), exam, device
@@ -145,19 +148,19 @@ class Subject:
         self._seen: dict[tuple[int, bool], Labelled] = {}
 
     def parts(self, card: Card) -> Split:
-        """Pictures of one class each."""
+        """The pictures of a card whose pictures have one class each."""
         parts = self.exam.pictures(card)
         assert isinstance(parts, Split)
         return parts
 
     def lists(self, card: Card) -> Lists:
-        """Pictures of VOC07."""
+        """The pictures of a card that uses VOC07."""
         lists = self.exam.pictures(card)
         assert isinstance(lists, Lists)
         return lists
 
     def boxes(self, card: Card) -> Boxes:
-        """Pictures with objects."""
+        """The pictures of a card that detects objects."""
         boxes = self.exam.pictures(card)
         assert isinstance(boxes, Boxes)
         return boxes
@@ -165,11 +168,11 @@ class Subject:
     def seen(
         self, source: Source, strong: bool = False
     ) -> tuple[Float32[Tensor, "n F"], Int64[Tensor, "n"]]:
-        """`features` and labels alone."""
+        """Features and labels of `features`, without the rows."""
         return self.features(source, strong)[:2]
 
     def arrays(self, source: Source) -> tuple[Float32[np.ndarray, "n F"], Int64[np.ndarray, "n"]]:
-        """`seen` of centre crops, for NumPy."""
+        """`seen` of centre crops, as NumPy arrays."""
         features, labels = self.seen(source)
         return features.cpu().numpy(), labels.cpu().numpy()
 
@@ -177,7 +180,8 @@ class Subject:
         """Features of all readable pictures: of centre crops, or of strongly augmented views.
 
         Args:
-            source: of the exam, which keeps it.
+            source: must belong to the exam, because features are kept by its identity.
+            strong: take strongly augmented views.
         """
         key = id(source), strong
         if key not in self._seen:
@@ -192,11 +196,11 @@ class Subject:
 
 
 def _lists_of(card: Card) -> tuple[str, str | None]:
-    """The list that a card of VOC07 learns from, and the one it selects on."""
+    """Names of the lists that a VOC07 card learns from and selects an epoch on."""
     return getattr(card, "train", "trainval"), getattr(card, "select", None)
 
 
 def _is_voc(spec: str) -> bool:
-    """Whether a folder is laid out as VOC's, of one year or several."""
+    """Whether a folder has the layout of VOC, for one year or several."""
     root = Path(spec)
     return (root / "JPEGImages").is_dir() or any(root.glob("VOC20??"))

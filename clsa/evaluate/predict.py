@@ -1,4 +1,4 @@
-"""Labels of pictures, by a classifier that evaluation learned and saved."""
+"""Predict labels of pictures with a classifier that evaluation learned and saved."""
 
 import csv
 import io
@@ -27,14 +27,14 @@ PROBABILITY_DIGITS = 6
 
 
 def predict(options: PredictOptions) -> str:
-    """Write the likeliest labels of every picture to `options.out`; returns what to tell the user.
+    """Write the likeliest labels of every picture to `options.out`; return a line for the user.
 
-    CSV has the columns path, label_1, probability_1, label_2, ...; JSON a list of objects with
-    path, labels and probabilities. A picture that cannot be read has no label. Pictures are seen
-    as at evaluation, by their centre crop.
+    CSV has the columns path, label_1, probability_1, label_2, ...; JSON is a list of objects with
+    path, labels and probabilities. A picture that cannot be read gets no label. The encoder sees
+    the centre crop of each picture, as in evaluation.
 
     Raises:
-        ClsaError: without a head (`clsa evaluate` learns them), without pictures, or when the head
+        ClsaError: if there is no head (`clsa evaluate` learns them) or no picture, or if the head
             belongs to another encoder.
     """
     encoder, _ = saved_encoder.load_encoder_facts(options.run)
@@ -62,12 +62,12 @@ def predict(options: PredictOptions) -> str:
         why = f"none of the {len(rows)} pictures can be read"
         raise ClsaError("nothing to label", why, "check them", Exit.BAD_DATA)
     _write(options.out, rows, top)
-    told = f"{options.out}: {len(rows):,} pictures labelled by {facts.told}"
-    return told + (f", {unreadable} of them unreadable, without a label" if unreadable else "")
+    summary = f"{options.out}: {len(rows):,} pictures labelled by {facts.told}"
+    return summary + (f", {unreadable} of them unreadable, without a label" if unreadable else "")
 
 
 def pictures(images: tuple[str, ...]) -> Source:
-    """Image files as they are named, or one set."""
+    """The pictures to label: image files named one by one, or one set."""
     if not images:
         raise ClsaError("no pictures", "none were named", "give files or a folder", Exit.NO_INPUT)
     alone = Path(images[0])

@@ -1,4 +1,4 @@
-"""An encoder for other libraries: detectron2's weights and the configurations of the papers."""
+"""Export of an encoder to detectron2: its weights, and configurations of the papers' protocols."""
 
 import json
 import re
@@ -23,10 +23,10 @@ SCRIPT = files.ASSETS / "detectron2_train_net.txt"
 
 
 def export(options: ExportOptions) -> Path:
-    """Write a run's encoder as `options.to` reads it; returns the folder.
+    """Write a run's encoder in the layout of the library `options.to`; return the folder.
 
-    For detectron2: `encoder.pth`, a configuration for each protocol of the papers, and
-    `train_net.py`, which adds the batch norm after res5 that their C4 heads have.
+    For detectron2 it writes `encoder.pth`, one configuration for each protocol of the papers, and
+    `train_net.py`, which adds the batch norm after res5 that the papers' C4 heads have.
 
     Raises:
         ClsaError: for an encoder that the library cannot build, or a folder that is a file.
@@ -37,9 +37,9 @@ def export(options: ExportOptions) -> Path:
     out = options.out
     with files.output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    told = {"recipe": facts.recipe, "step": facts.step, "seed": facts.seed,
-            "digest": digests.digest(encoder.state_dict())}  # fmt: skip
-    content = {"model": weights, "matching_heuristics": True, "__author__": json.dumps(told)}
+    origin = {"recipe": facts.recipe, "step": facts.step, "seed": facts.seed,
+              "digest": digests.digest(encoder.state_dict())}  # fmt: skip
+    content = {"model": weights, "matching_heuristics": True, "__author__": json.dumps(origin)}
     files.write_atomic(out / WEIGHTS, lambda file: torch.save(content, file))
     for name, values in detectron2_configs(depth).items():
         files.write_text(out / f"{name}.yaml", to_yaml(values))
@@ -48,15 +48,15 @@ def export(options: ExportOptions) -> Path:
 
 
 def detectron2_weights(encoder: nn.Module, name: str) -> dict[str, Tensor]:
-    """The encoder's weights and statistics under the names of detectron2's ResNets.
+    """The encoder's weights and statistics under the names that detectron2's ResNets use.
 
     conv1, bn1 -> stem.conv1, stem.conv1.norm; layerL.I.convK, bnK -> res(L+1).I.convK, .norm;
-    layerL.I.downsample.0, .1 -> shortcut, shortcut.norm. detectron2 finds them by their ends, in
-    `backbone` as in `roi_heads`.
+    layerL.I.downsample.0, .1 -> shortcut, shortcut.norm. detectron2 matches the ends of the
+    names, so it finds the weights in `backbone` and in `roi_heads`.
 
     Args:
-        encoder: a ResNet of bottlenecks with its 7x7 stem, as timm builds it.
-        name: of the encoder, for the user.
+        encoder: a ResNet with bottleneck blocks and a 7x7 stem, as timm builds it.
+        name: of the encoder, for error messages.
     """
     _depth(encoder, name)
     found = {}
@@ -72,10 +72,10 @@ def detectron2_weights(encoder: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def _depth(encoder: nn.Module, name: str) -> int:
-    """50, 101 or 152.
+    """The encoder's number of layers: 50, 101 or 152.
 
     Raises:
-        ClsaError: for any other encoder.
+        ClsaError: if the encoder is not a plain ResNet of that size.
     """
     layers = [getattr(encoder, f"layer{k}", ()) for k in range(1, 5)]
     depth = DEPTHS.get(tuple(len(layer) for layer in layers))  # pyright: ignore
@@ -85,18 +85,19 @@ def _depth(encoder: nn.Module, name: str) -> int:
             usual = timm.create_model(f"resnet{depth}", num_classes=0)
         plain = repr(usual) == repr(encoder)  # kinds, sizes, strides and groups of all layers
     if not plain or depth is None:
-        why = "detectron2 builds ResNets of 50, 101 or 152 layers with their 7x7 stem"
+        why = "detectron2 only builds ResNets of 50, 101 or 152 layers with a 7x7 stem"
         raise ClsaError(f"encoder {name}", why, "export a resnet50, or use --protocol detect-*")
     return depth
 
 
 def detectron2_configs(depth: int) -> dict[str, dict[str, Any]]:
-    """The papers' protocols as detectron2's configurations, each whole in itself.
+    """The papers' protocols as configurations of detectron2; none of them includes another file.
 
-    VOC07+12 and COCO with a C4 head and the batch norm after res5 (MoCo, CLSA), COCO and LVIS v0.5
-    with FPN (CLIM, which says that it follows MoCo: batch norm in FPN and mask head too). Batch
-    norm over all GPUs, nothing frozen, statistics measured anew before the test. Not run here, as
-    detectron2 is on no package index: names and shapes are tested.
+    VOC07+12 and COCO use a C4 head and the batch norm after res5 (MoCo, CLSA). COCO and LVIS v0.5
+    use FPN (CLIM, which says that it follows MoCo: batch norm in FPN and mask head too). Batch norm
+    takes statistics over all GPUs, nothing is frozen, and the statistics are measured again before
+    the test. We never ran these configurations, because no package index has detectron2: the tests
+    cover only names and shapes.
     """
     coco = {"TRAIN": ["coco_2017_train"], "TEST": ["coco_2017_val"]}
     lvis = {"TRAIN": ["lvis_v0.5_train"], "TEST": ["lvis_v0.5_val"]}
@@ -152,7 +153,7 @@ def _config(
     schedule: tuple[list[int], int],
     more: dict[str, Any],
 ) -> dict[str, Any]:
-    """What all protocols share, and `more` on top."""
+    """The settings that all protocols share, overridden by `more`."""
     steps, last = schedule
     shared = {
         "VERSION": 2,

@@ -1,7 +1,8 @@
-"""Assignments to prototypes and relations to a bank that learns, and how well one predicts another.
+"""Soft assignments to prototypes or to a bank that learns, and the losses of predicting them.
 
 Letters: B pictures, K prototypes. Scores are similarities of rows and prototypes, without a
-temperature. Nothing here sees other processes: a caller gathers what has to be balanced together.
+temperature. Nothing here exchanges data between processes: the caller gathers the scores that must
+be balanced together.
 """
 
 import torch
@@ -12,7 +13,7 @@ Scores = Float[Tensor, "B K"]
 
 
 def similarity(rows: Float[Tensor, "B D"], prototypes: Float[Tensor, "K D"]) -> Scores:
-    """Scores rows . prototypes, in float32 at least also under autocast.
+    """Scores rows . prototypes, in float32 or wider even under autocast.
 
     The 8 bits of bfloat16 would move a logit at a temperature of 0.05 by up to 0.04.
     """
@@ -25,15 +26,16 @@ def similarity(rows: Float[Tensor, "B D"], prototypes: Float[Tensor, "K D"]) -> 
 def sinkhorn(scores: Scores, epsilon: float = 0.05, iterations: int = 3) -> Scores:
     """Assignments that use all prototypes about equally (SwAV, Caron et al. 2020, Eq. 3-5).
 
-    Q = diag(u) exp(S / epsilon) diag(v) by turns of scaling: each prototype's share of the pictures
-    to 1/K, then each picture to a sum of 1, which holds exactly at the end. One prototype may hold
-    more than its share after few turns. Deviation from the official code: computed on logarithms,
-    so that no epsilon overflows and no prototype's sum is ever zero.
+    Q = diag(u) exp(S / epsilon) diag(v), found by repeated scaling: first each prototype's share of
+    the pictures to 1/K, then each picture to a sum of 1. At the end the sums of the pictures are
+    exact, but after few repeats a prototype may hold more than its share. Deviation from the
+    official code: computed on logarithms, so that no epsilon overflows and no prototype's sum is
+    ever zero.
 
     Args:
-        scores: of all pictures to balance, the global batch and a queue.
+        scores: scores of all pictures to balance: the global batch and a queue.
         epsilon: > 0; the smaller, the harder the assignments.
-        iterations: turns, at least 1.
+        iterations: repeats of both scalings, at least 1.
 
     Returns:
         Detached assignments, rows of sum 1.
@@ -51,12 +53,12 @@ def sinkhorn(scores: Scores, epsilon: float = 0.05, iterations: int = 3) -> Scor
 def sharpened(scores: Scores, center: Float[Tensor, " K"], temperature: float) -> Scores:
     """The teacher's assignments: t = softmax((g - c) / T_t), detached (DINO, Caron et al. 2021).
 
-    Taking the centre off keeps one prototype from taking all, a low temperature keeps the
-    assignments from becoming uniform; only both together prevent collapse.
+    Subtracting the centre keeps one prototype from taking all pictures; a low temperature keeps
+    the assignments from becoming uniform. Only both together prevent collapse.
 
     Args:
-        scores: g, of the teacher.
-        center: c, a running mean of them over pictures.
+        scores: g, the teacher's scores.
+        center: c, a running mean of g over pictures.
         temperature: T_t > 0, below the student's.
     """
     return torch.softmax((scores - center) / temperature, dim=1)
@@ -74,7 +76,7 @@ def swapped_prediction(
 
     L = 1 / (A (V - 1)) sum_{a <= A} sum_{v <= V, v != a} mean_i - sum_k t_ik log p_ik, where t is
     targets[a] and p = softmax(scores[v] / T). The targets of a view are summed first, so that each
-    view's logarithms are taken once. ln K when nothing is learned.
+    view's logarithms are taken once. L is ln K when nothing is learned.
 
     Args:
         targets: assignments of the first A views, rows of sum 1; they receive no gradient.
@@ -82,7 +84,7 @@ def swapped_prediction(
         temperature: T > 0.
 
     Raises:
-        ValueError: when there is no pair of different views, or fewer scores than targets.
+        ValueError: if there is no pair of different views, or there are fewer scores than targets.
     """
     num_pairs = len(targets) * (len(scores) - 1)
     if num_pairs < 1 or len(scores) < len(targets):
@@ -105,17 +107,17 @@ def soft_bank_cross_entropy(
     temperature: float,
     candidates: Bool[Tensor, " N"],
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """How a student relates its queries to its own bank, against how a teacher does (CCSSL).
+    """Cross-entropy of a student's similarities to its bank, given a teacher's to its own (CCSSL).
 
     CE_i = - sum_j t_ij log s_ij with s = softmax(q Z^T / T) and t = softmax(q_t Z_t^T / T_t) over
-    the candidate rows; KL(t || s) = CE - H(t). CLSA's divergence is this with one bank that does
-    not learn: here the student's bank takes gradient, the teacher takes none. B x N logits are
-    held, in float32.
+    the candidate rows; KL(t || s) = CE - H(t). CLSA's divergence is the same, with one bank that
+    does not learn. Here the student's bank receives a gradient and the teacher receives none.
+    B x N logits are held, in float32.
 
     Args:
         teacher, teacher_bank, student, student_bank: unit rows.
         teacher_temperature, temperature: T_t and T, > 0.
-        candidates: rows of the banks that count; without any all do.
+        candidates: rows of the banks that count; if none is marked, all rows count.
 
     Returns:
         CE and H(t) of each query, in nats.

@@ -1,4 +1,4 @@
-"""What queries are compared with: past keys, the batch's, learned negatives, prototypes."""
+"""Banks that queries are compared with: keys, learned negatives, prototypes, a memory."""
 
 import math
 
@@ -14,13 +14,13 @@ from clsa.views import rng
 class KeyQueue(nn.Module):
     """First-in first-out queue of keys (MoCo, He et al. 2020), the same on every rank.
 
-    Starts as random unit rows. Enqueuing wraps around at any batch size, also one larger than the
-    queue. Rows and pointer are buffers, so they are part of a checkpoint.
+    It starts as random unit rows. Enqueuing wraps around at any batch size, even one larger than
+    the queue. Rows and pointer are buffers, so they are part of a checkpoint.
 
     Args:
         length: number of rows K.
         dim: projection dim D.
-        seed: of the first rows.
+        seed: seed of the first rows.
     """
 
     rows: Float[Tensor, "K D"]
@@ -34,23 +34,23 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def start(self, keys: Float[Tensor, "n D"]) -> None:
-        """Take the first of `keys` for rows, again from the first where they are too few."""
+        """Fill the rows with the first of `keys`, repeated if there are too few."""
         self.rows.copy_(keys[torch.arange(len(self.rows), device=keys.device) % len(keys)])
 
     @torch.no_grad()
     def enqueue_chosen(self, keys: Float[Tensor, "B D"], chosen: Bool[Tensor, " B"]) -> None:
-        """`enqueue` of the chosen keys only, without the host learning how many they are."""
+        """`enqueue` the chosen keys only, without the host reading how many there are."""
         length, total = len(self.rows), chosen.sum()
         number = chosen.cumsum(0) - 1
         kept = chosen & (number >= total - length)
         places = torch.where(kept, (self.pointer + number) % length, length)
-        room = torch.cat([self.rows, self.rows[:1]])  # the last takes what is not kept
+        room = torch.cat([self.rows, self.rows[:1]])  # a spare row takes keys not kept
         self.rows.copy_(room.index_copy_(0, places, keys.to(room))[:length])
         self.pointer.add_(total).remainder_(length)
 
     @torch.no_grad()
     def enqueue(self, keys: Float[Tensor, "B D"]) -> None:
-        """Overwrite the oldest rows by `keys`, the first key oldest."""
+        """Overwrite the oldest rows with `keys`; the first key counts as the oldest."""
         length = len(self.rows)
         skipped = max(0, len(keys) - length)
         places = torch.arange(skipped, len(keys), device=keys.device)
@@ -59,7 +59,7 @@ class KeyQueue(nn.Module):
 
 
 def own_rows(count: int, device: torch.device) -> Int[Tensor, " b"]:
-    """Rows of the global batch, ranks in order, that are this rank's `count`."""
+    """Row numbers of this rank's `count` rows in the global batch, ranks in order."""
     return dist.rank() * count + torch.arange(count, device=device)
 
 
@@ -70,9 +70,9 @@ def keys_with_queue(
 
     Args:
         keys: detached keys of the global batch, ranks in order, as `dist.all_gather` gives them.
-        queue: past keys; this batch's are not in it yet.
+        queue: past keys; the keys of this batch are not in it yet.
         batch_negatives: True: every key of the batch is a candidate (the official code). False:
-            the own key only, so that the bank is one positive and the queue (the papers).
+            only the query's own key, so that a query sees one positive and the queue (the papers).
 
     Returns:
         bank; row of each local query's own key (global rank, not local); candidates (None: all).
@@ -88,15 +88,15 @@ NEGATIVES_CHUNK = 4096  # learned negatives per tile of their gradient
 
 
 class LearnedNegatives(nn.Module):
-    """Negatives that are trained against the network (AdCo, Hu et al. 2021), alike on every rank.
+    """Negatives that are trained against the network (AdCo, Hu et al. 2021), equal on every rank.
 
-    Rows have any length, and queries are compared with them at unit length. Rows and velocity are
+    Rows have any length, but queries are compared with their unit vectors. Rows and velocity are
     buffers: gradient ascent moves them, not the optimiser.
 
     Args:
         length: number of rows K.
         dim: projection dim D.
-        seed: of the first rows, which are random unit rows.
+        seed: seed of the first rows, which are random unit rows.
     """
 
     rows: Float[Tensor, "K D"]
@@ -120,11 +120,11 @@ class LearnedNegatives(nn.Module):
 
         G_k = (I - u_k u_k^T) (1/B) sum_i p_ik q_i / (T |w_k|), u_k = w_k / |w_k| and
         p_ik = exp(q_i . u_k / T - lse_i): tangent to the sphere, since length does not matter.
-        No matrix of queries x negatives larger than a chunk is made.
+        No matrix of queries x negatives is larger than one chunk.
 
         Args:
-            query: this rank's.
-            lse: theirs over the whole bank, positives included, at this temperature.
+            query: queries of this rank.
+            lse: log-sum-exp of each query over the whole bank, positives included, at this T.
             temperature: T > 0.
         """
         parts = []
@@ -140,7 +140,7 @@ class LearnedNegatives(nn.Module):
 
     @torch.no_grad()
     def fill(self, keys: Float[Tensor, "B D"], first: int) -> None:
-        """Put `keys` in place of the rows from `first` on, as many as there is room for."""
+        """Replace the rows from `first` on by `keys`, as many as there is room for."""
         self.rows[first : first + len(keys)] = keys[: len(self.rows) - first].to(self.rows)
 
     @torch.no_grad()
@@ -153,12 +153,12 @@ class LearnedNegatives(nn.Module):
 
 
 class Prototypes(nn.Module):
-    """Rows that assignments are made to (SwAV, DINO), trained by the optimiser with the network.
+    """Rows that pictures are assigned to (SwAV, DINO); the optimiser trains them with the network.
 
     Args:
         length: number of rows K.
         dim: projection dim D.
-        seed: of the first rows, which are random unit rows.
+        seed: seed of the first rows, which are random unit rows.
     """
 
     rows: nn.Parameter
@@ -171,27 +171,28 @@ class Prototypes(nn.Module):
     def forward(self, frozen: bool = False) -> Float[Tensor, "K D"]:
         """The rows; with `frozen` their gradient is zero.
 
-        Zero and not none: DistributedDataParallel waits for the gradient of every parameter.
+        Zero rather than none: DistributedDataParallel waits for a gradient of every parameter.
         """
         return self.rows.detach() + 0.0 * self.rows if frozen else self.rows
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Put every row back to unit length."""
+        """Scale every row to unit length."""
         self.rows.copy_(F.normalize(self.rows))
 
 
 class Memory(nn.Module):
-    """One row a picture: its projections of past epochs (Wu et al. 2018), alike on every rank.
+    """One row per picture: its projections of past epochs (Wu et al. 2018), equal on every rank.
 
-    Rows start as uniform numbers in +-sqrt(3 / D), about of unit length, and have unit length once
-    updated. A picture that stands in for an unreadable one updates that one's row. Rows are a
-    buffer and hence part of a checkpoint: 4 n D bytes, 656 MB for ImageNet at D = 128.
+    Rows start as uniform numbers in +-sqrt(3 / D), with a length of about 1, and have unit length
+    after their first update. A picture that replaces an unreadable one updates the row of the
+    unreadable one. Rows are a buffer, so they are part of a checkpoint: 4 n D bytes, 656 MB for
+    ImageNet at D = 128.
 
     Args:
         num_pictures: number of rows n.
         dim: projection dim D.
-        seed: of the first rows.
+        seed: seed of the first rows.
     """
 
     rows: Float[Tensor, "n D"]
@@ -208,17 +209,17 @@ class Memory(nn.Module):
         """The bank [own rows; rows drawn for this step], and what each query may see of it.
 
         The rows are drawn from all n with replacement by the counter, the same for all queries and
-        on every rank; a query's own may be among them. Deviation from the official code, which
-        draws other rows for each query and gathers b x m x D numbers for it.
+        on every rank; a query's own row may be among them. Deviation: the official code draws
+        other rows for each query, and so gathers b x m x D numbers.
 
         Args:
             index: this rank's pictures, by their places in the data set.
             num_negatives: rows m to draw; 0: the bank is the whole memory.
-            seed, step: of the draw.
+            seed, step: decide the draw.
 
         Returns:
-            bank, a copy unless it is the whole memory; row of each query's own; candidates: of the
-            own rows each query sees but its own (None: all).
+            bank (a copy, unless it is the whole memory); bank row of each query's own picture;
+            candidates: of the own rows each query sees only its own (None: it sees all).
         """
         if num_negatives == 0:
             return self.rows, index, None
@@ -236,8 +237,8 @@ class Memory(nn.Module):
 
         Args:
             index: this rank's pictures.
-            features: theirs.
-            momentum: r, the share that stays, in [0, 1].
+            features: features of these pictures.
+            momentum: r, the share of the old row that stays, in [0, 1].
         """
         index, features = dist.all_gather(index), dist.all_gather(features)
         moved = torch.lerp(features.to(self.rows), self.rows[index], momentum)

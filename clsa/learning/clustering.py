@@ -1,4 +1,4 @@
-"""Clusters and neighbours of a whole set's features, by faiss; centres to compare queries with."""
+"""k-means clusters and nearest neighbours of a whole set, by faiss; cluster centres as a bank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,21 +15,21 @@ from clsa.system.errors import ClsaError
 from clsa.system.extras import require
 from clsa.system.machine import num_cores
 
-LEAST, MOST = 10, 1000  # pictures a cluster that k-means is trained on
+LEAST, MOST = 10, 1000  # least and most pictures per cluster to train k-means on
 ITERATIONS, REPEATS = 20, 5
-EXACT = 100_000  # rows up to which nearest neighbours are looked for among all
-PROBED = 32  # clusters that they are looked for in beyond
-BLOCK = 1 << 14  # rows at a time
+EXACT = 100_000  # most rows for which the search for neighbours looks at all rows
+PROBED = 32  # clusters in which it looks for neighbours if there are more rows
+BLOCK = 1 << 14  # rows per block
 
 
 class Nearest(NamedTuple):
-    """Centres of k-means, and the one that each row belongs to."""
+    """Centres of k-means, and the cluster that each row belongs to."""
 
     centroids: Float32[np.ndarray, "k D"]
-    """As k-means left them: means of unit rows, shorter than 1."""
+    """Means of unit rows, not normalised: shorter than 1."""
     assignment: Int64[np.ndarray, "n"]
     distances: Float32[np.ndarray, "n"]
-    """Euclidean, to the own centre; not squared."""
+    """Euclidean distance of a row to the centre of its cluster, not squared."""
 
 
 def require_faiss() -> Any:
@@ -43,9 +43,9 @@ def require_faiss() -> Any:
 
 @contextmanager
 def on_all_cores() -> Iterator[Any]:
-    """faiss on every core (torchrun asks for one), then as many threads as before.
+    """Let faiss use every core (torchrun sets one thread), then restore the number of threads.
 
-    torch computes with the same threads: their number may not change in the middle of a run.
+    torch computes with the same threads, and their number must not change during a run.
     """
     faiss = require_faiss()
     before = faiss.omp_get_max_threads()
@@ -57,27 +57,27 @@ def on_all_cores() -> Iterator[Any]:
 
 
 def require_pictures(option: str, num_clusters: int, num_pictures: int) -> None:
-    """Raise for fewer than 10 pictures a cluster, or without faiss; `option` sets the number."""
+    """Raise for fewer than 10 pictures per cluster, or without faiss; the error names `option`."""
     require_faiss()
     if num_pictures < LEAST * num_clusters:
-        why = f"k-means needs {LEAST} pictures a cluster, and there are {num_pictures}"
+        why = f"k-means needs {LEAST} pictures per cluster, and there are {num_pictures}"
         most = num_pictures // LEAST
-        hint = f"ask for at most {most}" if most > 1 else "train on more pictures"
+        hint = f"set it to at most {most}" if most > 1 else "train on more pictures"
         raise ClsaError(f"{option} {num_clusters}", why, hint)
 
 
 def k_means(features: Float32[np.ndarray, "n D"], num_clusters: int, seed: int) -> Nearest:
     """Euclidean k-means: the best of 5 runs of 20 rounds, as in PCL's code, on the CPU.
 
-    A run looks at 1000 rows a cluster at most, drawn by `seed`; all rows are assigned. The same
-    arguments give the same clusters on one machine. It takes about 200 n k D / 10^11 seconds of one
-    core: 4 s for 20,000 rows, 1000 clusters and D = 128, but 13 hours for PCL's 175,000 clusters
-    on ImageNet, for which its code uses a GPU.
+    A run trains on at most 1000 rows per cluster, drawn by `seed`; then all rows are assigned. On
+    one machine the same arguments give the same clusters. It takes about 200 n k D / 10^11 seconds
+    of one core: 4 s for 20,000 rows, 1000 clusters and D = 128, but 13 hours for PCL's 175,000
+    clusters on ImageNet, for which PCL's code uses a GPU.
 
     Args:
         features: unit rows, at least `num_clusters` of them.
         num_clusters: k >= 1.
-        seed: of the first centres, below 2^31.
+        seed: seed of the first centres, below 2^31.
     """
     features = np.ascontiguousarray(features, np.float32)
     with on_all_cores() as faiss:
@@ -98,17 +98,17 @@ def nearest_rows(
     num: int,
     centroids: Float32[np.ndarray, "k D"] | None = None,
 ) -> Iterator[Int64[np.ndarray, "b num"]]:
-    """The nearest other rows of each row, the nearest first, in blocks: Euclidean, on the CPU.
+    """The nearest other rows of each row, nearest first, in blocks: Euclidean, on the CPU.
 
-    Up to 100,000 rows all are looked at, beyond them those of the 32 clusters whose centres are
-    nearest. The row itself is none of its neighbours, whatever equals it; -1 where those clusters
-    hold fewer.
+    Up to 100,000 rows the search looks at all rows. With more rows it looks only at rows of the 32
+    clusters whose centres are nearest; if these hold too few rows, -1 fills the free places. A row
+    is never its own neighbour, even if other rows equal it.
 
     Args:
-        rows: gives the rows from one place to another; all are asked for twice, in blocks.
+        rows: returns the rows from a start to an end; each block is read twice.
         count: how many rows there are.
         num: neighbours wanted, fewer than `count`.
-        centroids: of `k_means`, needed beyond 100,000 rows.
+        centroids: centres from `k_means`, needed for more than 100,000 rows.
     """
     starts, dim = range(0, count, BLOCK), rows(0, 1).shape[1]
     with on_all_cores() as faiss:
@@ -118,7 +118,7 @@ def nearest_rows(
             assert centroids is not None
             centres.add(centroids)
             index = faiss.IndexIVFFlat(centres, dim, len(centroids))
-            index.train(centroids)  # the centres stand already
+            index.train(centroids)  # the centres are already set
             index.nprobe = PROBED
         for start in starts:
             index.add(rows(start, min(start + BLOCK, count)))
@@ -132,7 +132,7 @@ def nearest_rows(
 def raw_concentrations(
     distances: Float[np.ndarray, "n"], assignment: Int64[np.ndarray, "n"], num_clusters: int
 ) -> Float[np.ndarray, "k"]:
-    """How wide each cluster is (PCL, Section 3.3); clusters are denser the smaller phi is.
+    """phi, how wide each cluster is (PCL, Section 3.3): the smaller phi, the denser the cluster.
 
     phi_c = sum_{i in c} |z_i - c| / (n_c ln(n_c + 10)), over the n_c rows of cluster c.
     Clusters of one row or none take the largest phi of the others.
@@ -147,7 +147,7 @@ def raw_concentrations(
 def concentrations(raw: Float[np.ndarray, "k"], temperature: float) -> Float[np.ndarray, "k"]:
     """Raw phi, clipped to its 10th and 90th percentile and scaled to the mean `temperature`.
 
-    Deviation from PCL's code: no phi is less than a hundredth of the largest, since a cluster of
+    Deviation from PCL's code: no phi is less than a hundredth of the largest, because a cluster of
     equal pictures would otherwise divide by zero.
     """
     phi = np.clip(raw, *np.percentile(raw, [10, 90]))
@@ -163,25 +163,25 @@ class Compared(NamedTuple):
     positive: Int[Tensor, " b"]
     """Bank row of the cluster that each picture belongs to."""
     candidates: Bool[Tensor, "b M"]
-    """The bank has room for as many clusters as pictures; what this leaves over is hidden."""
+    """The bank has room for as many clusters as pictures; rows that are not needed are hidden."""
 
 
 class Clusters(nn.Module):
     """One clustering of the whole set (PCL, Li et al. 2021), the same on every rank.
 
-    Everything is a buffer of fixed shape, so a run resumes in the middle of an epoch with the
-    clusters that the epoch began with. Before the first `fit` the centres are random unit rows and
-    all pictures belong to the first.
+    All state is in buffers of fixed shape, so a run that resumes during an epoch has the clusters
+    that the epoch began with. Before the first `fit` the centres are random unit rows and all
+    pictures belong to the first cluster.
 
     Args:
         num_pictures: n, size of the set.
         num_clusters: k.
         dim: projection dim D.
         temperature: mean of phi.
-        seed: of the first centres.
+        seed: seed of the first centres.
 
     Raises:
-        ClsaError: for fewer than 10 pictures a cluster, or without faiss.
+        ClsaError: for fewer than 10 pictures per cluster, or without faiss.
     """
 
     centroids: Float[Tensor, "k D"]
@@ -202,7 +202,7 @@ class Clusters(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Float[Tensor, "n D"], seed: int) -> None:
-        """Cluster `features` anew on rank 0 and send what it found to all; the others wait."""
+        """Cluster `features` on rank 0 and send the result to all ranks; the others wait."""
         with ranks.first_alone():
             if dist.rank() == 0:
                 self._cluster(features, seed)
@@ -223,16 +223,16 @@ class Clusters(nn.Module):
     def compare(
         self, index: Int[Tensor, " b"], draws: Float[Tensor, "k"], num_others: int
     ) -> Compared:
-        """The clusters of the global batch, once each, and `num_others` others by lot.
+        """The clusters of the global batch, once each, and `num_others` other clusters at random.
 
-        Deviations from PCL's code: it takes the clusters of one GPU's pictures, one row a picture,
-        so that a cluster of several pictures counts several times; and it fails where there are
-        fewer others than asked for, here all of them are then taken.
+        Deviations from PCL's code: that code takes the clusters of one GPU's pictures, one row per
+        picture, so that a cluster of several pictures counts several times. It also fails if there
+        are fewer other clusters than asked for; here all of them are then taken.
 
         Args:
             index: places in the data set of this rank's pictures.
-            draws: uniform in [0, 1), the same on every rank; the least win.
-            num_others: r.
+            draws: uniform in [0, 1), the same on every rank; the lowest are taken.
+            num_others: r, clusters that no picture of the batch belongs to.
         """
         own = self.assignment[index]
         everyone = dist.all_gather(own)

@@ -1,8 +1,8 @@
 """Losses: pure functions of tensors and a temperature, most built on one pass over a bank.
 
-Letters: B queries, N bank rows, M of them that `candidates` speaks about, D projection dim.
-Rows are L2-normalised unless a caller has reasons; nothing here normalises. A bank never
-receives a gradient, and no tensor larger than B x chunk is allocated for it, chunk <= `CHUNK`.
+Letters: B queries, N bank rows, M of them covered by `candidates`, D projection dim.
+Callers normalise the rows (L2) unless they have reasons not to; nothing here normalises. A bank
+never receives a gradient, and no tensor larger than B x `chunk_for(...)` is allocated for it.
 """
 
 import math
@@ -40,15 +40,15 @@ def bank_statistics(
         query: rows to compare, any floating type; only `lse` carries a gradient to them.
         bank: rows compared with; must not require a gradient.
         temperature: T > 0.
-        candidates: which of the first M bank rows each query may see; the other N - M are seen
-            by all. None: every row. Each query must see at least one row.
+        candidates: which of the first M bank rows each query may see; all queries see the other
+            N - M. None: all queries see all rows. Each query must see at least one row.
 
     Returns:
         lse (B,) and expected_key (B, D), in float32 at least; expected_key is detached.
 
     Raises:
-        ValueError: for a bank that requires a gradient, shapes that do not fit, or T <= 0. That a
-            query sees no row at all is not looked for (the host would wait): its lse is -inf.
+        ValueError: for a bank that requires a gradient, shapes that do not fit, or T <= 0. A query
+            that sees no row is not detected (the host would have to wait): its lse is -inf.
     """
     if bank.requires_grad:
         raise ValueError("the bank must not require a gradient: detach it")
@@ -83,7 +83,7 @@ class _BankStatistics(torch.autograd.Function):
 
 
 def chunk_for(rows: Tensor) -> int:
-    """Bank rows to a tile, where `rows` are."""
+    """Bank rows per tile, on the device of `rows`."""
     return CUDA_CHUNK if rows.is_cuda else CHUNK
 
 
@@ -142,11 +142,11 @@ class Divergence(NamedTuple):
     target_entropy: Float[Tensor, ""]
     """Mean H(t) in nats: the floor that the divergence per pair cannot go below."""
     kl: Float[Tensor, ""]
-    """Mean KL(t || r) per pair in nats: divergence per pair less its floor."""
+    """Mean KL(t || r) per pair in nats: divergence per pair minus its floor."""
 
 
 class Losses(NamedTuple):
-    """The terms of CLSA: `contrast` is summed over the weak queries, the rest is `Divergence`'s."""
+    """The terms of CLSA: `contrast`, summed over the weak queries, and those of `Divergence`."""
 
     contrast: Float[Tensor, ""]
     divergence: Float[Tensor, ""]
@@ -160,7 +160,7 @@ def streams(
     temperature: float,
     candidates: Bool[Tensor, "B M"] | None = None,
 ) -> list[Stream]:
-    """`bank_statistics` of each set of queries; what `contrast` and `divergence` are made of."""
+    """`bank_statistics` of each set of queries, from which `contrast` and `divergence` follow."""
     if not queries:
         raise ValueError("at least one set of queries is needed")
     return [
@@ -181,7 +181,7 @@ def contrast(
 def divergence(targets: list[Stream], predicted: list[Stream]) -> Divergence:
     """`distribution_divergence` of all pairs, from their streams over the same bank.
 
-    sum_w sum_s L_D(w -> s) = mean_i sum_s [ W lse_s - s . (sum_w E_w) / T ]: W + S streams do for
+    sum_w sum_s L_D(w -> s) = mean_i sum_s [ W lse_s - s . (sum_w E_w) / T ]: W + S streams serve
     W x S pairs. The targets receive no gradient.
     """
     expected = torch.stack([stream.expected_key for stream in targets]).sum(0)
@@ -205,11 +205,11 @@ def info_nce(
 ) -> Float[Tensor, ""]:
     """Contrastive loss: L_C = mean_i [ lse(q_i Z^T / T) - q_i . z_{y_i} / T ], CLSA Eq. 1-3.
 
-    Gradient: d L_C / d q_i = (E_i - z_{y_i}) / (T B). Its value is ln N when nothing is learned.
+    Gradient: d L_C / d q_i = (E_i - z_{y_i}) / (T B). The loss is ln N when nothing is learned.
 
     Args:
         query: (B, D) weak queries.
-        bank: (N, D) keys, the positives among them.
+        bank: (N, D) keys, including the positives.
         positive: bank row of each query's positive, int64; must be among its candidates.
         temperature: T > 0.
         candidates: see `bank_statistics`.
@@ -218,9 +218,9 @@ def info_nce(
 
 
 def lowest_info_nce(num_candidates: int, dim: int, temperature: float) -> float:
-    """About the least that `info_nce` reaches: positive at 1, negatives spread over the sphere.
+    """About the lowest `info_nce`: positives at similarity 1, negatives spread over the sphere.
 
-    Their similarities then have variance 1/D, so that the loss is
+    The similarities of the negatives then have variance 1/D, so that the loss is
     ln(1 + (N - 1) exp(1 / (2 D T^2) - 1 / T)): 6.19 for N = 65,537, D = 128, T = 0.2.
     """
     spread = 1 / (2 * dim * temperature**2) - 1 / temperature
@@ -239,12 +239,12 @@ def distribution_divergence(
 
     t = softmax(q Z^T / T_t) of the weak query, detached, is the target for r = softmax(s Z^T / T)
     of the strong one. With E_t the target's expected key, L_D = lse_s - s . E_t / T and
-    d L_D / d s = (E_r - E_t) / (T B); nothing flows to the weak query or the bank. Deviations from
-    the official code: no log of a softmax (it underflows at small T), nothing materialised.
+    d L_D / d s = (E_r - E_t) / (T B); no gradient flows to the weak query or the bank. Deviations
+    from the official code: no log of a softmax (it underflows at small T), no B x N matrix.
 
     Args:
         weak: target queries, or a list of W of them.
-        strong: predicted queries, or a list of S; the W x S pairs are summed, at W + S streams.
+        strong: predicted queries, or a list of S; W + S streams give the sum of the W x S pairs.
         bank: (N, D) keys.
         temperature: T of the strong distribution.
         target_temperature: T_t of the weak one; None: T.
@@ -277,7 +277,7 @@ def contrast_and_divergence(
         weak, strong, bank, positive, candidates: as in the two losses.
         temperature: of the contrastive loss.
         strong_temperature, target_temperature: T and T_t of the divergence.
-        target: queries that give the target instead of `weak` (the keys, say).
+        target: queries that give the target instead of `weak` (for example the keys).
     """
     weak_streams = streams(weak, bank, temperature, candidates)
     if target is None:
@@ -298,12 +298,12 @@ def nt_xent(first: Queries, second: Queries, temperature: float = 0.1) -> Float[
     """SimCLR's loss over both views of the global batch (Chen et al. 2020, Eq. 1).
 
     l(i, j) = -log[ exp(z_i . z_j / T) / sum_{k != i} exp(z_i . z_k / T) ] over the 2B rows of all
-    ranks, L = 1/2B sum over both directions of every pair. A row never sees itself; all the others
-    are candidates, and every one receives gradient, across ranks too. Deviation from the official
-    code: it returns twice this (the sum of two means). Logits of 2b x 2B are held, in float32.
+    ranks, L = 1/2B sum over both directions of every pair. A row never sees itself; all other
+    rows are candidates, and all receive gradient, across ranks too. Deviation: the official code
+    returns twice this loss (the sum of two means). Logits of 2b x 2B are held, in float32.
 
     Args:
-        first, second: unit rows of this rank's pictures, equally many on every rank.
+        first, second: unit rows of this rank's pictures, the same number on every rank.
         temperature: T > 0.
     """
     kind = torch.promote_types(first.dtype, torch.float32)
@@ -321,13 +321,14 @@ def suncet(rows: Queries, labels: Int[Tensor, " B"], temperature: float = 0.1) -
     et al. 2020): rows of one class attract.
 
     L = mean_i -log[ sum_{j != i, y_j = y_i} exp(z_i . z_j / T) / sum_{j != i} exp(z_i . z_j / T) ]:
-    the sum over a class stands inside the logarithm. 0 for one class; for equal rows of c classes
-    with b rows each -ln((b - 1) / (c b - 1)). Every row takes gradient, across ranks too. Rows of
-    unknown class, or alone of theirs, are no i of the mean (they stand in for unreadable pictures).
+    the sum over a class is inside the logarithm. L is 0 for one class, and for equal rows of c
+    classes with b rows each -ln((b - 1) / (c b - 1)). Every row takes gradient, across ranks too.
+    The mean over i leaves out rows of unknown class, or alone in their class (they stand in for
+    unreadable pictures).
 
     Args:
-        rows: unit rows of this rank, equally many on every rank.
-        labels: their classes, -1 unknown.
+        rows: unit rows of this rank, the same number on every rank.
+        labels: classes of the rows, -1 unknown.
         temperature: T > 0.
     """
     kind = torch.promote_types(rows.dtype, torch.float32)
@@ -338,7 +339,7 @@ def suncet(rows: Queries, labels: Int[Tensor, " B"], temperature: float = 0.1) -
         logits = (rows @ everyone.T / temperature).scatter(1, own[:, None], -torch.inf)
         same = (labels[:, None] == classes) & (classes >= 0)
         alike = same.scatter(1, own[:, None], False)
-        counts = alike.any(1, keepdim=True)  # elsewhere both sums are the same: 0, also in gradient
+        counts = alike.any(1, keepdim=True)  # else both sums are equal: loss and gradient are 0
         terms = logits.logsumexp(1) - logits.masked_fill(~alike & counts, -torch.inf).logsumexp(1)
         number = dist.all_sum(counts.sum().to(kind)).clamp(min=1)
         return terms.sum() * dist.world_size() / number
@@ -347,7 +348,7 @@ def suncet(rows: Queries, labels: Int[Tensor, " B"], temperature: float = 0.1) -
 def cosine_regression(prediction: Queries, target: Queries) -> Float[Tensor, ""]:
     """Squared distance of unit rows (BYOL, Grill et al. 2020, Eq. 2): mean_i 2 - 2 p_i . t_i.
 
-    In [0, 4]. The target receives no gradient. SimSiam's -cos is half of it, less one.
+    In [0, 4]. The target receives no gradient. SimSiam's -cos is half of this loss, minus one.
 
     Args:
         prediction, target: unit rows.
@@ -366,16 +367,16 @@ def noise_contrastive(
 ) -> Float[Tensor, ""]:
     """Noise-contrastive estimation of a softmax over n rows by M of them (Wu et al. 2018, Eq. 5-7).
 
-    P(v | q) = exp(q . v / T) / Z is told from noise of probability 1/n by h = P / (P + M/n):
+    Noise has probability 1/n, and h = P / (P + M/n) tells P(v | q) = exp(q . v / T) / Z from it:
     L = mean_i [ -ln h(own_i) - sum_j ln(1 - h(sampled_j)) ]. With a = q . v / T - ln(Z M / n), h is
-    the logistic function of a, so that nothing overflows. Where P = 1/n everywhere,
-    L = ln(1 + M) + M ln(1 + 1/M). Logits of B x M are held, in float32 at least.
+    the logistic function of a, so that nothing overflows. If P = 1/n everywhere, then
+    L = ln(1 + M) + M ln(1 + 1/M). Logits of B x M are held, in float32 or wider.
 
     Args:
-        query: (B, D) queries, which alone receive a gradient.
+        query: (B, D) queries; only these receive a gradient.
         own: (B, D) each query's own row.
-        sampled: (M, D) rows drawn from all n with replacement; own ones may be among them.
-        log_normalizer: ln Z, which does not learn.
+        sampled: (M, D) rows drawn from all n with replacement; own rows may be among them.
+        log_normalizer: ln Z, which is not trained.
         num_rows: n.
         temperature: T > 0.
     """

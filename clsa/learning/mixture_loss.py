@@ -15,13 +15,13 @@ def row_losses(
 ) -> Float[Tensor, " b"]:
     """`losses.info_nce` of each query over the bank [keys; rest], from its stream over the rest.
 
-    log(sum over keys + sum over rest) = logaddexp of the two lse: sets of keys share one pass over
-    the rest of the bank.
+    log(sum over keys + sum over rest) = logaddexp of the two lse, so several sets of keys share one
+    pass over the rest of the bank.
 
     Args:
         rest: queries and their statistics over the rest.
-        keys: detached.
-        positive: row of `keys` for each query.
+        keys: detached keys.
+        positive: row of each query's positive in `keys`.
         candidates: which keys each query may see; None: all.
     """
     lse, _ = bank_statistics(rest.query, keys, rest.temperature, candidates)
@@ -44,9 +44,9 @@ def mixed_contrast(
 
     Args:
         rest: each set of mixed queries with its statistics over the bank without the batch's keys.
-        weights: w, one a set of queries.
-        own: the pictures' keys, one set a resolution r.
-        partners: their partners' likewise; none: lambda is 1.
+        weights: w, one per set of queries.
+        own: keys of the pictures themselves, one set per resolution r.
+        partners: keys of their partners, likewise; an empty list: lambda is 1.
         share: lambda.
         positive, candidates: as in `row_losses`.
     """

@@ -30,9 +30,9 @@ SMALL, SMALL_VIT = "resnet10-w32", "vit6-w192"
 class InGroups:
     """Batch norm whose training statistics are taken per contiguous group of the batch.
 
-    One device then behaves as `groups` devices with their own batch norm do, without which MoCo
-    leaks the positive through the statistics. Memory format is kept. Put before a class of batch
-    norm; `group_norms` sets the groups.
+    One device then behaves like `groups` devices with their own batch norm each; otherwise MoCo
+    leaks the positive through the statistics. Memory format is kept. This is a mixin to put before
+    a class of batch norm; `group_norms` sets the groups.
     """
 
     groups = 1
@@ -43,15 +43,15 @@ class InGroups:
         if not self.training or self.groups == 1:  # pyright: ignore[reportAttributeAccessIssue]
             return normalise(x)
         sizes = [(len(x) + place) // self.groups for place in range(self.groups)]
-        # split, not tensor_split: its backward is one cat, not a filled tensor a group
+        # split instead of tensor_split: its backward is one cat, not a filled tensor per group
         return torch.cat([normalise(part) for part in x.split(sizes)])
 
 
 class OverRanks:
     """Batch norm whose training statistics are taken over the batches of all processes.
 
-    torch's SyncBatchNorm runs on GPUs only; this one is `dist.all_sum` of the mean and then of the
-    squared distances from it, and so takes its gradients across processes too.
+    torch's SyncBatchNorm runs only on GPUs. This one calls `dist.all_sum` for the mean and then for
+    the squared distances from it, so gradients cross processes too.
     """
 
     def forward(self, x: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
@@ -63,7 +63,7 @@ class OverRanks:
         shape = [1, -1] + [1] * (x.ndim - 2)
         own = wide.new_full(
             (1,), x.numel() // x.shape[1]
-        )  # pictures differ in size, RoIs in number
+        )  # picture sizes and numbers of RoIs may differ between processes
         total = dist.all_sum(torch.cat([wide.sum(dims), own]))
         count = total[-1].detach()
         mean = total[:-1] / count
@@ -125,8 +125,8 @@ SHARED = {
 def group_norms(module: nn.Module, num_groups: int) -> None:
     """Let every batch norm inside `module` take its statistics over `num_groups` groups, in place.
 
-    The groups are of the global batch, at least one a process; 1 is the whole of it, over all
-    processes. The running statistics see a process's groups in turn, with momentum
+    The groups divide the global batch, at least one per process; 1 is the whole batch, over all
+    processes. The running statistics take the groups of a process in turn, with momentum
     1 - (1 - momentum)^(1/groups), so that a step moves them as far as a step of plain batch norm.
     """
     groups = max(1, num_groups // dist.world_size())
@@ -142,7 +142,7 @@ def group_norms(module: nn.Module, num_groups: int) -> None:
             raise ClsaError(
                 f"model.norm_groups {num_groups}",
                 f"the encoder's {type(child).__name__} cannot be split",
-                "choose another encoder, or 1 group on one process, whose rows share statistics",
+                "choose another encoder, or 1 group on one process (all rows share statistics)",
             )
 
 
@@ -154,7 +154,7 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
     draw from a global generator, and no method here needs them.
 
     Raises:
-        ClsaError: for an unknown encoder, or a small stem where there is no ResNet.
+        ClsaError: for an unknown encoder, or a small stem on an encoder that is not a ResNet.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -181,14 +181,14 @@ def _create(name: str, zero_init_last: bool) -> nn.Module:
             (1, 1, 1, 1), num_classes=0, stem_type="deep", stem_width=16,
             channels=(32, 64, 128, 256), zero_init_last=zero_init_last,
         )  # fmt: skip
-        _shrink_stem(encoder, name)  # deep only so that timm builds stage 1 for 2 x 16 channels
+        _shrink_stem(encoder, name)  # deep only to make timm build stage 1 for 2 x 16 channels
         return encoder
     if not timm.is_model(name):
         close = nearest(name, [SMALL, SMALL_VIT, *timm.list_models()])
-        hint = f"did you mean {close}?" if close else "any name of timm.list_models() will do"
+        hint = f"did you mean {close}?" if close else "use a name from timm.list_models()"
         raise ClsaError(f"model.encoder {name}", "no such encoder", hint)
     extra: dict[str, Any] = {"zero_init_last": zero_init_last} if _is_resnet(name) else {}
-    try:  # transformers that take views of several sizes say so by this argument
+    try:  # transformers that accept views of several sizes have this argument
         return timm.create_model(name, num_classes=0, dynamic_img_size=True, **extra)
     except TypeError:
         return timm.create_model(name, num_classes=0, **extra)
@@ -208,11 +208,11 @@ def _shrink_stem(encoder: nn.Module, name: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Context in which matrix products and convolutions run in bfloat16 where that pays.
+    """Context in which matrix products and convolutions run in bfloat16, if `precision` says so.
 
     Args:
-        device: where the tensors are.
-        precision: "bf16", "fp32", or "auto": bf16 where the hardware computes in it (CUDA from
+        device: device of the tensors.
+        precision: "bf16", "fp32", or "auto": bf16 if the hardware computes in it (CUDA from
             compute capability 8 on, CPUs with AVX512-BF16 or AMX); elsewhere it would be slower.
     """
     if precision == "auto":
@@ -227,7 +227,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @functools.cache
 def _cpu_has_bf16() -> bool:
-    """From /proc/cpuinfo (Linux): torch's own answer is younger than the oldest torch we take."""
+    """Read from /proc/cpuinfo (Linux): the oldest torch that we support cannot answer this."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -245,10 +245,11 @@ def mlp(
 
     Args:
         widths: one width alone gives the identity.
-        norm: batch norm after no layer, the hidden ones, or all; the last one then has neither
-            scale nor shift ("all": SimSiam, MoCo v3) or no shift ("all-scaled": SimCLR).
-        activation: between the layers.
-        seed: of the weights.
+        norm: batch norm after no layer, the hidden layers, or all layers. The norm after the last
+            layer has neither scale nor shift ("all": SimSiam, MoCo v3) or no shift ("all-scaled":
+            SimCLR).
+        activation: function between the layers.
+        seed: seed of the weights.
     """
     modules: list[nn.Module] = []
     with torch.random.fork_rng():
@@ -269,7 +270,7 @@ def mlp(
 def build_predictor(
     options: ModelOptions, dim: int, hidden: int, norm: Literal["hidden", "all"], seed: int
 ) -> nn.Sequential:
-    """Two layers (B, D) -> (B, D) with the batch norm of the network's kind (BYOL, SimSiam)."""
+    """Two layers (B, D) -> (B, D) with the network's kind of batch norm (BYOL, SimSiam)."""
     predictor = mlp((dim, hidden, dim), norm, seed=seed)
     group_norms(predictor, options.norm_groups)
     return predictor
@@ -280,11 +281,11 @@ class Network(nn.Module):
 
     Args:
         options: what to build.
-        seed: of the weights.
-        sizes: sides of the views it will see, in pixels; tried once each.
+        seed: seed of the weights.
+        sizes: sides of the views that the network will see, in pixels; each is tried once.
 
     Raises:
-        ClsaError: when the encoder does not take a view of one of the sizes.
+        ClsaError: if the encoder does not accept views of one of the sizes.
     """
 
     def __init__(self, options: ModelOptions, seed: int, sizes: Iterable[int] = ()):
@@ -299,7 +300,7 @@ class Network(nn.Module):
         require_sizes(self.encoder, options.encoder, sizes)
 
     def project(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
-        """Projections of one view, of any length."""
+        """Projections of one view, not normalised."""
         return self.projector(self.encoder(images)).float()
 
     def forward(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
@@ -309,7 +310,7 @@ class Network(nn.Module):
 
 @torch.no_grad()
 def require_sizes(encoder: nn.Module, name: str, sizes: Iterable[int]) -> None:
-    """Try views of these sides; raises where the encoder `name` does not take one."""
+    """Try a view of each of these sides; raise if the encoder `name` does not accept one."""
     encoder.eval()
     for size in sorted(set(sizes)):
         try:
@@ -328,7 +329,7 @@ def feature_dim(encoder: nn.Module) -> int:
 
 
 def momentum_copy(network: Copied) -> Copied:
-    """A copy without gradients, to be moved by `move_towards` only."""
+    """A copy without gradients, which only `move_towards` changes."""
     return copy.deepcopy(network).requires_grad_(False)
 
 
@@ -338,7 +339,7 @@ def move_towards(
 ) -> None:
     """xi <- momentum xi + (1 - momentum) theta for all parameters.
 
-    Buffers stay the copy's own, but with `statistics` those of floating type move too.
+    The copy keeps its own buffers; with `statistics`, its floating-point buffers move too.
     """
     keys, queries = list(key_network.parameters()), list(network.parameters())
     if statistics:
@@ -356,14 +357,15 @@ def encode_shuffled(
     step: int,
     stream: int = rng.PERMUTATION,
 ) -> Float[Tensor, "B D"]:
-    """Keys of the global batch, each batch-norm group made of other images than the queries' is.
+    """Keys of the global batch; each batch-norm group holds other images than the queries' group.
 
     MoCo's shuffle BN: permute the key images of all ranks (the same permutation on every rank, from
-    the counter), encode one's own share, gather the keys and put them in order again. On one device
-    the groups of `GroupedBatchNorm2d` play the ranks' part; groups without the permutation would
-    leave an image's query and key together. Unlike MoCo's code, a rank receives only the images
-    that it encodes: gathering all would take 10 GB a rank on 64 GPUs at 256 pictures of 224 each.
-    Each `stream` has its own permutations: symmetric losses encode two views a step.
+    the counter), encode this rank's share, gather the keys and restore their order. On one device
+    the groups of `GroupedBatchNorm2d` play the part of the ranks; groups without the permutation
+    would leave an image's query and key together. Unlike MoCo's code, a rank receives only the
+    images that it encodes: gathering all would take 10 GB per rank on 64 GPUs with 256 pictures of
+    224 pixels each. Each `stream` has its own permutations: symmetric losses encode two views per
+    step.
     """
     total = len(images) * dist.world_size()
     permutation = rng.permutation(seed, step, total, stream)

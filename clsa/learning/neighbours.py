@@ -1,4 +1,4 @@
-"""Which pictures stand for which (CLIM): neighbours on the way to the centre of their cluster."""
+"""Selects positives for each picture (CLIM): neighbours nearer to the centre of its cluster."""
 
 import time
 from collections.abc import Callable
@@ -21,18 +21,18 @@ CLUSTERED = ("center-wise", "k-means", "knn+k-means", "cluster-mean")
 
 
 class Partners(Companions):
-    """One positive of each picture of the order: another at each visit, a view of its own.
+    """One positive for each picture of the order, drawn again each epoch, with its own view.
 
     Args:
-        positives: n x P numbers of pictures, a picture's own where there are fewer.
-        count: pictures a step.
+        positives: n x P numbers of pictures; free places hold the picture's own number.
+        count: pictures per step.
     """
 
     def __init__(self, positives: Int[np.ndarray, "n P"], count: int):
         self.positives, self.count = positives, count
 
     def rows(self, order: Order, step: int) -> Rows:
-        """Partners in the order of the anchors; a picture without positives is its own."""
+        """Partners in the order of the anchors; a picture without positives is its own partner."""
         anchors = order.indices(step)
         chosen = self.chosen(order.seed, order.epoch(step), anchors)
         return Rows(chosen, order.count + anchors)
@@ -40,7 +40,7 @@ class Partners(Companions):
     def chosen(
         self, seed: int, epoch: int, anchors: Int64[np.ndarray, " b"]
     ) -> Int64[np.ndarray, " b"]:
-        """The partner of each anchor in an epoch: a positive by lot."""
+        """The partner of each anchor in an epoch: one of its positives at random."""
         given = self.positives[anchors]
         counts = np.maximum((given != anchors[:, None]).sum(1), 1)
         draws = rng.uniforms(seed, epoch, anchors, rng.PARTNERS, np.arange(1))
@@ -49,12 +49,12 @@ class Partners(Companions):
 
 
 class Found(NamedTuple):
-    """What `find` finds."""
+    """Result of `find`."""
 
     positives: Int64[np.ndarray, "n P"]
-    """Numbers of pictures, the nearest first, then a picture's own where there are fewer."""
+    """Numbers of pictures, nearest first (rules in `NEAR`); free places hold the picture's own."""
     numbers: dict[str, float]
-    """To log: positives a picture before filling (mean), seconds of clusters and of search."""
+    """To log: mean positives per picture before filling, seconds of clustering and of search."""
 
 
 def near_enough(
@@ -71,8 +71,8 @@ def near_enough(
     Args:
         rule: see `MixtureOptions.selection`.
         own: the anchors.
-        near: their neighbours, -1 for none.
-        clusters: of all rows; None for knn.
+        near: neighbours of the anchors, -1 for none.
+        clusters: clusters of all rows; None for knn.
     """
     if rule == "knn" or clusters is None:
         return near >= 0
@@ -94,10 +94,12 @@ def kept(
     draws: Float[np.ndarray, "b k"],
     options: MixtureOptions,
 ) -> Int64[np.ndarray, "b P"]:
-    """`num_positives` of the positives by lot, then by `fill` the nearest others or the row itself.
+    """Choose `num_positives` of the positives at random and return them nearest first.
+
+    Free places get the nearest other neighbours or the row itself, as `fill` says.
 
     Args:
-        draws: uniform in [0, 1); the least win.
+        draws: uniform in [0, 1); the lowest are taken.
     """
     count, places = options.num_positives, np.arange(near.shape[1])
     fills = (options.fill == "nearest") & (near >= 0) & ~positive
@@ -115,7 +117,7 @@ def kept(
 def of_same_group(
     groups: Int64[np.ndarray, " n"], draws: Float[np.ndarray, "n P"]
 ) -> Int64[np.ndarray, "n P"]:
-    """For each row P others of its group by lot, with replacement; itself where it is alone."""
+    """For each row P random others of its group, with replacement; itself if it is alone."""
     order = np.argsort(groups, kind="stable")
     counts = np.bincount(groups)
     place = np.empty_like(order)
@@ -132,9 +134,9 @@ def find(
     """Positives of every picture, by `options.selection`.
 
     Args:
-        features: unit rows of any floating type, perhaps on the disk; those of zeros are pictures
-            that cannot be read: nobody's positive, their own.
-        seed, epoch: of every draw.
+        features: unit rows of any floating type, possibly stored on disk. Rows of zeros stand for
+            unreadable pictures: each is its own positive and nobody else's.
+        seed, epoch: decide every draw.
     """
     rule, begun = options.selection, time.monotonic()
     read = np.concatenate(
@@ -184,21 +186,21 @@ def find(
 class Neighbours(nn.Module):
     """The positives of the whole set as of the last refresh, the same on every rank.
 
-    A buffer of fixed shape, so that a run resumes in the middle of an epoch with those that the
-    epoch began with. Every picture is its own before the first.
+    They are a buffer of fixed shape, so a run that resumes during an epoch has the positives that
+    the epoch began with. Before the first refresh every picture is its own positive.
 
     Args:
         num_pictures: n, size of the set.
-        options: how they are selected.
-        seed: of every draw.
+        options: how positives are selected.
+        seed: decides every draw.
 
     Raises:
-        ClsaError: for fewer than 10 pictures a cluster, or without faiss.
+        ClsaError: for fewer than 10 pictures per cluster, or without faiss.
     """
 
     positives: Int[Tensor, "n P"]
     found: Bool[Tensor, ""]
-    holds_pictures = True  # as a method may
+    holds_pictures = True  # same flag as `Method`
 
     def __init__(self, num_pictures: int, options: MixtureOptions, seed: int):
         super().__init__()
@@ -214,14 +216,14 @@ class Neighbours(nn.Module):
 
     @torch.no_grad()
     def fit(self, embed: Callable[[], Float[Tensor, "n D"]], epoch: int) -> dict[str, float]:
-        """Select anew on rank 0 and send that to all; the others wait.
+        """Select positives again on rank 0 and send them to all ranks; the others wait.
 
         Args:
-            embed: unit rows of the whole set, in its order; called on every rank.
-            epoch: of the draws.
+            embed: returns unit rows of the whole set, in its order; called on every rank.
+            epoch: epoch of the draws.
 
         Returns:
-            What to log.
+            Values to log.
         """
         begun = time.monotonic()
         features = embed()
@@ -236,5 +238,5 @@ class Neighbours(nn.Module):
         return numbers
 
     def partners(self, count: int) -> Partners | None:
-        """What stands beside `count` pictures a step; nothing before the first refresh."""
+        """Partners for `count` pictures per step; None before the first refresh."""
         return Partners(self.positives.cpu().numpy(), count) if self.found else None

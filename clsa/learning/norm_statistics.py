@@ -8,7 +8,7 @@ class Statistics:
     """A copy of batch norm's running statistics, which `forward` moves.
 
     Args:
-        module: whose norms, those of a key network too.
+        module: holds the batch norms, also those of a key network.
     """
 
     def __init__(self, module: nn.Module):
@@ -22,12 +22,12 @@ class Statistics:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Remember them as they are."""
+        """Copy the current statistics."""
         if self.now:
             torch._foreach_copy_(self.kept, self.now)  # pyright: ignore
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make them what they were."""
+        """Restore the copied statistics."""
         if self.now:
             torch._foreach_copy_(self.now, self.kept)  # pyright: ignore

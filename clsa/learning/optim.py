@@ -1,4 +1,4 @@
-"""Optimisers and schedules; the learning rate is a function of the step alone."""
+"""Optimisers and schedules; the learning rate depends only on the step."""
 
 import math
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class LARS(torch.optim.Optimizer):
         lr: learning rate.
         momentum, weight_decay: as in SGD.
         trust: trust coefficient.
-        clip: the layer's rate is at most `lr`: the factor becomes min(trust ||p|| / (||g|| lr), 1).
+        clip: limit a layer's rate to `lr`, with the factor min(trust ||p|| / (||g|| lr), 1).
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore
-        """One update of every parameter that has a gradient; nothing is read by the host."""
+        """One update of every parameter that has a gradient; the host reads nothing."""
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
@@ -70,8 +70,8 @@ def build_optimizer(
     """The optimiser over `method`'s trainable parameters; `set_lr` gives it the rate.
 
     Args:
-        method: whose parameters; weight decay takes all of them, as in the official code, or with
-            `decay_vectors=False` leaves out biases and norms.
+        method: module to train. Weight decay acts on all parameters, as in the official code, or
+            with `decay_vectors=False` on all but biases and norms.
         fixed_rate: modules whose rate does not follow the schedule.
     """
     fixed = {param for module in fixed_rate for param in module.parameters()}
@@ -101,9 +101,10 @@ def peak_lr(options: OptimOptions, batch: int) -> float:
 def lr_at(options: OptimOptions, step: int, steps_per_epoch: int, epochs: int, batch: int) -> float:
     """Learning rate at `step` (from 0).
 
-    Linear warm-up from lr / warm-up steps; then, with t the share of the remaining run that is
-    over: cosine final + (lr - final) (1 + cos pi t) / 2 by step or by whole epoch, or a tenth at
-    each milestone (shares of the whole run).
+    Linear warm-up that starts at lr / (number of warm-up steps). Then, depending on the schedule:
+    constant; times 0.1 at each milestone (a share of the whole run); or a cosine by step or epoch:
+    final + (lr - final) (1 + cos pi t) / 2, where t is the share of the run after warm-up that is
+    over.
 
     Args:
         options: base rate per 256 pictures, schedule.
@@ -160,7 +161,7 @@ def set_lr(
     peak: float | None = None,
     weight_decay: float | None = None,
 ) -> None:
-    """Use `lr` from now on; `peak` for modules of fixed rate, and `weight_decay` where there is."""
+    """Set `lr`, or `peak` (if given) for modules of fixed rate; set `weight_decay` if given."""
     for group in optimizer.param_groups:
         group["lr"] = lr if peak is None or group["scheduled"] else peak
         if weight_decay is not None and group["decays"]:
@@ -169,7 +170,7 @@ def set_lr(
 
 @torch.no_grad()
 def clip_gradients(params: Iterable[nn.Parameter], limit: float) -> None:
-    """Shorten the gradient of each parameter to a norm of `limit` (DINO clips each on its own)."""
+    """Clip the gradient of each parameter to a norm of `limit` (DINO clips each one by itself)."""
     grads = [param.grad for param in params if param.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore
     factors = (limit / (norms + 1e-6)).clamp(max=1.0)

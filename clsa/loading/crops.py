@@ -1,4 +1,4 @@
-"""What decides the crops of a batch, and one picture's crops for all views."""
+"""Decides what a batch shows and where it is cut, and cuts the crops of one picture."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from clsa.views.specs import ViewSpec
 from clsa.views.transform import crop_params
 
 Cuts = tuple[Int64[np.ndarray, "b 4"], Bool[np.ndarray, "b"]]
-# From numbers, heights and widths of pictures to their boxes and flips.
+# Takes numbers, heights and widths of pictures; returns their boxes and flips.
 Cut = Callable[[Int64[np.ndarray, "b"], Int64[np.ndarray, "b"], Int64[np.ndarray, "b"]], Cuts]
 
 
@@ -25,19 +25,19 @@ class Crops(NamedTuple):
     """This process's share of one global batch."""
 
     crops: list[Tensor]
-    """One (b, 3, s, s) a view, on the device, in [0, 255]: float32 resident; streamed uint8,
-    channels last."""
+    """One (b, 3, s, s) per view, on the device, in [0, 255]: float32 from a resident set, uint8 in
+    channels-last layout from a streamed one."""
     index: Int64[Tensor, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """Numbers of the pictures in the source, on the CPU."""
     labels: Int64[Tensor, " b"]
     """Classes (-1 unknown), on the CPU."""
     drawn: Int64[Tensor, " b"]
-    """What the views draw from, on the CPU (see `order.Rows`)."""
+    """Numbers from which the views are drawn, on the CPU (see `order.Rows`)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides a batch, apart from where it is cut."""
+    """What decides a batch, whether it is cut on the device or by workers."""
 
     source: Source
     specs: Sequence[ViewSpec]
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def count(self) -> int:
-        """Rows of this process's share."""
+        """Number of rows in this process's share."""
         total = self.order.batch_size + (self.companions.count if self.companions else 0)
         return total // self.world
 
@@ -82,7 +82,7 @@ class Plan:
 
 
 def empty_view(count: int, size: int) -> UInt8[Tensor, "count 3 size size"]:
-    """Room for `count` crops, channels last, as `crop_one` makes them."""
+    """An empty tensor for `count` crops in the layout of `crop_one`: channels last."""
     shape = (count, 3, size, size)
     return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
@@ -90,17 +90,17 @@ def empty_view(count: int, size: int) -> UInt8[Tensor, "count 3 size size"]:
 def cut_one(
     picture: Picture,
     cuts: Sequence[tuple[Int64[np.ndarray, "4"], np.bool]],
-    views: Sequence[UInt8[Tensor, "3 s s"]],
+    views: Sequence[UInt8[Tensor, "3 _ _"]],
 ) -> None:
-    """Fill the views with crops of one picture, decoded once and as small as they allow.
+    """Fill the views with crops of one picture, decoded once, as reduced as the crops allow.
 
     Args:
         picture: an opened picture.
         cuts: box and flip of each view, drawn on the picture's `height` and `width`.
-        views: one (3, s, s) a cut; filled.
+        views: one (3, s, s) per cut; this function writes into them.
 
     Raises:
-        DecodeError: when the pixels cannot be decoded.
+        DecodeError: if the pixels cannot be decoded.
     """
     sizes = [view.shape[-1] for view in views]
     pixels = picture.pixels(reduction_for([box for box, _ in cuts], sizes))
@@ -110,7 +110,7 @@ def cut_one(
 
 
 def cut_alone(picture: Picture, i: int, size: int, cut: Cut) -> UInt8[Tensor, "3 size size"]:
-    """The one crop of picture number `i` that `cut` asks for; raises as `cut_one`."""
+    """The single crop of picture number `i` that `cut` chooses; raises as `cut_one`."""
     boxes, flips = cut(*(np.array([number]) for number in (i, picture.height, picture.width)))
     view = empty_view(1, size)[0]
     cut_one(picture, [(boxes[0], flips[0])], [view])
@@ -133,6 +133,6 @@ def centre(share: float) -> Cut:
 def whole(
     index: Int64[np.ndarray, "b"], heights: Int64[np.ndarray, "b"], widths: Int64[np.ndarray, "b"]
 ) -> Cuts:
-    """A cut that takes all of the picture, which becomes a square whatever its shape."""
+    """A cut that takes the whole picture; any shape becomes a square."""
     zeros = np.zeros_like(heights)
     return np.stack([zeros, zeros, heights, widths], axis=1), np.zeros(len(index), bool)

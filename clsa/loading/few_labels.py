@@ -1,4 +1,4 @@
-"""Few labels: which pictures count as labelled, and how many of each class stand in a batch."""
+"""Learning from few labels: which pictures count as labelled, and which of them join each batch."""
 
 import copy
 import hashlib
@@ -21,18 +21,18 @@ HELD = -1
 
 
 def with_few_labels(source: Source, spec: str, seed: int, held: Iterable[str] = ()) -> Source:
-    """`source` with all labels hidden (-1) but a few.
+    """`source` with only a few labels; all others are hidden (-1).
 
     Args:
-        spec: a share of each class such as `10%` (of every class at least one picture, drawn by
-            its name and `seed`, so that the same pictures are chosen whatever else the set holds),
-            or a text file with one labelled picture a line: its path in the set or its file name,
-            as in SimCLR's lists for ImageNet; after a tab its class may follow, for a check.
-        held: paths of pictures that judging holds out; a list may name them, to no effect.
+        spec: either a share of each class such as `10%` (at least one picture per class; draws
+            depend only on `seed` and a picture's name, whatever else the set holds), or a text file
+            with one labelled picture per line: its path in the set or its file name, as in SimCLR's
+            lists for ImageNet. After a tab its class may follow, as a check.
+        held: paths of pictures held out for evaluation; a list may name them, without effect.
 
     Raises:
-        ClsaError: for another form, a file that cannot be read, a name that is not that of one
-            labelled picture, another class than the set's, or when there are no labels at all.
+        ClsaError: if `spec` has another form, the file cannot be read, a name is not that of
+            exactly one labelled picture, a class differs from the set's, or no picture has a label.
     """
     labelled = np.flatnonzero(source.labels >= 0)
     if not len(labelled):
@@ -42,7 +42,7 @@ def with_few_labels(source: Source, spec: str, seed: int, held: Iterable[str] = 
     percent = _percent(spec)
     if percent is not None:
         if not 0 < percent <= 100:
-            raise ClsaError(f"labels {spec}", "no share", "give a number up to 100, such as 10%")
+            raise ClsaError(f"labels {spec}", "out of range", "give up to 100%, such as 10%")
         chosen = _balanced(source, labelled, percent / 100, seed)
     else:
         chosen = _listed(source, spec, held)
@@ -60,7 +60,7 @@ def _percent(spec: str) -> float | None:
 def _balanced(
     source: Source, labelled: Int64[np.ndarray, " n"], share: float, seed: int
 ) -> Int64[np.ndarray, " m"]:
-    """Of each class max(1, round(share n_c)) pictures, those whose names draw the least."""
+    """max(1, round(share n_c)) pictures of each class: those with the smallest draws by name."""
     names = np.array([_number(source.ids[i]) for i in labelled.tolist()], np.int64)
     drawn = rng.uniforms(seed, 0, names, rng.FEW_LABELS, np.zeros(1, np.int64))[:, 0]
     chosen = []
@@ -77,12 +77,12 @@ def _number(name: str) -> int:
 
 
 def _lines(spec: str) -> list[tuple[str, str]]:
-    """Name and class ("" without) of each line of a list."""
+    """Name and class ("" if not given) from each line of a list."""
     try:
         text = Path(spec).read_text("utf-8-sig", errors="surrogateescape")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "neither a share nor a file"
-        hint = "give a share of each class such as 10%, or a text file with a picture a line"
+        hint = "give a share of each class such as 10%, or a text file with one picture per line"
         raise ClsaError(f"labels {spec}", why, hint, Exit.NO_INPUT) from None
     parts = [line.strip().partition("\t") for line in text.split("\n") if line.strip()]
     return [(name.strip(), label.strip()) for name, _, label in parts]
@@ -95,65 +95,65 @@ def _listed(source: Source, spec: str, held: Iterable[str]) -> Int64[np.ndarray,
     unknown: set[str] = set()
     everything = itertools.chain(enumerate(source.ids), ((HELD, name) for name in held))
     for i, name in everything:
-        told = {name, os.path.basename(name)} & files.keys()
+        matches = {name, os.path.basename(name)} & files.keys()
         if i != HELD and source.labels[i] < 0:
-            unknown |= told
+            unknown |= matches
             continue
-        if name in told:
+        if name in matches:
             paths[name] = i
-        for each in told:
+        for each in matches:
             files[each].append(i)
     chosen, wrong = [], {}
     for name, label in lines:
         found = [paths[name]] if name in paths else files[name]  # a path before a file name
         if not found:
-            wrong[name] = "has no label in the set" if name in unknown else "no picture of the set"
+            wrong[name] = "has no label in the set" if name in unknown else "not in the set"
         elif len(found) > 1:
             wrong[name] = "several pictures have this name"
         elif found[0] != HELD and label not in ("", source.classes[source.labels[found[0]]]):
-            wrong[name] = "is of another class in the set"
+            wrong[name] = "has another class in the set"
         else:
             chosen.append(found[0])
     if wrong:
         first, why = next(iter(wrong.items()))
-        such = Counter(wrong.values())[why]
-        hint = "write paths and classes as the set has them, a line each"
-        raise ClsaError(f"labels {spec}: {first}", f"{why} ({such} such lines)", hint)
+        count = Counter(wrong.values())[why]
+        hint = "write each path and class as in the set, one per line"
+        raise ClsaError(f"labels {spec}: {first}", f"{why} ({count} such lines)", hint)
     rows = np.unique([i for i in chosen if i != HELD]).astype(np.int64)
     if not len(rows):
-        why = "judging holds out all its pictures" if chosen else "the file names no picture"
-        raise ClsaError(f"labels {spec}", why, "name more pictures, a line each")
+        why = "evaluation holds out all its pictures" if chosen else "the file names no picture"
+        raise ClsaError(f"labels {spec}", why, "name more pictures, one per line")
     return rows
 
 
 def num_held(spec: str, held: Iterable[str]) -> int:
-    """How many lines of a list name pictures that judging holds out; 0 for a share."""
+    """How many lines of a list name pictures held out for evaluation; 0 for a share."""
     if _percent(spec) is not None:
         return 0
-    names = {told for name in held for told in (name, os.path.basename(name))}
+    names = {form for name in held for form in (name, os.path.basename(name))}
     return sum(name in names for name, _ in _lines(spec))
 
 
 def describe_labels(source: Source, held: int = 0) -> str:
-    """How many labels there are, for the user; `held`: how many of a list are held out."""
+    """Say how many labels there are; `held`: how many lines of the list name held-out pictures."""
     counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
     single = int((counts == 1).sum())
-    told = f"labels: {counts.sum()} pictures of {(counts > 0).sum()} classes"
-    told += f", {single} of which have a single one" if single else ""
-    return f"{told}; judging holds out {held} of the list" if held else told
+    text = f"labels: {counts.sum()} pictures of {(counts > 0).sum()} classes"
+    text += f", {single} of which have a single one" if single else ""
+    return f"{text}; held out for evaluation: {held} more of the list" if held else text
 
 
 class Stratified(Companions):
-    """Labelled pictures beside each batch: some classes, and some pictures of each (SuNCEt).
+    """Adds labelled pictures to each batch: some classes, and some pictures of each (SuNCEt).
 
-    A step draws its classes without replacement, and the pictures of a class too; a class with
-    fewer than `per_class` gives each of them in turn. Every visit has views of its own. All is a
-    function of (seed, step); the rows of a class stand side by side.
+    A step draws its classes, and the pictures of each class, without replacement. A class with
+    fewer than `per_class` pictures repeats them in turn. Repeated pictures get different views.
+    Everything is a function of (seed, step). Rows of one class are adjacent.
 
     Args:
         labels: classes of all pictures, -1 unknown.
-        classes: how many a step; all where there are fewer.
-        per_class: pictures of each.
+        classes: number of classes per step; all classes if there are fewer.
+        per_class: pictures per class.
     """
 
     def __init__(self, labels: Int64[np.ndarray, " n"], classes: int, per_class: int, seed: int):

@@ -1,9 +1,9 @@
-"""Sources -> batches of crops, in an order that is a pure function of (seed, epoch).
+"""Turns sources into batches of crops, in an order that is a pure function of (seed, epoch).
 
-Small sets live on the device as one uint8 tensor and are cut there; others are decoded and cut by
-worker processes. Both ways give the same boxes, the same replacements and, to 1/255, the same
-pixels (a little less alike where a large JPEG is decoded at a reduced size), whatever the number of
-workers and processes and wherever a run was resumed.
+Small sets live on the device as one uint8 tensor and are cut there. Other sets are decoded and cut
+by worker processes. Both ways give the same boxes, the same replacements and, to 1/255, the same
+pixels (slightly larger differences if a large JPEG is decoded at a reduced size). The numbers of
+workers and processes, and the step at which a run was resumed, change nothing.
 """
 
 from collections import deque
@@ -47,16 +47,17 @@ def batches(
 ) -> Iterator[Crops]:
     """The batches of steps first_step, ..., last_step - 1: this process's contiguous share of each.
 
-    A picture that cannot be read is replaced (`candidates`) and noted in `quarantine`; `index` and
-    `drawn` stay those of the original, `labels` are those of the shown one.
+    A picture that cannot be read is replaced (`candidates`) and noted in `quarantine`. `index` and
+    `drawn` stay those of the original picture; `labels` are those of the replacement.
 
     Raises:
-        ClsaError: 65 when too many pictures cannot be read; 2 when the batch does not divide among
-            the processes, or memory does not hold what was asked for; 74 when a worker fails.
+        ClsaError: 65 if too many pictures cannot be read; 2 if the batch does not divide among the
+            processes, or if `resident_limit`, shared memory or the limit on open files is too low;
+            74 if a worker fails.
     """
     world = dist.world_size()
-    beside = companions.count if companions else 0
-    for what, count in (("batch_size", order.batch_size), ("pictures beside each batch", beside)):
+    added = companions.count if companions else 0
+    for what, count in (("batch_size", order.batch_size), ("pictures added to each batch", added)):
         if count % world:
             why = f"not divisible among {world} processes"
             raise ClsaError(f"{what} {count}", why, f"use a multiple of {world}")
@@ -71,7 +72,7 @@ def batches(
 def _resident_images(
     source: Source, options: DataOptions, device: torch.device, quarantine: Quarantine
 ) -> UInt8[Tensor, "N 3 H W"] | None:
-    """The whole set on the device; None when sizes differ or it exceeds the limit."""
+    """The whole set on the device; None if its sizes differ or it exceeds the limit."""
     size, limit = options.resident_size, options.resident_limit * 2**30
     if isinstance(source, Pictures) and size is None:
         if source.images.size > limit:
@@ -84,7 +85,7 @@ def _resident_images(
             if size is not None:
                 return cut_alone(picture, i, size, centre(1.0))
             pixels = torch.from_numpy(picture.pixels()).permute(2, 0, 1)
-            # Boxes are drawn on the size that the picture had before it was packed.
+            # Boxes are drawn on the size before packing, so resized pictures cannot be resident.
             return pixels if pixels.shape[1:] == (picture.height, picture.width) else None
         except DecodeError as error:
             return error.reason
@@ -140,19 +141,19 @@ def eval_images(
 def eval_crops(
     source: Source, rows: Int64[np.ndarray, " n"], size: int, cut: Cut, device: torch.device
 ) -> Iterator[tuple[Int64[np.ndarray, " b"], Float32[Tensor, "b 3 size size"]]]:
-    """One crop of each of the given pictures, in order; unreadable pictures are left out.
+    """One crop of each of these pictures, in order; unreadable pictures are left out.
 
     Args:
         rows: numbers of pictures in the source.
         size: side of the result in pixels.
-        cut: what to take of the pictures.
+        cut: which part of each picture to take.
         device: where the crops are wanted.
 
     Yields:
         Numbers of the pictures and their crops in [0, 255], at most 256 at a time.
 
     Raises:
-        signals.Asked: when a run that looks at pictures so is asked to stop.
+        signals.Asked: if a signal has asked the run to stop (see `signals.check`).
     """
     if isinstance(source, Pictures):
         for start in range(0, len(rows), EVAL_CHUNK):
@@ -185,7 +186,7 @@ def eval_crops(
 
 
 def _ahead(function: Callable[[int], Result], items: Iterable[int]) -> Iterator[Result]:
-    """`function` of each item, in order, computed by a few threads a little ahead."""
+    """`function` of each item, in order; a few threads compute a little ahead."""
     threads = min(8, num_cores())
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:

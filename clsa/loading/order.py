@@ -1,6 +1,6 @@
-"""Which picture a step shows: the order of the epochs, and what stands in for unreadable ones.
+"""Decides which pictures each step shows, and which pictures replace unreadable ones.
 
-Both are pure functions of (seed, epoch, index): there is no position to save.
+Both are pure functions of (seed, epoch, index), so there is no position to save.
 """
 
 import functools
@@ -20,14 +20,14 @@ MAX_REPLACEMENTS = 64
 
 @dataclass(frozen=True)
 class Order:
-    """Which pictures each step takes: a new permutation an epoch, without its partial last batch.
+    """Which pictures each step takes: a new permutation every epoch, without a partial last batch.
 
     Args:
         count: number of pictures.
-        batch_size: global, over all processes.
+        batch_size: of the global batch, over all processes.
 
     Raises:
-        ClsaError: 2 when the batch is larger than the set.
+        ClsaError: 2 if the batch is larger than the set.
     """
 
     count: int
@@ -57,21 +57,21 @@ class Order:
 
 
 class Rows(NamedTuple):
-    """Pictures that stand in a batch."""
+    """The pictures of a batch."""
 
     index: Int64[np.ndarray, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]
     """Numbers of the pictures."""
     drawn: Int64[np.ndarray, " b"]
-    """What the draws of their views are hashed from; another number, another view."""
+    """Numbers from which the draws of their views are hashed; another number gives another view."""
 
 
 class Companions(ABC):
-    """Pictures that stand in each batch after those of the order: labelled ones, neighbours.
+    """Pictures appended to each batch after those of the order: labelled ones, or neighbours.
 
-    Their draws must not be those of the order's pictures: numbers from `order.count` on.
+    Their `drawn` numbers must start at `order.count`, to differ from those of the order's pictures.
 
     Attributes:
-        count: how many a step, over all processes.
+        count: number of companions per step, over all processes.
     """
 
     count: int
@@ -87,9 +87,9 @@ def _permutation(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " N"]:
 
 
 def candidates(order: Order, epoch: int, i: int) -> Iterator[int]:
-    """Picture `i`, then those that replace it, in turn, where it cannot be read.
+    """Picture `i`, then its replacements, to be tried in turn if it cannot be read.
 
-    Replacements are hashed from (seed, epoch, i, attempt): no neighbour is favoured.
+    Replacements are hashed from (seed, epoch, i, attempt), so no neighbour is favoured.
     """
     yield i
     attempts = np.arange(MAX_REPLACEMENTS)

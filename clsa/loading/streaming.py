@@ -1,4 +1,4 @@
-"""Batches of sets that are read from the disk: decoded and cut by worker processes."""
+"""Batches for sets that are read from disk: worker processes decode and cut the pictures."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ PREFETCH = 2
 def streamed(
     plan: Plan, steps: range, device: torch.device, options: DataOptions, quarantine: Quarantine
 ) -> Iterator[Crops]:
-    """The batches of `steps` in order; what cannot be read is noted in `quarantine`.
+    """The batches of `steps` in order. Unreadable pictures are noted in `quarantine`.
 
     Raises:
-        ClsaError: 65 when too much cannot be read, 74 when a worker fails.
+        ClsaError: 65 if too many pictures cannot be read, 74 if a worker fails.
     """
     count = workers.num_workers(options.workers)
     if count:
@@ -52,7 +52,7 @@ def _whole(
 
 
 def _copied_ahead(batches: Iterator[Crops], device: torch.device) -> Iterator[Crops]:
-    """The batches on a GPU, each copied there while the step before it computes."""
+    """The batches on a GPU, each copied there while the previous step computes."""
     copies = torch.cuda.Stream(device)
     ahead: deque[tuple[Crops, torch.cuda.Event]] = deque()
     for batch in batches:
@@ -68,7 +68,7 @@ def _copied_ahead(batches: Iterator[Crops], device: torch.device) -> Iterator[Cr
 
 
 def _arrived(batch: Crops, copied: torch.cuda.Event, device: torch.device) -> Crops:
-    """Have what is computed from now on wait for the copies, and own their memory."""
+    """Make later computation wait for the copies, and keep their memory until it is done."""
     computing = torch.cuda.current_stream(device)
     computing.wait_event(copied)
     for view in batch.crops:
@@ -77,7 +77,7 @@ def _arrived(batch: Crops, copied: torch.cuda.Event, device: torch.device) -> Cr
 
 
 _Pending = tuple[int, Iterator[int]]
-"""A row of the batch, and the pictures that may still stand there."""
+"""A row of the batch, and the pictures still to be tried there."""
 
 
 class _Opened(NamedTuple):
@@ -88,13 +88,13 @@ class _Opened(NamedTuple):
 
 
 class _Steps(Dataset):
-    """One item a step, so that epochs need no restart of the workers."""
+    """One item per step, so that workers need no restart between epochs."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
 
     def __getitem__(self, step: int) -> tuple[Crops | None, dict[int, str]]:
-        """The cut batch and the reasons of unreadable pictures; no batch when nothing replaces one.
+        """The batch, and reasons by picture number; no batch if a picture has no replacement left.
 
         Pictures that open but do not decode are replaced in another round.
         """
@@ -114,9 +114,9 @@ class _Steps(Dataset):
         return Crops(crops, *map(torch.from_numpy, (index, plan.labels(shown), drawn))), reasons
 
     def _open(self, pending: list[_Pending], reasons: dict[int, str]) -> Iterator[list[_Opened]]:
-        """Groups of opened pictures; an empty one when nothing replaces a picture.
+        """Groups of opened pictures; an empty group if a picture has no replacement left.
 
-        As large as memory allows, since drawing boxes singly costs as much as a crop.
+        Groups are as large as memory allows: drawing boxes one by one costs as much as a crop.
         """
         group: list[_Opened] = []
         held = 0
@@ -149,11 +149,11 @@ class _Steps(Dataset):
         group: list[_Opened],
         epoch: int,
         drawn: Int64[np.ndarray, " b"],
-        crops: list[UInt8[Tensor, "b 3 s s"]],
+        crops: list[UInt8[Tensor, "b 3 _ _"]],
         shown: Int64[np.ndarray, " b"],
         reasons: dict[int, str],
     ) -> list[_Pending]:
-        """Decode each picture once, as small as its crops allow; returns what failed."""
+        """Decode each picture once, as reduced as its crops allow; return the rows that failed."""
         failed = []
         sizes = [(one.picture.height, one.picture.width) for one in group]
         cuts = self.plan.cuts(epoch, drawn[[one.row for one in group]], *np.array(sizes).T)

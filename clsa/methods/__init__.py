@@ -55,7 +55,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(options: RunOptions, extent: Extent) -> Method:
-    """The method that `options` name, inside what they put around it; `Stronger` is outermost."""
+    """The method that `options` name, inside the wrappers they ask for; `Stronger` is outermost."""
     method = METHODS[options.method.name](options, extent)
     if options.clim:
         method = CLIM(method, options, extent)

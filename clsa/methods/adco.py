@@ -18,15 +18,15 @@ from clsa.views.specs import weak_specs
 class AdCo(Method):
     """The network descends L = sum_w info_nce(q_w, [keys; negatives]), the negatives ascend it.
 
-    Queries and keys as in MoCo; the negatives w_k take the queue's place. After the network's step
-    they move by the gradient of L at `negative_temperature`, from the similarities before it:
-    v <- .9 v - G + 1e-4 w; w <- w - 3 v. Their decay and learning rate are their own.
+    Queries and keys are as in MoCo; the negatives w_k replace the queue. After the network's step
+    they move by G, the gradient of L at `negative_temperature`, computed before that step:
+    v <- .9 v - G + 1e-4 w; w <- w - 3 v. They have a decay and a learning rate of their own.
 
-    Start, as in the code: in the first ceil(K / B) steps the negatives are filled with the keys of
-    the batches instead of ascending; then the key network becomes the query network, once.
-    Deviations from the code: these steps are part of the schedule and not before it, the other keys
-    of the batch are negatives from the start, and the symmetric variant is left out. The divergence
-    of `Stronger` does not move the negatives: they would learn to make similarities unpredictable.
+    Start, as in the code: in the first ceil(K / B) steps the negatives do not ascend but are filled
+    with the keys of the batches; then the query network is copied to the key network, once.
+    Deviations from the code: these steps are part of the schedule, not before it; the other keys
+    of the batch are negatives from the start; there is no symmetric variant. The divergence of
+    `Stronger` does not move the negatives: they would learn to make similarities unpredictable.
     """
 
     has_keys = True
@@ -50,7 +50,7 @@ class AdCo(Method):
         self.landmarks = Landmarks("contrast", terms * math.log(count), terms * floor)
 
     def forward(self, batch: Batch) -> Output:
-        """The contrastive loss of every weak query; what the negatives learn from it is kept."""
+        """The contrastive loss of every weak query; the state is what moves the negatives."""
         key, *weak = batch.views
         queries = [self.network(view) for view in weak]
         keys = encode_shuffled(self.key_network, key, self.seed, batch.step)
@@ -67,7 +67,7 @@ class AdCo(Method):
         return Output({"contrast": loss}, state, [Comparison(compared, bank, own)], {})
 
     def after_step(self, state: Float[Tensor, "rows D"], step: int) -> None:
-        """Move the key network, then the negatives: up `state`, or to it while they are filled."""
+        """Move the key network, then the negatives: up the gradient, or to keys while filling."""
         last = step == self.fill_steps - 1
         move_towards(self.key_network, self.network, 0.0 if last else self.options.key_momentum)
         if step < self.fill_steps:

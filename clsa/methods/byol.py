@@ -20,10 +20,10 @@ class BYOL(Method):
     """No negatives: L = |q(a) - k(b)|^2 + |q(b) - k(a)|^2, in [0, 8] (Eq. 2).
 
     q = norm(h(g(f(view)))) with the predictor h, k = norm(g_xi(f_xi(view))) from the momentum copy,
-    in train mode and without gradient. Predictor and momentum together keep the constant solution
-    away. With `stronger`, queries are compared with the keys of the other view in the batch and a
-    queue of past keys: the authors of CLSA answered so, and left the bank open. Deviations: the
-    momentum copy moves after the step, and the last linear layers have a bias.
+    in train mode and without gradient. Predictor and momentum together prevent the constant
+    solution. With `stronger`, queries are compared with the batch's keys of the other view and a
+    queue of past keys. The authors of CLSA described it so when asked, but left the choice of bank
+    open. Deviations: the momentum copy moves after the step; the last linear layers have a bias.
     """
 
     def __init__(self, options: RunOptions, extent: Extent):
@@ -41,7 +41,7 @@ class BYOL(Method):
         self.landmarks = Landmarks("regression", 4.0, 0.0)
 
     def forward(self, batch: Batch) -> Output:
-        """The regression of each view's keys by the other view's predictions."""
+        """The squared distance of each view's predictions to the other view's keys, summed."""
         first, second = batch.views
         queries = [self.query(view, batch) for view in (first, second)]
         with torch.no_grad():

@@ -24,12 +24,14 @@ class DINO(Method):
 
     g = z . w_k / |w_k| with z = norm(g(f(view))) the head's normalised bottleneck and w the rows of
     the last layer (its magnitude is 1). The teacher, a momentum copy of network and rows, sees only
-    the full-size views; its centre moves by c <- m c + (1 - m) mean g_t over them and the global
-    batch. The last layer keeps still for `freeze_epochs`. `teacher_entropy` tells of collapse: 0,
-    or ln K. With `stronger`, the student's unit rows are the bank.
-    Deviations from the code: T_t rises at every step and not every epoch; frozen rows have a zero
-    gradient, so that adamw decays their length (without effect on g) and counts the steps; linear
-    layers start as torch's do; no stochastic depth; each view is encoded on its own.
+    the full-size views; its centre moves by c <- m c + (1 - m) mean g_t, a mean over these views
+    and the global batch. The last layer is frozen for `freeze_epochs`. The metric
+    `teacher_entropy` shows a collapse: it is then 0 or ln K. With `stronger`, the student's unit
+    rows are the bank.
+
+    Deviations from the code: T_t rises at every step, not every epoch; frozen rows have a zero
+    gradient instead of none, so adamw decays their length (no effect on g) and counts these steps;
+    linear layers keep torch's initialisation; no stochastic depth; each view is encoded on its own.
     """
 
     has_positives = False
@@ -53,7 +55,7 @@ class DINO(Method):
         self.landmarks = Landmarks("distillation", math.log(count), floor)
 
     def teacher_temperature(self, step: int) -> float:
-        """T_t at `step`, along a line from the first to the last."""
+        """T_t at `step`: it moves linearly from the first value to the last."""
         start, end = self.options.first_teacher_temperature, self.options.teacher_temperature
         return start + (end - start) * min(1.0, step / max(1.0, self.warmup_steps))
 
@@ -75,7 +77,7 @@ class DINO(Method):
         return Output({"distillation": loss}, mean, comparisons, metrics)
 
     def after_step(self, state: Float[Tensor, " K"], step: int) -> None:
-        """Move the teacher towards the student, and the centre towards the batch's."""
+        """Move the teacher towards the student, and the centre towards the batch's mean."""
         momentum = momentum_at(self.options, step, self.num_steps)
         move_towards(self.teacher, self.network, momentum)
         move_towards(self.teacher_prototypes, self.prototypes, momentum)

@@ -1,4 +1,4 @@
-"""InstDisc (Wu et al. 2018): every picture is a class of its own, held by a memory row."""
+"""InstDisc (Wu et al. 2018): every picture is a class of its own, represented by a memory row."""
 
 import math
 
@@ -18,19 +18,20 @@ from clsa.views.specs import weak_specs
 
 
 class InstDisc(Method):
-    """A picture is told from all others by its memory row v_i: L = noise_contrastive(f, v_i, V').
+    """Find each picture's own memory row v_i among all others: L = noise_contrastive(f, v_i, V').
 
-    V' are m rows drawn for this step. Z is estimated from the first batch, as n times the mean of
-    exp(f . v / T) over all that its queries are compared with, and stays so (the paper, 3.2). With
+    V' are m rows drawn for this step. Z is estimated once, from the first batch, as n times the
+    mean of exp(f . v / T) over all rows that its queries are compared with (the paper, 3.2). With
     `num_negatives=0`: L = info_nce over all n rows, as the code does for CIFAR. After the step
-    v_i <- norm(r v_i + (1 - r) f_i). Of several weak views the loss is averaged, and the row moves
-    to the mean of their projections; the paper has one.
+    v_i <- norm(r v_i + (1 - r) f_i). With several weak views the loss is averaged, and the row
+    moves to the mean of their projections; the paper has one view.
 
-    For small sets take `num_negatives=0`: of 512 pictures the Z of the first, random memory is far
-    too small, and the estimate stayed above chance for 320 steps in which the softmax learned.
+    For small sets use `num_negatives=0`: with 512 pictures, the Z of the random initial memory is
+    far too small. The noise-contrastive loss stayed above chance for 320 steps, in which the
+    softmax learned.
 
-    Deviation from the official code: the drawn rows are shared by the batch (`Memory.compare`). As
-    there, no proximal term (Eq. 10 of the paper).
+    Deviation from the official code: the drawn rows are shared by the batch (`Memory.compare`).
+    Like that code, it has no proximal term (Eq. 10 of the paper).
     """
 
     holds_pictures = True
@@ -48,7 +49,7 @@ class InstDisc(Method):
         count, temperature = self.options.num_negatives, self.options.temperature
         chance = math.log(self.num_pictures)
         floor = lowest_info_nce(self.num_pictures, dim, temperature)
-        if count:  # the floor: own row at 1, Z as of rows spread over the sphere
+        if count:  # the floor: own row at 1, Z of rows spread over the sphere
             noise = count * math.log1p(1 / count)
             chance = math.log1p(count) + noise
             surest = 1 / temperature - 1 / (2 * dim * temperature**2) - math.log(count)
@@ -56,7 +57,7 @@ class InstDisc(Method):
         self.landmarks = Landmarks("contrast", chance, floor)
 
     def forward(self, batch: Batch) -> Output:
-        """The loss of telling each picture from the drawn rows, or from all."""
+        """The loss of finding each picture's own row among the drawn rows, or among all rows."""
         queries = [self.network(view) for view in batch.views]
         count, temperature = self.options.num_negatives, self.options.temperature
         bank, own, candidates = self.memory.compare(batch.index, count, self.seed, batch.step)
@@ -77,7 +78,7 @@ class InstDisc(Method):
         return Output({"contrast": total / len(queries)}, state, comparisons, {})
 
     def _estimate(self, compared: list[Stream]) -> Float[Tensor, ""]:
-        """ln Z = ln n + ln mean exp(f . v / T), over the global batch; only of use with a draw."""
+        """ln Z = ln n + ln mean exp(f . v / T), over the global batch; used if rows are drawn."""
         lse = dist.all_gather(torch.cat([stream.lse for stream in compared]))
         num_seen = len(lse) * (1 + self.options.num_negatives)
         return lse.logsumexp(0) + math.log(self.num_pictures / num_seen)

@@ -17,7 +17,7 @@ from clsa.options.run import RunOptions
 from clsa.views.specs import ViewSpec
 
 Embed = Callable[[Network], Float[Tensor, "n D"]]
-"""Unit projections of the centre crops of the whole set by a network, in the set's order."""
+"""A network's unit projections of the centre crops of the whole set, in the set's order."""
 
 
 class Extent(NamedTuple):
@@ -28,30 +28,30 @@ class Extent(NamedTuple):
     """0 without labels."""
     steps_per_epoch: int
     num_steps: int
-    """Of the whole schedule."""
+    """In the whole schedule."""
     labels: Int64[np.ndarray, " n"] | None = None
-    """Classes of the pictures, -1 unknown, where a method may learn from them."""
+    """Class of each picture, -1 unknown; None if the method may not learn from labels."""
     num_exemplars: int = 0
-    """How many pictures, the last of the set, are kept from earlier stages."""
+    """How many pictures were kept from earlier stages; they come last in the set."""
 
 
 class Landmarks(NamedTuple):
-    """What a method's main loss says to whoever watches a run."""
+    """Reference values of a method's main loss, to judge how far a run has come."""
 
     name: str
-    """Of the loss, a key of `Output.losses`."""
+    """Name of the loss, a key of `Output.losses`."""
     chance: float
-    """Of a network that knows nothing."""
+    """Loss of a network that knows nothing."""
     floor: float
-    """Of one that knows all it can."""
+    """Lowest loss that a network can reach, approximately."""
 
     def scaled(self, by: float) -> "Landmarks":
-        """The same for so many times the loss."""
+        """The same values for the loss multiplied by `by`."""
         return self._replace(chance=by * self.chance, floor=by * self.floor)
 
 
 class Batch(NamedTuple):
-    """What a method sees of this rank's rows: pixels on the device, normalised."""
+    """This rank's rows of a batch: normalised pixels, on the device."""
 
     views: list[Float[Tensor, "b 3 S S"]]
     """One per entry of `Method.view_specs`, in that order."""
@@ -69,19 +69,19 @@ class Batch(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Weak queries and the bank that they are compared with: what `Stronger` learns from."""
+    """Weak queries and the bank they are compared with; the target of `Stronger`."""
 
     queries: list[Float[Tensor, "b D"]] | list[Stream]
-    """Unit rows; as streams where the method has them over this very bank and these candidates."""
+    """Unit rows; streams if the method already has them over this bank and these candidates."""
     bank: Float[Tensor, "N D"]
     """Unit rows, detached."""
     positive: Int[Tensor, " b"] | None = None
-    """Bank row of each query's positive; None where there is none (prototypes)."""
+    """Bank row of each query's positive; None if there is none (prototypes)."""
     candidates: Bool[Tensor, "b M"] | None = None
     """See `losses.bank_statistics`."""
 
     def with_bank(self, bank: Float[Tensor, "N D"]) -> "Comparison":
-        """The queries beside a bank that begins with the same rows; all see the rows added."""
+        """The same queries with a bank that adds rows at its end; every query sees those."""
         return Comparison(self.rows(), bank, self.positive, self.candidates)
 
     def rows(self) -> list[Float[Tensor, "b D"]]:
@@ -90,14 +90,14 @@ class Comparison(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What `forward` returns: no dataclass, since DistributedDataParallel sees only pytrees."""
+    """What `forward` returns. Not a dataclass: DistributedDataParallel sees only pytrees."""
 
     losses: dict[str, Float[Tensor, ""]]
     """Terms whose sum is minimised, local means."""
     state: Any
     """Detached tensors that `after_step` moves into the banks."""
     comparisons: list[Comparison]
-    """One for each bank that weak queries were, or could be, compared with."""
+    """One for each bank that weak queries are, or could be, compared with."""
     metrics: dict[str, Float[Tensor, ""]]
     """Detached, only logged."""
 
@@ -108,14 +108,14 @@ class Method(nn.Module, ABC):
     Attributes:
         network: the encoder with its projector, which is trained and kept.
         view_specs: the views that a batch must hold.
-        landmarks: of the loss that tells how far a run is.
+        landmarks: reference values of the main loss.
         fixed_rate: modules whose learning rate stays at its peak.
         has_positives: whether its comparisons name the bank row of each query's positive.
         holds_pictures: whether its state has a row for each picture of one set.
-        has_keys: whether it compares streams with [the batch's keys; other rows], the keys being
-            those of `key_network`; `CLIM` needs that.
-        weight: of each query's term in the loss of the landmarks.
-        first_queued: step from which on its queues move.
+        has_keys: whether its comparisons hold streams over the bank [the batch's keys; other
+            rows], with keys from `key_network`; `CLIM` needs this.
+        weight: factor of each query's term in the main loss.
+        first_queued: first step at which its queues move.
     """
 
     network: Network
@@ -131,37 +131,37 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> Output:
-        """Losses of a batch; moves no key weight and no bank."""
+        """Losses of a batch; changes no key weight and no bank."""
 
     @abstractmethod
     def after_step(self, state: Any, step: int) -> None:
         """Move key weights and banks; called once after each optimiser step, on every rank."""
 
     def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b D"]:
-        """Unit rows by which a view of `batch` is compared with the bank; with gradient."""
+        """Unit rows of a view of `batch`, to be compared with the bank; with gradient."""
         return self.network(images)
 
     def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
-        """Prepare what stays the same over an epoch, on every rank; nothing by default.
+        """Prepare what stays the same over an epoch, on every rank; by default, do nothing.
 
         Returns:
-            What to log of it; nothing where there was nothing to do.
+            Numbers to log; empty if there was nothing to do.
         """
         return {}
 
     def refreshes(self, epoch: int) -> bool:
-        """Whether `before_epoch` changes `companions`, so that loading begins anew there."""
+        """Whether `before_epoch` changes `companions` at this epoch, so loading must restart."""
         return False
 
     def companions(self) -> Companions | None:
-        """Pictures that stand in each batch after those of the order; none by default."""
+        """Extra pictures at the end of each batch, after those of the order; none by default."""
         return None
 
 
 def crossed(
     queries: list[Float[Tensor, "b D"]], keys: list[Float[Tensor, "B D"]], queue: KeyQueue
 ) -> list[Comparison]:
-    """Each view's queries with the keys of the other view of the global batch and a queue."""
+    """Pair each view's queries with [the other view's keys of the global batch; queue]."""
     return [
         Comparison([query], *keys_with_queue(others, queue, batch_negatives=True))
         for query, others in zip(queries, keys, strict=True)

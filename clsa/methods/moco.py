@@ -21,8 +21,9 @@ class MoCo(Method):
 
     q = g(f(T'x)) from the trained network; k = g_xi(f_xi(Tx)) from its momentum copy, which sees
     the batch shuffled; the queue holds the keys of past batches. With several weak queries (as
-    CLSA* and AdCo use) the terms are summed, each at its own crop size. `symmetric` lets the two
-    views change parts, each with its own shuffle, and takes the mean; both views' keys are queued.
+    CLSA* and AdCo use) the terms are summed, each at its own crop size. With `symmetric`, each of
+    the two views is the query once and the key once, with a shuffle of its own; the loss is the
+    mean of both directions, and the keys of both views are queued.
     """
 
     has_keys = True

@@ -1,4 +1,4 @@
-"""MoCo v3 (Chen, Xie, He 2021): the momentum network's keys of the other view, without a queue."""
+"""MoCo v3 (Chen, Xie, He 2021): contrast with momentum keys of the other view, without a queue."""
 
 import math
 
@@ -22,11 +22,11 @@ class MoCoV3(Method):
     """Symmetric contrast in a large batch: L = 2T [info_nce(q_a, K_b) + info_nce(q_b, K_a)].
 
     q = norm(h(g(f(view)))) with the predictor h; K are the keys norm(g_xi(f_xi(view))) of the
-    global batch, so that its other pictures are the negatives. The factor 2T is the code's. With
-    `freeze_patches` the patch embedding of a ViT stays as it was drawn. With `stronger`, the bank
-    is the same keys and a short queue of past ones. Deviations: the momentum copy moves after the
-    step; positions of a ViT are learned (timm) and not fixed sines; its predictor of a ResNet ends
-    with a bias.
+    global batch, so the other pictures of the batch are the negatives. The factor 2T comes from
+    the official code. With `freeze_patches`, the patch embedding of a ViT keeps its random initial
+    weights. With `stronger`, the bank is these keys and a short queue of past keys. Deviations: the
+    momentum copy moves after the step; the position embeddings of a ViT are learned (timm), not
+    fixed sines; with a ResNet, the last layer of the predictor has a bias.
     """
 
     def __init__(self, options: RunOptions, extent: Extent):

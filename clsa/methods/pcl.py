@@ -23,12 +23,13 @@ class PCL(Method):
 
     L_P = 1/M sum_m mean_i - log exp(q_i . c_i / phi_i) / sum_c exp(q_i . c / phi_c), where c_i is
     the centre of the picture's cluster and phi its concentration (`clustering.concentrations`); the
-    sum takes the batch's clusters and `num_negatives` others. There are M clusterings of different
-    size, made anew before each epoch from `warmup_epochs` on, of the key network's projections of
-    centre crops; L_P is 0 before. The divergence of `Stronger` looks at keys and queue.
+    sum runs over the batch's clusters and `num_negatives` others. The M clusterings differ in size.
+    From `warmup_epochs` on they are recomputed before each epoch, from the key network's
+    projections of centre crops; until then L_P is 0. The divergence of `Stronger` uses the keys and
+    the queue.
 
     Deviations from PCL's code: see `Clusters.compare`; and k-means runs on the CPU of rank 0 while
-    the others wait, which is too slow for the paper's number of clusters on ImageNet.
+    the other ranks wait, which is too slow for the paper's number of clusters on ImageNet.
     """
 
     has_keys, holds_pictures = True, True
@@ -53,7 +54,7 @@ class PCL(Method):
         self.landmarks = Landmarks("contrast", num_queries * math.log(length + 1), floor)
 
     def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
-        """Cluster the whole set, after the warm-up; tells the share of the largest cluster."""
+        """Cluster the whole set, after the warm-up; returns the share of the largest cluster."""
         if epoch < self.options.warmup_epochs:
             return {}
         features, numbers = embed(self.key_network), np.arange(len(self.clusterings))
@@ -66,7 +67,7 @@ class PCL(Method):
         return {"largest_cluster": largest}
 
     def forward(self, batch: Batch) -> Output:
-        """The contrast of every weak query with keys, and with centres of clusters."""
+        """The contrast of every weak query with keys, and with cluster centres."""
         key, *weak = batch.views
         queries = [self.network(view) for view in weak]
         keys = encode_shuffled(self.key_network, key, self.seed, batch.step)

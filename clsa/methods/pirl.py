@@ -22,14 +22,15 @@ from clsa.views.specs import weak_specs
 class PIRL(Method):
     """L = (1 - w) info_nce(f, [v_i; V']) + w info_nce(g, [v_i; V']), w = `jigsaw_weight` (Eq. 5).
 
-    f is the picture's projection, v_i its memory row, V' are m rows drawn for this step. g is of
-    the patches of another crop (`geometry.jigsaw`): each goes through the same encoder and a linear
-    layer to D, then their concatenation through another to D, at unit length. After the step
-    v_i <- norm(r v_i + (1 - r) f_i): patches never move the memory. Of several weak views the first
-    term is averaged, and the row moves to the mean of their projections; the paper has one.
+    f is the picture's projection, v_i its memory row, V' are m rows drawn for this step. g comes
+    from the patches of another crop (`geometry.jigsaw`): each patch goes through the same encoder
+    and a linear layer to D, then all of them, concatenated, through another linear layer to D, at
+    unit length. After the step v_i <- norm(r v_i + (1 - r) f_i): patches never move the memory.
+    With several weak views the first term is averaged, and the row moves to the mean of their
+    projections; the paper has one view.
 
-    Deviations: a softmax over own and drawn rows for the paper's estimate (Eq. 4), the rows drawn
-    are shared by the batch, and colours are drawn for the crop, not for each of its patches.
+    Deviations: a softmax over the own and the drawn rows replaces the paper's estimate (Eq. 4); the
+    drawn rows are shared by the batch; colours are drawn once for the crop, not for each patch.
     """
 
     holds_pictures = True
@@ -40,8 +41,8 @@ class PIRL(Method):
         self.options, self.seed = options.method, options.seed
         side, cell = self.options.patch_size, self.options.jigsaw_size // self.options.grid
         if side > cell:
-            why = f"cells of {cell} pixels: method.jigsaw_size over method.grid"
-            raise ClsaError(f"method.patch_size {side}", why, "choose smaller patches")
+            why = f"larger than a cell: {cell} pixels, method.jigsaw_size / method.grid"
+            raise ClsaError(f"method.patch_size {side}", why, "choose a smaller patch_size")
         weak = weak_specs(options.views)
         cut = weak[0]._replace(
             name="jigsaw", view=len(weak),
@@ -60,7 +61,7 @@ class PIRL(Method):
         self.landmarks = Landmarks("contrast", share * math.log(count), share * floor)
 
     def forward(self, batch: Batch) -> Output:
-        """Both terms, against the same rows."""
+        """Both terms, compared with the same rows."""
         *views, crop = batch.views
         queries = [self.network(view) for view in views]
         bank, own, candidates = self.memory.compare(

@@ -15,12 +15,12 @@ from clsa.views.specs import weak_specs
 
 
 class SimCLR(Method):
-    """Two views of each picture attract, all else of the global batch repels: L = nt_xent(a, b).
+    """Two views of a picture attract, all other views in the global batch repel: L = nt_xent(a, b).
 
-    Both views take gradient from the one network; there is no momentum copy and no queue. With
+    One network encodes both views, with gradient; there is no momentum copy and no queue. With
     `stronger`, view a of picture i and its strong views are compared with all b_j and with a_j,
-    j != i, detached, and the same with a and b changed over: batches of 512 and more give the
-    target enough modes.
+    j != i, detached; and the same with a and b swapped. Batches of 512 and more give the target
+    enough modes.
     """
 
     def __init__(self, options: RunOptions, extent: Extent):
@@ -48,4 +48,4 @@ class SimCLR(Method):
         return Output({"contrast": loss}, None, comparisons, {})
 
     def after_step(self, state: None, step: int) -> None:
-        """Nothing moves but the weights."""
+        """Do nothing: there is no bank and no key network."""

@@ -17,10 +17,11 @@ from clsa.views.specs import weak_specs
 class SimSiam(Method):
     """Neither negatives nor a momentum copy: L = -1/2 [cos(p_a, sg z_b) + cos(p_b, sg z_a)].
 
-    z = g(f(view)) and p = h(z) with the predictor h; L is in [-1, 1] (Eq. 1-4). The target held
-    constant keeps the constant solution away; `channel_std` tells: about 1/sqrt(D) when healthy, 0
-    when collapsed. With `stronger`, queries are compared with the other view's z of the batch and a
-    short queue of past ones, since they drift as fast as the weights.
+    z = g(f(view)) and p = h(z) with the predictor h; L is in [-1, 1] (Eq. 1-4). Stopping the
+    gradient at the target (sg) prevents the constant solution; `channel_std` shows this: about
+    1/sqrt(D) when healthy, 0 when collapsed. With `stronger`, queries are compared with the batch's
+    z of the other view and a queue of past z, which is short because z drifts as fast as the
+    weights.
     """
 
     def __init__(self, options: RunOptions, extent: Extent):
@@ -38,7 +39,7 @@ class SimSiam(Method):
         self.landmarks = Landmarks("regression", 0.0, -1.0)
 
     def forward(self, batch: Batch) -> Output:
-        """The mean negative cosine of predictions and the other view's projections."""
+        """The mean negative cosine between predictions and the other view's projections."""
         first, second = (self.network.project(view) for view in batch.views)
         queries = [self._predict(rows) for rows in (first, second)]
         keys = [dist.all_gather(F.normalize(rows, dim=1)) for rows in (second, first)]
@@ -66,5 +67,5 @@ class SimSiam(Method):
 
 
 def spread(rows: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-    """Standard deviation over unit rows, mean over channels: 1/sqrt(D) at best, 0 if all equal."""
+    """Standard deviation over unit rows, mean over channels: 1/sqrt(D) at best, 0 if equal rows."""
     return rows.std(0, correction=0).mean()

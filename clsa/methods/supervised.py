@@ -1,4 +1,4 @@
-"""Cross-entropy with labels: the reference row of every table."""
+"""Cross-entropy with labels: the supervised reference in every table."""
 
 import math
 
@@ -19,9 +19,9 @@ from clsa.views.specs import weak_specs
 class Supervised(Method):
     """One linear layer on the features: L = mean over labelled rows of -log softmax(W f + b)_y.
 
-    Rows without a label count for nothing, and those that judging will hold out have none here
-    (`evaluate.split`). With `stronger`, the rows of W, normalised, are the bank that features are
-    compared with, as prototypes are in SwAV: there every row counts.
+    Rows without a label do not count; pictures that the evaluation holds out (`evaluate.split`)
+    have no label here. With `stronger`, the normalised rows of W are the bank that features are
+    compared with, like the prototypes in SwAV; in that divergence rows without a label count too.
     """
 
     has_positives = False
@@ -30,8 +30,8 @@ class Supervised(Method):
         super().__init__(options, extent)
         assert isinstance(options.method, SupervisedOptions)
         if extent.num_classes < 2:
-            why = "it learns from labels, and the pictures have none"
-            hint = "give class folders or a labelled set, or choose another recipe"
+            why = "it learns from labels, and the pictures have fewer than two classes"
+            hint = "use class folders or a labelled set, or choose another recipe"
             raise ClsaError("method supervised", why, hint)
         self.options = options.method
         self.view_specs = weak_specs(options.views)
@@ -60,7 +60,7 @@ class Supervised(Method):
         return Output({"cross_entropy": loss}, None, comparisons, {})
 
     def after_step(self, state: None, step: int) -> None:
-        """Nothing moves but the weights."""
+        """Do nothing: there is no bank and no key network."""
 
     def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "b F"]:
         """Features of unit length."""

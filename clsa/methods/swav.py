@@ -20,13 +20,15 @@ from clsa.views.specs import weak_specs
 class SwAV(Method):
     """L = swapped_prediction(Q, z C^T, T), assignments Q of the full-size views (Eq. 1-5).
 
-    z = g(f(view)) is of unit length and so are the prototypes C, which gradient trains. Q_a is
-    `sinkhorn` of view a of the global batch and, where the batch is small, of a queue of past
-    projections of that view, scored anew; small crops are predicted from but get no assignment.
-    Every rank balances all ranks' rows and keeps its own. The queue collects from `queue_epoch`
-    and is used once full. C keeps still for `freeze_steps`. With `stronger`, C is the bank.
-    Deviations from the code: C is normalised after a step and not before the next, which is the
-    same for every score; each view is encoded on its own, so that its batch norm is.
+    z = g(f(view)) and the prototypes C have unit length; C is trained by gradient. Q_a is the
+    `sinkhorn` of view a of the global batch and, for small batches, of a queue of past projections
+    of that view, whose scores are recomputed. Small crops take part in prediction but get no
+    assignment. Every rank balances the rows of all ranks and keeps its own. The queue collects from
+    `queue_epoch` on and is used once full. C is frozen for `freeze_steps`. With `stronger`, C is
+    the bank.
+
+    Deviations from the code: C is normalised after a step, not before the next one, which gives the
+    same scores; each view is encoded on its own, so each has its own batch norm statistics.
     """
 
     has_positives = False

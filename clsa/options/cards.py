@@ -1,4 +1,4 @@
-"""Protocol cards of each kind: all that moves a number of a way of judging. Needs no torch."""
+"""Kinds of protocol cards: every setting that changes a result of a protocol. Needs no torch."""
 
 import hashlib
 import json
@@ -15,19 +15,20 @@ SOME = pydantic.Field(min_length=1)
 
 
 class Card(Config):
-    """What all protocols say of themselves; each kind adds what moves its numbers."""
+    """What all protocols have; each kind of card adds the settings that change its results."""
 
     pictures: ClassVar[Literal["classes", "voc", "boxes"]] = "classes"
-    """One class a picture, any form of `--data`; or the folders of VOC07; or of VOC or COCO."""
+    """classes: one class per picture, in any form of `--data`; voc: the folders of VOC07; boxes:
+    the folders of VOC or COCO."""
     about: str = ""
-    """What is done, in a line."""
+    """What the protocol does, in one line."""
     source: str = ""
-    """Whose values these are."""
+    """Paper or code that the values come from."""
     version: Count = 1
 
     @property
     def frozen(self) -> bool:
-        """Whether the encoder's weights and statistics are the same after it, to the bit."""
+        """Whether the encoder's weights and statistics stay the same to the bit."""
         return True
 
     @property
@@ -36,11 +37,11 @@ class Card(Config):
         return "top1"
 
     def settings(self) -> dict[str, Any]:
-        """All that moves a number."""
+        """All settings that change a result: every field but `about` and `source`."""
         return self.model_dump(mode="json", exclude={"about", "source"})
 
     def hash(self, name: str) -> str:
-        """The first 12 hexadecimal digits of the sha256 of name, kind and settings."""
+        """The first 12 hexadecimal digits of the sha256 over name, kind and settings."""
         whole = {"name": name, "kind": type(self).__name__, **self.settings()}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -49,22 +50,22 @@ class KnnCard(Card):
     """Weighted votes of the nearest pictures."""
 
     neighbours: Count = 20
-    """Pictures of the bank that vote."""
+    """Number of nearest pictures in the bank that vote."""
     temperature: Positive = 0.07
-    """Votes weigh exp(cosine / this)."""
+    """A vote has the weight exp(cosine / temperature)."""
     queries: Literal["clean", "strong"] = "clean"
-    """Centre crops, or one strongly augmented view of each picture."""
+    """clean: centre crops; strong: one strongly augmented view of each picture."""
 
 
 class LogisticCard(Card):
     """Logistic regression on features of centre crops."""
 
     grid: Annotated[tuple[Positive, ...], SOME] = tuple(10 ** (-k / 2) for k in range(13))
-    """L2 weights tried on a held-out fifth of the bank, from the largest down."""
+    """L2 weights to try on a held-out fifth of the bank, from the largest down."""
 
 
 class SgdCard(Card):
-    """Plain SGD."""
+    """Options of plain SGD."""
 
     epochs: Count = 100
     batch_size: Count = 256
@@ -73,40 +74,42 @@ class SgdCard(Card):
 
 
 class Schedule(SgdCard):
-    """Rates that fall along a cosine or in steps, moved at every epoch."""
+    """SGD with learning rates that fall along a cosine or in steps, updated at every epoch."""
 
     drops: Shares = ()
-    """Where the rates fall, as shares of the epochs; nowhere: along a cosine."""
+    """When the rates drop, as shares of all epochs; if empty, they fall along a cosine instead."""
     drop: Share = 0.1
-    """What they fall to there, as a share."""
+    """At each drop, the rates are multiplied by this."""
 
 
 class LinearCard(Schedule):
-    """A linear classifier, trained on random crops seen by the frozen encoder."""
+    """A linear classifier, trained on the frozen encoder's features of random crops."""
 
     lr: Rate = 10.0
     final_lr: NotNegative = 0.0
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
     scale: tuple[Share, Share] = (0.08, 1.0)
-    """Share of the picture that a crop takes; half of the crops are mirrored."""
+    """Smallest and largest share of the picture that a crop covers; half of the crops are
+    mirrored."""
 
 
 class LinearFastCard(Schedule):
-    """The same on features of centre crops, extracted once, at several rates together."""
+    """A linear classifier on features of centre crops, extracted once; tries several rates."""
 
     rates: Annotated[tuple[Rate, ...], SOME] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-    """Tried on a held-out fifth of the bank; the best trains on the whole bank."""
+    """Learning rates to try on a held-out fifth of the bank; the classifier is then trained on the
+    whole bank with the best one."""
 
 
 class FinetuneCard(Schedule):
-    """All layers of a copy of the encoder, and a new linear layer."""
+    """Fine-tuning of all layers of a copy of the encoder, and of a new linear layer."""
 
     labels: str | None = None
-    """Share of the labels it learns from, such as 10%; --labels takes its place."""
+    """Share of the labels to learn from, such as 10%; --labels replaces it."""
     lr: Rate = 0.01
-    """Of the encoder."""
+    """Learning rate of the encoder."""
     head_lr: Rate = 0.2
-    """Of the new layer."""
+    """Learning rate of the new layer."""
     epochs: Count = 20
     drops: Shares = (0.6, 0.8)
     drop: Share = 0.2
@@ -118,12 +121,12 @@ class FinetuneCard(Schedule):
 
 
 class LowshotCard(Card):
-    """Support vector machines on few pictures of each class."""
+    """Support vector machines on a few pictures of each class."""
 
     shots: Annotated[tuple[Count, ...], SOME] = (1, 2, 4, 8, 16)
-    """Pictures of each class."""
+    """Numbers of pictures per class to learn from."""
     draws: Count = 5
-    """Random choices of them; the mean is told."""
+    """How often to draw these pictures; the mean over the draws is reported."""
     cost: Positive = 0.5
 
     @property
@@ -135,16 +138,17 @@ Difficult = Literal["dropped", "negative"]
 
 
 class SvmCard(Card):
-    """One support vector machine a class of VOC07."""
+    """One support vector machine per class of VOC07."""
 
     pictures: ClassVar = "voc"
     costs: Annotated[tuple[Positive, ...], SOME] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-    """C, chosen for each class by average precision over the folds; one: nothing is chosen."""
+    """Values of C, of which each class takes the one with the best average precision over the
+    folds; a single value is used as it is."""
     folds: Annotated[int, pydantic.Field(ge=2)] = 3
     train_difficult: Difficult = "negative"
-    """Classes of which a training picture has only difficult objects."""
+    """What a training picture counts as for a class of which it has only difficult objects."""
     test_difficult: Difficult = "dropped"
-    """The same at the test."""
+    """The same for a test picture."""
 
     @property
     def headline(self) -> str:
@@ -152,15 +156,15 @@ class SvmCard(Card):
 
 
 class Voc07Card(SgdCard):
-    """A linear layer with one logit a class of VOC07, at a constant rate."""
+    """A linear layer with one logit per class of VOC07, trained at a constant rate."""
 
     pictures: ClassVar = "voc"
     train: str = "trainval"
-    """List of ImageSets/Main to learn from."""
+    """List in ImageSets/Main to learn from."""
     lr: Rate = 0.05
     scale: tuple[Share, Share] = (0.08, 1.0)
     metric: Literal["all", "11"] = "all"
-    """Area under the envelope of precision, or its mean at 11 recalls."""
+    """all: area under the envelope of precision; 11: its mean at 11 recalls."""
     train_difficult: Difficult = "dropped"
     test_difficult: Difficult = "dropped"
 
@@ -175,17 +179,17 @@ class ReleasedCard(Card):
     pictures: ClassVar = "voc"
     train: str = "train"
     select: str = "val"
-    """List on which the best epoch is chosen."""
+    """List in ImageSets/Main on which the best epoch is chosen."""
     epochs: Count = 100
     batch_size: Count = 16
     momentum: Fraction = 0.9
     lr: Rate = 0.05
     cosine_period: Count = 12
-    """The rate goes to 0 in so many epochs along a cosine, and back."""
+    """Epochs in which the rate falls to 0 along a cosine; it rises back in as many."""
     size: Annotated[int, pydantic.Field(ge=8)] = 300
     """Side of the crops in pixels."""
     moving_statistics: bool = True
-    """Batch norm in training mode, so that its statistics drift although weights are frozen."""
+    """Batch norm in training mode: its statistics drift although the weights are frozen."""
 
     @property
     def headline(self) -> str:

@@ -1,4 +1,4 @@
-"""Options of every command but `pretrain`, and their defaults; needs no torch."""
+"""Options of every command except `pretrain`, and their defaults. Needs no torch."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,172 +14,176 @@ Diagnosis = Literal["similarity", "neighbours", "classes", "spread", "operations
 
 
 class ExtendOptions(Config):
-    """A run, for longer than it was begun."""
+    """Options of `clsa extend`, which trains a run for more epochs."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder. What is computed is as its config.yaml has it; of its limits, max_steps and
-    max_minutes, none holds."""
+    """Run folder. Its config.yaml sets what is computed, except for its limits max_steps and
+    max_minutes, which no longer apply."""
     epochs: Count
-    """The new total. Rates follow the schedule of a run of so many epochs from the step where the
-    run stands, so that the result is not that of such a run from the start; after the end of a
-    cosine they rise again."""
+    """The new total. From the run's current step on, the learning rate follows the schedule of a
+    run of this many epochs. The result therefore differs from a run of this length from the start,
+    and after the end of a cosine the learning rate rises again."""
     max_minutes: Positive | None = None
-    """Stop after this long; the same command goes on."""
+    """Stop after this many minutes; the same command continues the run."""
     accept_data_change: bool = False
-    """Begin the epoch anew with pictures that have changed, as `clsa pretrain` does."""
+    """If the pictures have changed, start the epoch again with the new ones, as `clsa pretrain`
+    does."""
     data: str | None = None
     """Where the pictures are now (default: where the run found them)."""
     workers: Annotated[int, pydantic.Field(ge=0)] | None = None
-    """Processes that decode pictures (default: the run's)."""
+    """Processes that decode pictures (default: as in the run)."""
     device: str | None = None
-    """auto, cpu, cuda or cuda:N (default: the run's)."""
+    """auto, cpu, cuda or cuda:N (default: as in the run)."""
 
 
 class EvaluateOptions(Config):
-    """How features are judged: protocol cards (`clsa protocols` lists them)."""
+    """Options of `clsa evaluate`, which judges an encoder by protocol cards."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or an encoder.safetensors."""
+    """Run folder, or an encoder.safetensors file."""
     protocol: Annotated[tuple[Name, ...], pydantic.Field(min_length=1)] = (
         "knn-20",
         "knn-strong",
         "logistic",
     )
-    """Cards to judge by; those of voc07 and detect take --data VOCdevkit or COCO."""
+    """Cards to judge by (`clsa protocols` lists them). The voc07 cards need --data VOCdevkit, the
+    detect cards --data VOCdevkit or COCO."""
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
     change: tuple[str, ...] = ()
-    """Departures from the cards, FIELD=VALUE or CARD.FIELD=VALUE, such as linear-clsa.epochs=10;
-    results.json tells them, and the changed card's hash."""
+    """Changes to the cards, as FIELD=VALUE or CARD.FIELD=VALUE, such as linear-clsa.epochs=10.
+    results.json records them and the hash of the changed card."""
     labels: str | None = None
-    """Few labels to learn from, as `clsa pretrain --labels` takes them: a share such as 10% (of the
-    run's seed, so that they are the run's own) or a list (default: all, or the card's share); for
-    pictures of one class each."""
+    """Learn from a few labels only, given as for `clsa pretrain --labels`: a share such as 10%
+    (drawn with the run's seed, so that it is the run's own share) or a list (default: all labels,
+    or the card's share). Only for pictures of one class each."""
     random: bool = True
-    """Judge the same encoder at its random initialisation beside the trained one."""
+    """Also judge the same encoder at its random initialisation, to compare."""
     leaks: Literal["auto", "all", "off"] = "auto"
-    """Look for evaluation pictures among those the run learned from (exact or near duplicates):
-    auto does in up to 50,000 pictures."""
+    """Look for evaluation pictures among those the run learned from (exact or near duplicates).
+    auto: only if there are at most 50,000 of those; all: always; off: never."""
     seed: Seed = 0
-    """Of the strong queries, the classifiers and, where there are no test pictures, of the
-    hold-out."""
+    """Seed of the strong queries, of the classifiers and, if there are no test pictures, of the
+    choice of pictures held out for testing."""
     batch_size: Count = 256
-    """Pictures encoded at a time."""
+    """Number of pictures to encode at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 class ReplayOptions(Config):
-    """A step that went bad, taken again."""
+    """Options of `clsa replay`, which computes a bad step again."""
 
     bundle: Annotated[Path, tyro.conf.Positional]
     """RUN/bad/step-NNNNNN.ckpt, which a run writes when a step is not finite."""
     data: str | None = None
-    """Where the pictures lie now (default: where they lay)."""
+    """Where the pictures are now (default: where the run found them)."""
     precision: Literal["auto", "bf16", "fp32"] | None = None
-    """To compute in (default: the run's)."""
+    """Precision to compute in (default: as in the run)."""
     device: str | None = None
-    """auto, cpu, cuda or cuda:N (default: the run's)."""
+    """auto, cpu, cuda or cuda:N (default: as in the run)."""
 
 
 class PredictOptions(Config):
-    """Labels of pictures, by a classifier that evaluation learned."""
+    """Options of `clsa predict`, which labels pictures with a classifier from `clsa evaluate`."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or an encoder.safetensors."""
+    """Run folder, or an encoder.safetensors file."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Image files, or one set in any form that --data takes."""
     head: str | None = None
-    """The protocol whose classifier is used (default: the one learned last)."""
+    """Protocol whose classifier to use (default: the one learned last)."""
     out: Path = Path("predictions.csv")
-    """CSV, or JSON if it ends in .json: path, then labels and probabilities, the likeliest
-    first."""
+    """File to write: JSON if its name ends in .json, otherwise CSV. It holds path, labels and
+    probabilities of each picture, the likeliest label first."""
     top: Count = 3
-    """Labels for each picture."""
+    """Number of labels per picture."""
     batch_size: Count = 256
-    """Pictures encoded at a time."""
+    """Number of pictures to encode at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 class ProtocolsOptions(Config):
-    """The protocol cards."""
+    """Options of `clsa protocols`, which shows the protocol cards."""
 
     name: Annotated[str, tyro.conf.Positional] = ""
-    """Card to show in full."""
+    """Card to show in full (default: list all cards)."""
 
 
 class EmbedOptions(Config):
-    """Features of pictures as a table."""
+    """Options of `clsa embed`, which writes features of pictures to a table."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or an encoder.safetensors."""
+    """Run folder, or an encoder.safetensors file."""
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
     split: Literal["train", "val"] = "train"
-    """Which split of a named set or of an ImageNet layout."""
+    """Which split of a named set, or of a folder with train/ and val/, to use."""
     out: Path = Path("embeddings.parquet")
-    """Parquet file: path, label, vector (one row a picture)."""
+    """Parquet file to write: path, label and vector, one row per picture."""
     batch_size: Count = 256
-    """Pictures at a time."""
+    """Number of pictures to encode at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 class PreviewOptions(Config):
-    """Pictures of what a run goes by."""
+    """Options of `clsa preview`, which draws what a run learns from."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
     neighbours: bool = False
-    """Pictures with their positives, the nearest first, and a mixed query of each (--clim)."""
+    """For a run with --clim: draw pictures with their positives, the nearest first, and a mixed
+    query of each."""
     out: Path | None = None
-    """PNG file (default: neighbours.png in the run folder)."""
+    """PNG file to write (default: neighbours.png in the run folder)."""
     count: Count = 8
-    """How many pictures, spread over the set."""
+    """Number of pictures to draw, taken evenly from the set."""
     data: str | None = None
     """Where the pictures are now (default: where the run found them)."""
 
 
 class PackOptions(Config):
-    """Pictures, once, into tar shards that are quick to read."""
+    """Options of `clsa pack`, which writes pictures into tar shards that are quick to read."""
 
     data: str = ""
     """Pictures, in any form that `clsa pretrain --data` takes."""
     out: Path = Path("packed")
-    """Folder of the shards; `clsa pretrain --data` takes it. The same command again goes on where
-    it was interrupted."""
+    """Folder for the shards; give it to `clsa pretrain --data`. After an interruption, the same
+    command continues the packing."""
     split: Literal["train", "val"] = "train"
-    """Which split of a named set or of an ImageNet layout. With OUT/train and OUT/val packed,
-    `--data OUT` has both."""
+    """Which split of a named set, or of a folder with train/ and val/, to pack. If you pack both,
+    to OUT/train and OUT/val, then `--data OUT` has both."""
     size: Annotated[int, pydantic.Field(ge=8)] = 320
-    """Pictures whose short side is longer, in pixels, become JPEGs of this short side; the bytes
-    of others are kept."""
+    """Pictures with a longer short side are shrunk to this short side in pixels and stored as
+    JPEGs; the bytes of all others are kept."""
     quality: Annotated[int, pydantic.Field(ge=1, le=100)] = 92
-    """Of those JPEGs."""
+    """Quality of those JPEGs."""
     shard_mb: Positive = 256.0
-    """A new shard is begun after this many megabytes."""
+    """Start a new shard after this many megabytes."""
     workers: Annotated[int, pydantic.Field(ge=0)] | None = None
-    """Processes that decode and encode (default: one a core). They do not change a byte."""
+    """Processes that decode and encode (default: one per core). Their number does not change a
+    byte of the shards."""
 
 
 class SweepOptions(Config):
-    """A grid of runs with seeds, and one table of them."""
+    """Options of `clsa sweep`, which runs a grid with several seeds and tabulates the results."""
 
     sweep: Annotated[str, tyro.conf.Positional]
     """YAML file of a grid, or a preset: table5, table7, head-depth, augmentation-strength,
     num-negatives, methods, clim, clim-selection, clim-resolution, clim-clusters, clim-alpha,
     clim-mixing, suncet, continual."""
     out: Path | None = None
-    """Folder of the sweep (default: runs/NAME). The same command again goes on."""
+    """Folder of the sweep (default: runs/NAME). The same command continues a sweep."""
     data: str | None = None
-    """Pictures in place of the file's, in any form that `clsa pretrain --data` takes."""
+    """Pictures to use instead of the grid's, in any form that `clsa pretrain --data` takes."""
     seeds: tuple[Seed, ...] | None = None
-    """In place of the file's."""
+    """Seeds to use instead of the grid's."""
     epochs: Count | None = None
-    """Of every run, in place of the file's."""
+    """Epochs of every run, instead of the grid's."""
     protocol: tuple[Name, ...] | None = None
-    """How the encoders are judged, in place of the file's."""
+    """Protocol cards to judge the encoders by, instead of the grid's."""
     max_minutes: Positive | None = None
-    """Stop each run after this long; it is judged as it stands."""
+    """Stop each run after this many minutes and judge it in the state that it has then."""
     device: str | None = None
     """auto, cpu, cuda or cuda:N."""
     dry_run: bool = False
@@ -187,77 +191,83 @@ class SweepOptions(Config):
 
 
 class DiagnoseOptions(Config):
-    """What a run's networks make of pictures, beside their random start."""
+    """Options of `clsa diagnose`, which compares a run's networks with their random start."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder (of a run in stages, one of its stage-N), or an encoder.safetensors."""
+    """Run folder (for a run in stages: one of its stage-N folders), or an encoder.safetensors
+    file."""
     data: Annotated[DataOptions, tyro.conf.arg(name="")] = DataOptions()
     out: Path | None = None
-    """Folder of diagnostics.json and the figures (default: diagnostics in the run folder)."""
+    """Folder for diagnostics.json and the figures (default: diagnostics in the run folder)."""
     only: tuple[Diagnosis, ...] = ()
-    """Parts (default: all). similarity: probability of positives and variance of negatives, weak
-    and strong queries; neighbours: 20-NN of centre crops and strong queries, kept checkpoints too;
-    classes: cosines within and between classes, t-SNE; spread: alignment, uniformity, RankMe;
-    operations: which distortions at which magnitude break retrieval."""
+    """Parts to compute (default: all). similarity: probability of positives and variance of
+    negatives, for weak and strong queries; neighbours: 20-NN of centre crops and strong queries,
+    also for kept checkpoints; classes: cosines within and between classes, t-SNE; spread:
+    alignment, uniformity, RankMe; operations: which distortions, at which magnitude, break
+    retrieval."""
     num_pictures: Annotated[int, pydantic.Field(ge=4)] = 2000
-    """Pictures, spread over the set, of neighbours, classes and spread."""
+    """Number of pictures for neighbours, classes and spread, taken evenly from the set."""
     queries: Annotated[int, pydantic.Field(ge=4)] = 2000
-    """Pictures, spread over the set, whose weak and strong views are queries of similarity."""
+    """Number of pictures for similarity, taken evenly from the set; their weak and strong views are
+    the queries."""
     bank: Annotated[int, pydantic.Field(ge=4)] = 65536
-    """Keys of other pictures that they are compared with, at most what the set has."""
+    """Number of keys of other pictures to compare these queries with, at most as many as the set
+    has."""
     num_distorted: Annotated[int, pydantic.Field(ge=4)] = 500
-    """Pictures, spread over the set, of operations."""
+    """Number of pictures for operations, taken evenly from the set."""
     seed: Seed = 0
-    """Of the views, of t-SNE and, where there are no test pictures, of the hold-out."""
+    """Seed of the views, of t-SNE and, if there are no test pictures, of the choice of pictures
+    held out for testing."""
     batch_size: Count = 256
-    """Pictures at a time."""
+    """Number of pictures to encode at a time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 class ExportOptions(Config):
-    """An encoder for another library."""
+    """Options of `clsa export`, which writes an encoder for another library."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or an encoder.safetensors."""
+    """Run folder, or an encoder.safetensors file."""
     to: Literal["detectron2"] = "detectron2"
-    """The library: weights, configurations of the papers, and the script that trains them."""
+    """Library to write for. detectron2: the weights, the papers' configurations, and a script that
+    trains with them."""
     out: Path = Path("exported")
     """Folder to write to."""
 
 
 class DemoOptions(Config):
-    """Pretrain on the embedded drawings, then compare random and trained encoder."""
+    """Options of `clsa demo`, which pretrains on the embedded drawings and judges the result."""
 
     out: Path = Path("runs/demo")
     """Folder of the run."""
     recipe: str = "clsa-small"
     """Any recipe that ends in -small (`clsa recipes`)."""
     epochs: Count = 14
-    """Passes over the drawings."""
+    """Number of passes over the drawings."""
     seed: Seed = 0
-    """Of everything random."""
+    """Seed of everything random."""
 
 
 class ScenesOptions(Config):
-    """Scenes with known objects, made of the embedded drawings."""
+    """Options of `clsa scenes`, which makes pictures with known objects for detection."""
 
     out: Path = Path("scenes")
-    """Folder to write, new or empty."""
+    """Folder to write to, new or empty."""
     layout: Literal["coco", "voc"] = "coco"
     """coco: train/, val/ and annotations/ with boxes and masks; voc: VOCdevkit/VOC2007 with boxes
-    and, for objects hidden by more than half, the flag `difficult`."""
+    and the flag `difficult` for objects of which more than half is hidden."""
     size: Annotated[int, pydantic.Field(ge=32, le=512)] = 128
-    """Side of a scene in pixels; its objects are 0.19 to 0.5 of it."""
+    """Side of a scene in pixels; its objects are 0.19 to 0.5 of this size."""
     train: Count = 400
-    """Scenes to learn from, of the train drawings."""
+    """Number of scenes to learn from, made of the train drawings."""
     test: Count = 200
-    """Scenes to judge on, of the val drawings."""
+    """Number of scenes to judge on, made of the val drawings."""
     classes: Annotated[int, pydantic.Field(ge=1, le=10)] = 8
-    """The first so many of flag, people, vehicle, card, mammal, arrow, tool, fruit-veg, plant,
-    music: those of the most drawings first."""
+    """How many classes to use, those with the most drawings first: flag, people, vehicle, card,
+    mammal, arrow, tool, fruit-veg, plant, music."""
     backgrounds: str | None = None
-    """Photographs to cut the grounds from, in any form that `clsa pretrain --data` takes (default:
-    seeded textures)."""
+    """Photographs to cut the backgrounds from, in any form that `clsa pretrain --data` takes
+    (default: seeded textures)."""
     seed: Seed = 0
-    """Of what is pasted where, and of the textures."""
+    """Seed of the textures and of which drawing is pasted where."""

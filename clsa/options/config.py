@@ -1,4 +1,4 @@
-"""Base class of every configuration: frozen, typed, YAML in and out, nearest name for a typo."""
+"""Base class of all options: frozen, typed, YAML in and out, the nearest name for a typo."""
 
 import difflib
 import json
@@ -21,9 +21,9 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 
 
 class Config(pydantic.BaseModel):
-    """Frozen and typed; refuses unknown names, NaN, and numbers written as text or as booleans.
+    """Base class of all options: refuses unknown names, NaN, and text or booleans as numbers.
 
-    Not pydantic's `strict`, which would refuse the path strings and lists that YAML holds.
+    pydantic's `strict` is not used: it would refuse the path strings and lists that YAML holds.
     """
 
     model_config = pydantic.ConfigDict(
@@ -43,17 +43,21 @@ class Config(pydantic.BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str) -> Self:
-        """Validate `values`; an error names `source`, the key and the nearest valid key."""
+        """Validate `values`.
+
+        Raises:
+            ClsaError: names `source`, the wrong key and, if it is unknown, the nearest valid key.
+        """
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"] if str(part)[:1] != "<")  # a tag
+            key = ".".join(str(part) for part in first["loc"] if str(part)[:1] != "<")  # no tag
             if first["type"] == "union_tag_invalid":
-                told = first.get("ctx", {})
-                what = f"{source}: {key}.name {told.get('tag', '').strip('<>')}"
-                known = told.get("expected_tags", "").replace("<", "").replace(">", "")
-                raise ClsaError(what, "there is none", f"use one of {known}") from None
+                context = first.get("ctx", {})
+                what = f"{source}: {key}.name {context.get('tag', '').strip('<>')}"
+                known = context.get("expected_tags", "").replace("<", "").replace(">", "")
+                raise ClsaError(what, "no such method", f"use one of {known}") from None
             if first["type"] != "extra_forbidden":
                 why = str(first["msg"]).removeprefix("Value error, ")
                 what = f"{source}: {key or 'settings'}"
@@ -67,23 +71,23 @@ class Config(pydantic.BaseModel):
 
     @classmethod
     def example(cls, values: dict[str, Any]) -> Self:
-        """Default settings whose names are those that `values` may use."""
+        """Default settings, which have all the names that `values` may use."""
         return cls.model_construct()
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, readable by `read_yaml`."""
+        """The options as YAML that `read_yaml` can read."""
         return to_yaml(self.model_dump(mode="json"))
 
 
 def _numbers_in(annotation: Any) -> set[type]:
-    """Which of bool, int and float an annotation names, at any depth (`int | None`, tuples)."""
+    """Which of bool, int and float occur in an annotation, at any depth (`int | None`, tuples)."""
     if annotation in (bool, int, float):
         return {annotation}
     return set().union(*map(_numbers_in, get_args(annotation)))
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
-    """Dotted names and values of every field, groups opened."""
+    """Values of all fields by their dotted names, including the fields of groups."""
     values: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name, None)
@@ -95,13 +99,13 @@ def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, valid: list[str]) -> str | None:
-    """The valid name most like `name`, or None when nothing is close."""
+    """The valid name most similar to `name`, or None if none is similar."""
     matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `over` put on top, group by group."""
+    """`base` with the entries of `over` added or replacing its own, group by group."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -110,7 +114,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers and booleans of YAML 1.2 (1e-3 is one, `no` a word); no alias, no repeated key."""
+    """Reads numbers and booleans as YAML 1.2 does: 1e-3 is a number, `no` is a word.
+
+    Refuses aliases and repeated keys.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -122,14 +129,14 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                problem = f"{key.value} twice"
+                problem = f"{key.value} appears twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that `_Loader`, or a reader of YAML 1.1, would take for something else."""
+    """Quotes every text that `_Loader`, or a YAML 1.1 reader, would not read as text."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -148,13 +155,13 @@ _Loader.add_constructor(
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Nested settings as YAML, readable by `read_yaml`; tuples become lists."""
+    """Nested settings as YAML that `read_yaml` can read; tuples become lists."""
     plain = json.loads(json.dumps(values))
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
 def read_value(text: str) -> Any:
-    """One value as YAML has it: a number, a word, a list in brackets; else the text itself."""
+    """`text` read as one YAML value (a number, a word, a list in brackets), or else unchanged."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, KeyError, RecursionError):
@@ -162,10 +169,10 @@ def read_value(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """The mapping in a YAML file.
 
     Raises:
-        ClsaError: 66 when there is no such file, 2 when it is not a plain mapping; with the line.
+        ClsaError: 66 if there is no such file; 2, with the line, if it is not a plain mapping.
     """
     try:
         if path.stat().st_size > MAX_YAML_BYTES:

@@ -1,4 +1,4 @@
-"""Cards of detection: how detectors are built, trained and judged. Needs no torch."""
+"""Cards of object detection: how detectors are built, trained and judged. Needs no torch."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -9,70 +9,71 @@ from clsa.options.config import Count, Fraction, NotNegative
 
 
 class DetectCard(Card):
-    """One detector; the defaults are those of Faster R-CNN C4 in detectron2."""
+    """A detector on the encoder; the defaults are those of Faster R-CNN C4 in detectron2."""
 
     pictures: ClassVar = "boxes"
 
     model: Literal["c4", "fpn"] = "c4"
-    """c4: one map, of stage 3; stage 4 and an extra batch norm on each region. fpn: a feature
-    pyramid over the stages of stride 4 and more."""
+    """c4: regions are cut from one feature map, that of stage 3, then pass stage 4 and an extra
+    batch norm; fpn: a feature pyramid over the stages of stride 4 and more."""
     masks: bool = False
     """Mask R-CNN instead of Faster R-CNN."""
     measure: Literal["voc", "coco"] = "voc"
-    """Whose average precision."""
+    """Use VOC's or COCO's average precision."""
     years: tuple[Literal["2007", "2012"], ...] = ("2007", "2012")
-    """VOC's years whose `trainval` it learns from; judged on `test` of 2007."""
+    """VOC: years whose `trainval` to learn from; the detector is judged on `test` of 2007."""
     library: Literal["clsa", "detectron2"] = "clsa"
-    """Who trains and judges it; detectron2: only after `clsa export`."""
+    """Library that trains and judges the detector; detectron2 needs `clsa export` first."""
     freeze: bool = False
-    """The encoder stays as it is, its batch norm on running statistics."""
+    """Keep the encoder unchanged, with its batch norm on running statistics."""
     short_sides: tuple[Count, ...] = (800,)
-    """Short side of train pictures in pixels, one of them drawn for each."""
+    """Short sides of training pictures in pixels, of which one is drawn for each picture."""
     test_side: Count = 800
     """Short side of test pictures in pixels."""
     max_side: Count = 1333
-    """Largest long side in pixels."""
+    """Largest long side of any picture in pixels."""
     batch: Count = 16
-    """Pictures a step, over all processes."""
+    """Pictures per step, over all processes."""
     lr: Rate = 0.02
     """Learning rate."""
     iters: Count = 24_000
-    """Steps."""
+    """Number of training steps."""
     drops: tuple[Count, ...] = (18_000, 22_000)
     """Steps at which the rate falls to a tenth."""
     warmup: Annotated[int, pydantic.Field(ge=0)] = 100
-    """Steps over which it rises linearly from a thousandth."""
+    """Steps over which the rate rises linearly from a thousandth."""
     weight_decay: NotNegative = 1e-4
-    """Of all parameters but those of batch norm, as in detectron2's SGD."""
+    """Weight decay of all parameters except those of batch norm, as in detectron2's SGD."""
     precise_bn: Annotated[int, pydantic.Field(ge=0)] = 200
-    """Batches over which batch norm's statistics are averaged before judging; 0: not at all."""
+    """Batches over which batch norm's statistics are averaged before judging (0: no averaging)."""
     width: Count = 256
-    """Channels of the pyramid, and of the mask head."""
+    """Channels of the feature pyramid and of the mask head."""
     hidden: Count = 1024
-    """Width of the pyramid's two layers on each region."""
+    """fpn: width of the box head's two layers."""
     mask_convs: Count = 4
-    """Convolutions of the pyramid's mask head."""
+    """fpn: convolutions of the mask head."""
     anchors: tuple[Count, ...] = (32, 64, 128, 256, 512)
-    """Sides of the anchors in pixels: all at every place (c4), or one a level (fpn)."""
+    """Sides of the anchors in pixels: all at every place (c4), or one per level (fpn)."""
     rpn_batch: Count = 256
-    """Anchors a picture that the region proposal network learns from."""
+    """Anchors per picture that the region proposal network learns from."""
     roi_batch: Count = 512
-    """Regions a picture that the heads learn from."""
+    """Regions per picture that the heads learn from."""
     train_proposals: tuple[Count, Count] = (12_000, 2_000)
-    """Best proposals in training, before and after suppression (fpn: before, a level)."""
+    """Number of best proposals kept in training, before and after non-maximum suppression (fpn:
+    the first number is per level)."""
     test_proposals: tuple[Count, Count] = (6_000, 1_000)
-    """The same when judging."""
+    """The same numbers when judging."""
     score_threshold: Fraction = 0.05
-    """Detections of lower scores are dropped."""
+    """Detections with lower scores are dropped."""
     max_detections: Count = 100
-    """Kept a picture, the surest."""
+    """Detections kept per picture, those with the highest scores."""
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "DetectCard":
         if not self.short_sides or not self.anchors:
             raise ValueError("short_sides and anchors need at least one number")
         if max(*self.short_sides, self.test_side) > self.max_side:
-            raise ValueError("no short side is larger than max_side")
+            raise ValueError("a short side is larger than max_side")
         if self.masks and self.measure == "voc":
             raise ValueError("masks are judged by coco only")
         return self
@@ -109,7 +110,7 @@ DETECT_CARDS: dict[str, Card] = {
         test_proposals=(1_000, 1_000),
     ),
     "detect-scenes-fpn": DetectCard(
-        about="Faster R-CNN FPN on `clsa scenes`, encoder frozen, 2 minutes a thread",
+        about="Faster R-CNN FPN on `clsa scenes`, encoder frozen, 2 minutes on a thread",
         source="ours", model="fpn", measure="coco", freeze=True, short_sides=(128,),
         test_side=128, max_side=256, batch=8, lr=0.02, iters=300, drops=(240,), warmup=20,
         precise_bn=0, width=64, hidden=256, mask_convs=2, anchors=(24, 40, 64), rpn_batch=64,

@@ -1,7 +1,7 @@
-"""Options of the learning methods, one class a method; needs no torch.
+"""Options of the learning methods, one class per method. Needs no torch.
 
-Defaults are those of each paper on ImageNet. `RunOptions.method` is one of these classes,
-by `name`; a recipe chooses it.
+Defaults are those of each paper on ImageNet. `RunOptions.method` is one of these classes, found by
+its `name`; a recipe chooses it.
 """
 
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from clsa.options.config import Config, Count, Fraction, NotNegative, Positive
 
 
 class MoCoOptions(Config):
-    """MoCo v1 and v2; with several weak queries also the contrast of CLSA*."""
+    """MoCo v1 and v2; with several weak queries, also the contrastive part of CLSA*."""
 
     name: Literal["moco"] = "moco"
     """Chosen by the recipe."""
@@ -23,17 +23,18 @@ class MoCoOptions(Config):
     queue_size: Count = 65536
     """Number of past keys to compare with."""
     bank: Literal["queue", "batch+queue"] = "batch+queue"
-    """queue: own key and queue (the papers); batch+queue: all keys of the batch too (the code)."""
+    """What a query is compared with. queue: its own key and the queue (the papers); batch+queue:
+    also all other keys of the batch (the official code)."""
     temperature: Positive = 0.2
     """Temperature of the contrastive loss."""
     reduce: Literal["sum", "mean"] = "sum"
-    """Whether the terms of several weak queries are summed (the official code) or averaged."""
+    """Sum the terms of several weak queries (as the official code does) or average them."""
     symmetric: bool = False
-    """Each of two views is query and key in turn; the loss is the mean of both."""
+    """Use each of the two views once as query and once as key; the loss is the mean of both."""
     strong_query: bool = False
-    """Queries are strong views at the weak sizes (CLSA's Table 5)."""
+    """Use strong views as queries, at the sizes of the weak ones (CLSA's Table 5)."""
     strong_key: bool = False
-    """Keys are strong views too."""
+    """Use strong views as keys too."""
 
 
 class SimCLROptions(Config):
@@ -51,26 +52,26 @@ class BYOLOptions(Config):
     name: Literal["byol"] = "byol"
     """Chosen by the recipe."""
     key_momentum: Fraction = 0.996
-    """Momentum of the target network at the first step; lower it for short runs."""
+    """Momentum of the target network at the first step; use a lower one for short runs."""
     final_key_momentum: Fraction | None = 1.0
     """Momentum of the target network at the end of the run, reached along a cosine."""
     predictor_hidden: Count = 4096
     """Width of the predictor's hidden layer."""
     queue_size: Count = 65536
-    """Past target projections, which only the divergence of --stronger compares with."""
+    """Number of past target projections to keep; only the divergence of --stronger uses them."""
 
 
 class SimSiamOptions(Config):
-    """SimSiam: predict the same network's projection of the other view, held constant."""
+    """SimSiam: predict the same network's projection of the other view, without its gradient."""
 
     name: Literal["simsiam"] = "simsiam"
     """Chosen by the recipe."""
     predictor_hidden: Count = 512
     """Width of the predictor's hidden layer."""
     fixed_predictor_rate: bool = True
-    """The predictor's learning rate stays at its peak."""
+    """Keep the predictor's learning rate at its peak instead of following the schedule."""
     queue_size: Count = 4096
-    """Past projections, which only the divergence of --stronger compares with."""
+    """Number of past projections to keep; only the divergence of --stronger uses them."""
 
 
 class SwAVOptions(Config):
@@ -79,55 +80,56 @@ class SwAVOptions(Config):
     name: Literal["swav"] = "swav"
     """Chosen by the recipe."""
     num_prototypes: Count = 3000
-    """Trained prototypes."""
+    """Number of trained prototypes."""
     temperature: Positive = 0.1
     """Temperature of the predicted assignments."""
     epsilon: Positive = 0.05
-    """Entropy of the assignments by Sinkhorn's algorithm."""
+    """Weight of the entropy in Sinkhorn's algorithm; smaller values give harder assignments."""
     sinkhorn_iterations: Count = 3
-    """Rounds of Sinkhorn's algorithm; more balance the prototypes better."""
+    """Rounds of Sinkhorn's algorithm; with more rounds the prototypes are better balanced."""
     queue_size: Annotated[int, pydantic.Field(ge=0)] = 3840
-    """Past projections that are assigned together with the batch (0: none)."""
+    """Number of past projections that are assigned together with the batch (0: none)."""
     queue_epoch: Annotated[int, pydantic.Field(ge=0)] = 15
-    """Epoch from which they are collected; they are used once the queue is full."""
+    """Epoch from which past projections are collected; they are used once the queue is full."""
     freeze_steps: Annotated[int, pydantic.Field(ge=0)] = 5005
-    """The prototypes stay as they are for the first steps."""
+    """Number of first steps in which the prototypes do not change."""
 
 
 class AdCoOptions(Config):
-    """AdCo: the negatives are learned, against the network."""
+    """AdCo: the negatives are learned, as adversaries of the network."""
 
     name: Literal["adco"] = "adco"
     """Chosen by the recipe."""
     key_momentum: Fraction = 0.999
     """The key network moves by 1 - key_momentum towards the query network at each step."""
     num_negatives: Count = 65536
-    """Learned negatives."""
+    """Number of learned negatives."""
     temperature: Positive = 0.12
     """Temperature of the network's contrastive loss."""
     negative_temperature: Positive = 0.02
-    """Temperature of the loss that the negatives ascend."""
+    """Temperature of the loss that the negatives maximise."""
     negative_lr: Positive = 3.0
-    """Learning rate of the negatives, constant."""
+    """Learning rate of the negatives; it is constant."""
     negative_momentum: Fraction = 0.9
-    """Share of the negatives' last update in the next."""
+    """Momentum of the negatives: the share of the last update that is kept in the next."""
     negative_decay: NotNegative = 1e-4
     """Weight decay of the negatives."""
     reduce: Literal["sum", "mean"] = "sum"
-    """Whether the terms of several weak queries are summed (the official code) or averaged."""
+    """Sum the terms of several weak queries (as the official code does) or average them."""
 
 
 class InstDiscOptions(Config):
-    """Instance discrimination against a memory with one row a picture."""
+    """Instance discrimination against a memory with one row per picture."""
 
     name: Literal["instdisc"] = "instdisc"
     """Chosen by the recipe."""
     temperature: Positive = 0.07
     """Temperature of the similarities."""
     num_negatives: Annotated[int, pydantic.Field(ge=0)] = 4096
-    """Rows drawn at each step for noise-contrastive estimation (0: softmax over all rows)."""
+    """Memory rows drawn at each step for noise-contrastive estimation (0: softmax over all
+    rows)."""
     row_momentum: Fraction = 0.5
-    """Share of a memory row that stays when its picture is seen."""
+    """Share of a memory row that is kept when its picture is seen."""
 
 
 class PIRLOptions(Config):
@@ -138,23 +140,23 @@ class PIRLOptions(Config):
     temperature: Positive = 0.07
     """Temperature of the similarities."""
     jigsaw_weight: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
-    """Share of the patches' loss; the rest is the whole picture's."""
+    """Weight of the patches' loss; the whole picture's loss has the rest of 1."""
     num_negatives: Count = 32000
     """Memory rows drawn at each step."""
     row_momentum: Fraction = 0.5
-    """Share of a memory row that stays when its picture is seen."""
+    """Share of a memory row that is kept when its picture is seen."""
     grid: Annotated[int, pydantic.Field(ge=2, le=5)] = 3
-    """Patches a side."""
+    """Patches per side: the crop is cut into grid x grid patches."""
     jigsaw_size: Annotated[int, pydantic.Field(ge=16)] = 255
     """Side in pixels of the crop that is cut into patches."""
     jigsaw_scale: tuple[Fraction, Fraction] = (0.6, 1.0)
-    """Share of the picture's area that it takes."""
+    """Smallest and largest share of the picture's area that this crop covers."""
     patch_size: Annotated[int, pydantic.Field(ge=8)] = 64
-    """Side in pixels of a patch, cut at a random place of its cell."""
+    """Side in pixels of a patch, which is cut at a random place in its cell."""
 
 
 class PCLOptions(Config):
-    """PCL: MoCo, and contrast with the centres of clusters."""
+    """PCL: MoCo, plus a contrast with the centres of clusters."""
 
     name: Literal["pcl"] = "pcl"
     """Chosen by the recipe."""
@@ -163,24 +165,25 @@ class PCLOptions(Config):
     queue_size: Count = 16384
     """Number of past keys to compare with."""
     temperature: Positive = 0.2
-    """Temperature of the contrast with keys, and mean concentration of the clusters."""
+    """Temperature of the contrast with keys; the clusters' concentrations have this mean."""
     num_clusters: Annotated[
         tuple[Annotated[int, pydantic.Field(ge=2)], ...], pydantic.Field(min_length=1)
     ] = (25000, 50000, 100000)
-    """Clusters of each k-means, one run each; the terms are averaged."""
+    """Number of clusters in each of several k-means runs, whose terms are averaged."""
     warmup_epochs: Annotated[int, pydantic.Field(ge=0)] = 20
     """Epochs before the first clustering."""
     num_negatives: Count = 16384
-    """Other clusters' centres to compare with, drawn at each step."""
+    """Number of other clusters' centres to compare with, drawn at each step."""
 
 
 class MoCoV3Options(Config):
-    """MoCo v3: the momentum network's keys of the other view, in large batches without a queue."""
+    """MoCo v3: compare with the momentum network's keys of the other view, in large batches without
+    a queue."""
 
     name: Literal["moco-v3"] = "moco-v3"
     """Chosen by the recipe."""
     key_momentum: Fraction = 0.996
-    """Momentum of the key network at the first step; lower it for short runs."""
+    """Momentum of the key network at the first step; use a lower one for short runs."""
     final_key_momentum: Fraction | None = 1.0
     """Momentum of the key network at the end of the run, reached along a cosine."""
     temperature: Positive = 1.0
@@ -188,11 +191,12 @@ class MoCoV3Options(Config):
     predictor_hidden: Count = 4096
     """Width of the predictor's hidden layer."""
     predictor_norm: Literal["hidden", "all"] = "hidden"
-    """Batch norm in the predictor: after its hidden layer, or after its last too (ViT)."""
+    """Batch norm in the predictor: after its hidden layer, or after its last layer too (all, for
+    ViT)."""
     freeze_patches: bool = True
-    """ViT: the patch embedding stays as it was drawn."""
+    """ViT: the patch embedding keeps its random initial weights."""
     queue_size: Count = 4096
-    """Past keys, which only the divergence of --stronger compares with."""
+    """Number of past keys to keep; only the divergence of --stronger uses them."""
 
 
 class DINOOptions(Config):
@@ -201,7 +205,7 @@ class DINOOptions(Config):
     name: Literal["dino"] = "dino"
     """Chosen by the recipe."""
     num_prototypes: Count = 65536
-    """Rows of the last layer."""
+    """Number of prototypes: the rows of the last layer."""
     temperature: Positive = 0.1
     """Temperature of the student."""
     teacher_temperature: Positive = 0.07
@@ -209,15 +213,15 @@ class DINOOptions(Config):
     first_teacher_temperature: Positive = 0.04
     """Temperature of the teacher at the first step."""
     teacher_warmup_epochs: NotNegative = 30.0
-    """Epochs from the one to the other, along a line."""
+    """Epochs over which the teacher's temperature moves linearly from first to final."""
     center_momentum: Fraction = 0.9
-    """Share of the centre that stays at each step."""
+    """Share of the centre that is kept at each step."""
     key_momentum: Fraction = 0.996
-    """Momentum of the teacher at the first step; lower it for short runs."""
+    """Momentum of the teacher at the first step; use a lower one for short runs."""
     final_key_momentum: Fraction | None = 1.0
     """Momentum of the teacher at the end of the run, reached along a cosine."""
     freeze_epochs: NotNegative = 1.0
-    """The last layer stays as it is for the first epochs."""
+    """Number of first epochs in which the last layer does not change."""
 
 
 class SupervisedOptions(Config):
@@ -226,7 +230,7 @@ class SupervisedOptions(Config):
     name: Literal["supervised"] = "supervised"
     """Chosen by the recipe."""
     label_smoothing: Fraction = 0.0
-    """Share of the target spread over all classes."""
+    """Share of the target that is spread over all classes."""
 
 
 def _tag(value: Any) -> str:
@@ -234,7 +238,7 @@ def _tag(value: Any) -> str:
     return f"<{name}>"
 
 
-# Tags are in angle brackets, so that `Config.parse` can leave them out of the names it tells.
+# Tags are in angle brackets so that `Config.parse` can drop them from the keys in its errors.
 MethodOptions = Annotated[
     Annotated[MoCoOptions, pydantic.Tag("<moco>")]
     | Annotated[SimCLROptions, pydantic.Tag("<simclr>")]

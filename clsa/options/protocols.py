@@ -1,8 +1,8 @@
-"""The protocols: every way of judging features, as named, versioned cards.
+"""All protocols for judging features, as named, versioned cards. Needs no torch.
 
-A card fixes what moves a number, but what the run and the pictures decide (size and centre crop; on
-small sets batch, neighbours and shots). Its hash goes into results.json with each number; a changed
-card has another hash. Needs no torch.
+A card fixes every setting that changes a result, except those that follow from the run and the
+pictures (size and centre crop; on small sets also batch, neighbours and shots). results.json stores
+the card's hash with each result; a changed card has another hash.
 """
 
 from collections.abc import Iterable
@@ -34,26 +34,26 @@ Name = Literal[
 
 _SWAV = "SwAV's code"
 CARDS: dict[str, Card] = {
-    "knn-20": KnnCard(about="20 nearest, weighted; plain votes beside", source="CLSA, InstDisc"),
+    "knn-20": KnnCard(about="20 nearest, weighted votes; plain votes too", source="CLSA, InstDisc"),
     "knn-200": KnnCard(
-        about="200 nearest, weighted; plain votes beside", source="InstDisc", neighbours=200
+        about="200 nearest, weighted votes; plain votes too", source="InstDisc", neighbours=200
     ),
     "knn-strong": KnnCard(
         about="knn-20 of strongly augmented queries", source="CLSA, Fig. 5", queries="strong"
     ),
-    "logistic": LogisticCard(about="logistic regression, L2 chosen", source="ours"),
+    "logistic": LogisticCard(about="logistic regression, chooses its L2 weight", source="ours"),
     "linear-fast": LinearFastCard(
-        about="linear probe on cached features, rate chosen", source="ours"
+        about="linear probe on cached features, chooses its rate", source="ours"
     ),
     "linear-clsa": LinearCard(
         about="linear probe, rate 10 to 0.01, cosine", source="CLSA's code", final_lr=0.01
     ),
     "linear-moco": LinearCard(
-        about="linear probe, rate 30, a tenth at 60 % and 80 %", source="MoCo v1, v2",
+        about="linear probe, rate 30, to a tenth at 60 % and 80 %", source="MoCo v1, v2",
         lr=30.0, drops=(0.6, 0.8),
     ),
     "linear-clim": LinearCard(
-        about="linear probe, rate 30, a tenth after 60 % and 80 %", source="CLIM",
+        about="linear probe, rate 30, to a tenth after 60 % and 80 %", source="CLIM",
         lr=30.0, drops=(0.6, 0.8),
     ),
     "finetune": FinetuneCard(about="all layers, all labels", source=_SWAV),
@@ -68,12 +68,12 @@ CARDS: dict[str, Card] = {
         )
         for share in (1, 10)
     },
-    "lowshot": LowshotCard(about="SVMs on 1 to 16 pictures a class", source="PCL, C 0.5"),
-    "voc07-map": Voc07Card(about="linear layer, AP of all points", source="CLSA, in words"),
+    "lowshot": LowshotCard(about="SVMs on 1 to 16 pictures per class", source="PCL, C 0.5"),
+    "voc07-map": Voc07Card(about="linear layer, AP of all points", source="CLSA's text"),
     "voc07-map-11pt": Voc07Card(
-        about="linear layer, AP of 11 points", source="CLSA, in words", metric="11"
+        about="linear layer, AP of 11 points", source="CLSA's text", metric="11"
     ),
-    "voc07-svm": SvmCard(about="an SVM a class, C chosen, AP of all points", source="as VISSL"),
+    "voc07-svm": SvmCard(about="one SVM per class, chooses C, AP of all points", source="as VISSL"),
     "voc07-clsa-released": ReleasedCard(
         about="what CLSA's released code computes: no frozen probe, no class AP",
         source="CLSA's code",
@@ -83,13 +83,13 @@ CARDS: dict[str, Card] = {
 
 
 def cards_of(names: Iterable[str], changes: Iterable[str] = ()) -> dict[str, Card]:
-    """The named cards, with `FIELD=VALUE` or `CARD.FIELD=VALUE` changed in them.
+    """The named cards, with the changes `FIELD=VALUE` or `CARD.FIELD=VALUE` made in them.
 
-    Without `CARD.` a change reaches each of the named cards that has the field.
+    A change without `CARD.` applies to each of the named cards that has the field.
 
     Raises:
-        ClsaError: for a change of another form, of a field that none of them has, or to a value
-            that does not fit.
+        ClsaError: for a change of another form, of a field that none of the cards has, or to a
+            value that the field does not accept.
     """
     cards = {name: CARDS[name] for name in names}
     for change in changes:
@@ -111,7 +111,7 @@ def cards_of(names: Iterable[str], changes: Iterable[str] = ()) -> dict[str, Car
 
 
 def departures(name: str, card: Card) -> str:
-    """What a card sets otherwise than the one of its name, as `field=value` words."""
+    """What `card` changes in the card called `name`, as `field=value` words."""
     own = CARDS[name].settings()
     changed = {key: value for key, value in card.settings().items() if value != own[key]}
     return " ".join(f"{key}={_words(value)}" for key, value in changed.items())

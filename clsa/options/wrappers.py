@@ -1,4 +1,4 @@
-"""Options of what goes around a method: stronger views, mixtures, few labels, stages; no torch."""
+"""Options of what wraps a method: stronger views, mixtures, few labels, stages. Needs no torch."""
 
 from typing import Annotated, Literal
 
@@ -10,105 +10,110 @@ Sizes = tuple[Annotated[int, pydantic.Field(ge=8)], ...]
 
 
 class Operations(Config):
-    """Random operations on top of the weak recipe: `rounds` times one of a pool."""
+    """Random operations after the weak recipe: `rounds` times, one is drawn from a pool."""
 
     pool: Literal["paper", "official", "randaugment"] = "official"
-    """paper: CLSA's 14, Invert among them, continuous ranges; official: Identity in its place, nine
-    levels; randaugment: InfoMin's, at full strength."""
+    """paper: CLSA's 14 operations, including Invert, with continuous ranges; official: Identity
+    instead of Invert, and nine levels; randaugment: InfoMin's operations, at full strength."""
     rounds: Annotated[int, pydantic.Field(ge=0, le=20)] = 5
-    """How many times an operation is drawn."""
+    """How many times an operation is drawn for each view."""
     probability: Fraction = 0.5
     """Probability of applying each drawn operation."""
 
 
 class StrongOptions(Operations):
-    """What --stronger adds: strong views (the weak recipe, then `rounds` random operations, in
-    place of views.weak.ops) and the divergence that makes them follow the weak ones (CLSA)."""
+    """What --stronger adds (CLSA): strong views, and the divergence that makes them follow the weak
+    ones. A strong view is the weak recipe, then `rounds` random operations instead of
+    views.weak.ops."""
 
     sizes: Sizes = (96,)
-    """Sides of the strong query crops in pixels, one query each."""
+    """Sides of the strong query crops in pixels, one query per side."""
     beta: NotNegative = 1.0
-    """Weight of the divergence."""
+    """Weight of the divergence in the loss."""
     temperature: Positive = 0.2
     """Temperature of the strong views' distribution."""
     target_temperature: Positive = 0.2
     """Temperature of the weak views' distribution, the target."""
     target: Literal["query", "key", "one-hot"] = "query"
-    """The target comes from the weak query, from the key, or is the positive alone."""
+    """What the strong views follow. query: the weak query's distribution; key: the key's
+    distribution; one-hot: the positive alone."""
     reduce: Literal["sum", "mean"] = "sum"
-    """Whether the terms of all pairs of weak and strong queries are summed (the official code) or
-    averaged."""
+    """Sum the terms of all pairs of weak and strong queries (as the official code does) or average
+    them."""
 
 
 class MixtureOptions(Config):
-    """What --clim adds: pictures mixed with a neighbour on the way to the centre of their cluster
-    (CLIM, center-wise local image mixture), and views of several resolutions."""
+    """What --clim adds (CLIM, center-wise local image mixture): views mixed with a neighbour nearer
+    to the centre of the picture's cluster, and views of several resolutions."""
 
     selection: Literal["center-wise", "random", "knn", "k-means", "knn+k-means", "cluster-mean"] = (
         "center-wise"
     )
-    """center-wise: nearest neighbours of the same cluster that are no farther from its centre;
-    the others are the paper's alternatives; cluster-mean: nearest neighbours of the same cluster
-    that are no farther from its centre than its mean."""
+    """Which pictures to mix with. center-wise: nearest neighbours in the same cluster that are no
+    farther from its centre than the picture is; cluster-mean: nearest neighbours in the same
+    cluster that are no farther from its centre than its pictures are on average; the others are the
+    paper's alternatives."""
     mixing: Literal["cutmix", "mixup", "none"] = "cutmix"
-    """cutmix: a box of the neighbour is pasted; mixup: pixels are averaged; none: the picture
-    itself, its neighbour's key being a second positive."""
+    """cutmix: paste a box of the neighbour into the picture; mixup: average the pixels of both;
+    none: leave the picture as it is and use its neighbour's key as a second positive."""
     alpha: Positive = 2.0
-    """The share of the picture itself follows Beta(alpha, alpha)."""
+    """The picture's own share in the mixture is drawn from Beta(alpha, alpha)."""
     num_clusters: Annotated[int, pydantic.Field(ge=2)] = 10000
-    """Clusters of k-means (the paper's for 1.28 million pictures)."""
+    """Number of k-means clusters (the paper's value, for 1.28 million pictures)."""
     neighbours: Count = 40
-    """Nearest neighbours that are looked at."""
+    """Number of nearest neighbours among which to select."""
     num_positives: Count = 10
-    """How many of them are kept for a picture; one is drawn at each visit."""
+    """How many selected neighbours to keep for each picture; each time the picture is shown, one
+    of them is drawn."""
     fill: Literal["nearest", "truncate"] = "nearest"
-    """Where fewer remain: take the nearest of the neighbours too, or stay with fewer."""
+    """If fewer are selected: fill up with the nearest other neighbours (nearest), or keep fewer
+    (truncate)."""
     refresh_epochs: Count = 5
-    """Clusters and neighbours are found anew every so many epochs."""
+    """Compute clusters and neighbours again after this many epochs."""
     start: Fraction = 0.05
-    """Share of the run before the first are found; nothing is mixed before."""
+    """Share of the run after which they are computed first; until then nothing is mixed."""
     resolutions: Sizes = ()
-    """Sides in pixels at which every crop is seen besides its own size (multi-resolution)."""
+    """Further sides in pixels: every crop is also shown at these sizes (multi-resolution)."""
     reduce: Literal["mean", "sum"] = "mean"
-    """Whether the terms of all pairs of resolutions are averaged or summed (the paper)."""
+    """Average the terms of all pairs of resolutions, or sum them (as the paper does)."""
 
 
 class SuNCEtOptions(Config):
-    """What --labels adds: labelled pictures beside each batch, and a loss that pulls those of one
-    class together (SuNCEt, supervised noise contrastive estimation)."""
+    """What --labels adds (SuNCEt, supervised noise contrastive estimation): labelled pictures with
+    each batch, and a loss that pulls pictures of one class together."""
 
     classes: Annotated[int, pydantic.Field(ge=2)] = 20
-    """Classes drawn for each step (all, where there are fewer)."""
+    """Number of classes drawn for each step (all classes, if there are fewer)."""
     per_class: Count = 2
-    """Labelled pictures of each, drawn with replacement where there are fewer."""
+    """Labelled pictures per class, drawn with replacement if a class has fewer."""
     temperature: Positive = 0.1
     """Temperature of the similarities."""
     weight: NotNegative = 1.0
-    """Weight of the loss."""
+    """Weight of this loss."""
     epochs: Count | None = None
-    """Labels are used in the first so many epochs (default: in all)."""
+    """Use labels only in this many first epochs (default: in all epochs)."""
 
 
 class ContinualOptions(Config):
-    """What --stages adds: some pictures of earlier stages are kept and shown again, and the network
-    stays near what it knew (CCSSL, Lin, Wang and Lin 2021)."""
+    """What --stages adds (CCSSL; Lin, Wang and Lin 2021): some pictures of earlier stages are kept
+    as exemplars and shown again, and distillation keeps the network near its earlier state."""
 
     keep: Literal["distill", "replay", "nothing"] = "distill"
-    """distill: exemplars, extra queue and self-supervised distillation; replay: exemplars alone;
+    """distill: exemplars, extra queue and self-supervised distillation; replay: exemplars only;
     nothing: plain fine-tuning, the baseline."""
     exemplars: Count = 20
-    """Pictures kept of each cluster of a stage."""
+    """Number of pictures kept from each cluster of a stage."""
     clusters: Count | None = None
-    """Clusters of a stage (default: its number of classes, 10 without labels)."""
+    """Clusters per stage (default: its number of classes, or 10 without labels)."""
     extra_keys: Count = 256
-    """Keys of exemplars that every query is compared with besides."""
+    """Length of the extra queue: keys of exemplars that every query is also compared with."""
     extra_weight: NotNegative = 0.1
-    """Weight of that contrast."""
+    """Weight of the contrast with the extra queue."""
     distill_weight: NotNegative = 0.1
     """Weight of the distillation."""
     temperature: Positive = 0.07
-    """Temperature of the student's similarities."""
+    """Temperature of the student's similarities in the distillation."""
     teacher_temperature: Positive = 0.04
-    """Temperature of the teacher's."""
+    """Temperature of the teacher's similarities in the distillation."""
     teacher_momentum: Fraction = 0.996
-    """The teacher moves by 1 - this towards the network after each epoch."""
+    """The teacher moves by 1 - teacher_momentum towards the network after each epoch."""

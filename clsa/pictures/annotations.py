@@ -1,9 +1,9 @@
-"""Pictures with the objects in them: boxes, classes and masks, in the layouts of VOC and COCO.
+"""Reads pictures with their objects (boxes, classes, masks) from VOC and COCO folders.
 
-Boxes are edges in pixels, (x1, y1, x2, y2), counted from the outer border of the first pixel: a box
-around the first pixel alone is (0, 0, 1, 1), and x2 - x1 is the number of pixels across. COCO's
-files hold them so. VOC's files number pixels from 1 and name the first and the last one inside, so
-that (xmin, ymin, xmax, ymax) there is (xmin - 1, ymin - 1, xmax, ymax) here.
+A box is four edges in pixels, (x1, y1, x2, y2), counted from the outer border of the first pixel. A
+box around the first pixel alone is (0, 0, 1, 1), and x2 - x1 is the width in pixels. COCO's files
+use the same convention. VOC's files count pixels from 1 and give the first and the last pixel
+inside the box, so VOC's (xmin, ymin, xmax, ymax) becomes (xmin - 1, ymin - 1, xmax, ymax) here.
 """
 
 import json
@@ -27,7 +27,7 @@ VOC_CLASSES = [
 ]
 VOC_ENDINGS = (".jpg", ".jpeg", ".png")
 MAX_XML_BYTES = 1 << 22
-LEAST_SIDE = 0.01  # of a box in pixels: float32 must tell its edges apart
+LEAST_SIDE = 0.01  # of a box, in pixels, so that float32 still tells its edges apart
 
 Box = tuple[float, float, float, float]
 Segmentation = list[list[float]] | dict[str, Any]
@@ -38,11 +38,11 @@ class Thing(NamedTuple):
 
     Attributes:
         box: (x1, y1, x2, y2), edges in pixels.
-        label: position of its class among the classes.
-        difficult: VOC's flag: when judging, neither to be found nor wrong to find.
-        crowd: COCO's flag: one box around many of them.
-        segmentation: COCO's polygons (x, y, x, y, ... in pixels) or run lengths; None without.
-        area: of the object in pixels, as COCO's file says; None without.
+        label: position of its class in `Annotated.classes`.
+        difficult: VOC's flag: evaluation counts it neither as missed nor as a false detection.
+        crowd: COCO's flag: one box around many objects.
+        segmentation: COCO's polygons (x, y, x, y, ... in pixels) or run lengths; None if absent.
+        area: of the object in pixels, from COCO's file; None if absent.
     """
 
     box: Box
@@ -54,15 +54,15 @@ class Thing(NamedTuple):
 
 
 class Annotated(NamedTuple):
-    """Pictures, and the objects of each.
+    """Pictures and the objects in each of them.
 
     Attributes:
         source: the image files; their labels are all -1.
         classes: names of the classes.
-        things: one list a picture, empty where nothing is marked.
-        image_ids: the numbers or names of the pictures in the annotation files.
+        things: one list per picture, empty if the picture has no objects.
+        image_ids: number or name of each picture in the annotation files.
         dropped: how many objects were left out because their box has (nearly) no area.
-        sizes: height and width in pixels of each picture, as the files say; None where they do not.
+        sizes: height and width of each picture in pixels, from the annotations; None if missing.
     """
 
     source: Folder
@@ -73,19 +73,19 @@ class Annotated(NamedTuple):
     sizes: Sequence[tuple[int, int] | None] = ()
 
     def require_size(self, row: int, height: int, width: int) -> None:
-        """See that a picture is as large as its boxes were drawn on.
+        """Check that a picture has the size on which its boxes were drawn.
 
         Raises:
-            ClsaError: 65 when it is not: resized since, or turned by its EXIF orientation.
+            ClsaError: 65 if not: it was resized later, or its EXIF orientation turns it.
         """
-        told = self.sizes[row] if self.sizes else None
-        if told is not None and told != (height, width):
-            why = f"{width}x{height} pixels upright, and {told[1]}x{told[0]} in the annotations"
-            hint = "annotate the pictures as they are, without EXIF orientation"
+        noted = self.sizes[row] if self.sizes else None
+        if noted is not None and noted != (height, width):
+            why = f"{width}x{height} pixels upright, and {noted[1]}x{noted[0]} in the annotations"
+            hint = "use the pictures that were annotated, without EXIF orientation"
             _refuse(Path(self.source.ids[row]), why, hint, Exit.BAD_DATA)
 
     def subset(self, rows: Sequence[int]) -> "Annotated":
-        """These pictures only, in this order; `dropped` stays the whole set's."""
+        """Only these pictures, in this order; `dropped` still counts the whole set."""
         source = self.source.subset(np.array(rows, np.int64))
         things, ids = [self.things[row] for row in rows], [self.image_ids[row] for row in rows]
         sizes = [self.sizes[row] for row in rows] if self.sizes else ()
@@ -97,25 +97,25 @@ def read_voc(
     years_and_splits: Sequence[tuple[str, str]] = (("2007", "trainval"),),
     classes: list[str] | None = None,
 ) -> Annotated:
-    """Pictures and objects of VOC's layout, one split after the other.
+    """Read pictures and objects from VOC folders, one split after the other.
 
     Args:
         root: VOCdevkit, which holds VOC2007 and VOC2012, or one such folder (JPEGImages,
             Annotations/*.xml, ImageSets/Main/SPLIT.txt).
         years_and_splits: such as [("2007", "trainval"), ("2012", "trainval")].
-        classes: names to number by; by default VOC's 20 or, where the files name others, the
-            names in them, sorted.
+        classes: class names; labels are positions in this list. Default: VOC's 20 classes, or, if
+            the files contain any other class, the names found in them, sorted.
 
     Raises:
-        ClsaError: 66 for a missing folder, list, picture or XML file; 65 for a damaged XML file
-            and for a class that is not in `classes`.
+        ClsaError: 66 if a folder, list, picture or XML file is missing; 65 if an XML file is
+            damaged or names a class that is not in `classes`.
     """
     top = root if (root / "JPEGImages").is_dir() else None
     if top is not None and len({year for year, _ in years_and_splits}) > 1:
-        _refuse(root, "the folder of one year", "give VOCdevkit, which holds all", Exit.NO_INPUT)
+        _refuse(root, "the folder of one year", "give VOCdevkit, with all years", Exit.NO_INPUT)
     for year, _ in years_and_splits if top is not None else ():
         if re.fullmatch(r"VOC\d{4}", root.name) and root.name != f"VOC{year}":
-            _refuse(root, f"not the folder of {year}", "give VOCdevkit, or that one", Exit.NO_INPUT)
+            _refuse(root, f"not the folder of {year}", "give VOCdevkit or that one", Exit.NO_INPUT)
     base = root if top is None else root.parent
     stems: list[tuple[Path, str]] = []
     for year, split in years_and_splits:
@@ -138,7 +138,7 @@ def read_voc(
 
 
 def _voc_list(folder: Path, split: str) -> list[str]:
-    """Names of the pictures of a split; lists of one class (NAME -1) are read alike."""
+    """Picture names of a split. A list for one class, with lines like `NAME -1`, works too."""
     for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
         if not (folder / part).is_dir():
             hint = "give VOCdevkit or one of its folders VOC2007, VOC2012"
@@ -151,7 +151,7 @@ def _voc_list(folder: Path, split: str) -> list[str]:
     names = [line.split()[0] for line in text.splitlines() if line.strip()]
     bad = next((name for name in names if not re.fullmatch(r"[\w.-]+", name)), None)
     if bad is not None:
-        _refuse(path, f"{bad!r} is no name of a picture", "correct the list", Exit.BAD_DATA)
+        _refuse(path, f"{bad!r} is not a picture name", "correct the list", Exit.BAD_DATA)
     return names
 
 
@@ -165,14 +165,14 @@ def _voc_picture(folder: Path, stem: str) -> Path:
 
 
 def _voc_read(path: Path) -> tuple[list[tuple[str, Thing]], tuple[int, int] | None]:
-    """Names and objects, their labels not yet known, of one XML file; the picture's size."""
+    """One XML file: (class name, object with label -1) for each object; the picture's size."""
     try:
         data = path.read_bytes()
     except OSError as error:
         why = error.strerror or str(error)
         _refuse(path, why, "complete the folder", Exit.NO_INPUT)
     if len(data) > MAX_XML_BYTES or b"<!ENTITY" in data:
-        _refuse(path, "no annotation of VOC's", "remove or replace it", Exit.BAD_DATA)
+        _refuse(path, "not a VOC annotation file", "remove or replace it", Exit.BAD_DATA)
     found = []
     try:
         root = ElementTree.fromstring(data)
@@ -191,22 +191,24 @@ def _voc_read(path: Path) -> tuple[list[tuple[str, Thing]], tuple[int, int] | No
         return found, (high, wide) if high and wide else None
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         why = f"damaged ({first_line(error)})"
-        _refuse(path, why, "replace it, or take it off the lists", Exit.BAD_DATA)
+        _refuse(path, why, "replace it, or remove it from the lists", Exit.BAD_DATA)
 
 
 def read_coco(root: Path, split: str, classes: list[str] | None = None) -> Annotated:
-    """Pictures and objects of COCO's layout.
+    """Read pictures and objects from a COCO folder.
 
-    Reads annotations/instances_SPLIT.json or, where only one begins so, one such as
-    instances_train2017.json for "train". The pictures are in the folder of the same name
-    (train2017, images/train2017), in images, or where `file_name` says from `root` on.
+    Reads annotations/instances_SPLIT.json. If there is no such file, but exactly one whose name
+    starts with instances_SPLIT (instances_train2017.json for "train"), reads that one. The pictures
+    are in the folder of that name (train2017, images/train2017), in the folder SPLIT, in images, or
+    at `file_name` relative to `root`.
 
     Args:
-        classes: names to number by; by default all categories, by ascending id.
+        classes: class names; labels are positions in this list. Default: all categories, by
+            ascending id.
 
     Raises:
-        ClsaError: 66 for a missing file, folder or picture; 65 for a damaged JSON file and for a
-            class that is not in `classes`.
+        ClsaError: 66 if a file, folder or picture is missing; 65 if the JSON file is damaged or
+            uses a class that is not in `classes`.
     """
     path = _coco_file(root, split)
     try:
@@ -237,7 +239,7 @@ def read_coco(root: Path, split: str, classes: list[str] | None = None) -> Annot
     paths = [str((folder / name).relative_to(root)) for name in names]
     for name in paths:
         if not (root / name).is_file():
-            _refuse(root / name, "a listed picture is missing", "complete it", Exit.NO_INPUT)
+            _refuse(root / name, "a listed picture is missing", "add it", Exit.NO_INPUT)
     source = _folder(root, paths, labelled)
     ids_of = [image["id"] for image in images]
     return Annotated(source, list(labelled), things, ids_of, dropped, sizes)
@@ -261,27 +263,27 @@ def _coco_file(root: Path, split: str) -> Path:
 def _coco_pictures(root: Path, name: str, split: str, files: list[str]) -> Path:
     bad = next((f for f in files if PurePosixPath(f).is_absolute() or ".." in f.split("/")), None)
     if bad is not None:
-        _refuse(Path(bad), "a picture outside of the set", "correct the JSON file", Exit.BAD_DATA)
+        _refuse(Path(bad), "a path outside the set", "correct the JSON file", Exit.BAD_DATA)
     tried = [root / name, root / "images" / name, root / split, root / "images", root]
     there = [folder for folder in tried if folder.is_dir()]
     first = files[0] if files else ""
     for folder in there:
         if (folder / first).exists():
             return folder
-    _refuse(root / name / first, "a listed picture is missing", "complete it", Exit.NO_INPUT)
+    _refuse(root / name / first, "a listed picture is missing", "add it", Exit.NO_INPUT)
 
 
 def _coco_thing(item: dict[str, Any], label: int, size: tuple[int, int] | None) -> Thing:
-    """One object; polygons of fewer than three corners are none, as in detectron2."""
+    """One object. Ignores polygons with fewer than three corners, as detectron2 does."""
     x, y, wide, high = (_number(value) for value in item["bbox"])
     outline = item.get("segmentation")
     if isinstance(outline, dict):
         outline = {"size": list(outline["size"]), "counts": outline["counts"]}
         if size is not None and outline["size"] != list(size):
-            raise ValueError("a mask of another size than its picture")
+            raise ValueError("a mask and its picture differ in size")
         counts = outline["counts"]
         if isinstance(counts, list) and sum(counts) != outline["size"][0] * outline["size"][1]:
-            raise ValueError("run lengths that do not fill their picture")
+            raise ValueError("run lengths that do not add up to the picture's size")
     elif outline:
         polygons = [[_number(value) for value in polygon] for polygon in outline]
         outline = [each for each in polygons if len(each) >= 6 and len(each) % 2 == 0]
@@ -291,7 +293,7 @@ def _coco_thing(item: dict[str, Any], label: int, size: tuple[int, int] | None) 
 
 
 def _positions(classes: Sequence[str], found: set[str], path: Path) -> dict[str, int]:
-    """Number of each class; refuses a name in the files that is none of them."""
+    """Position of each class; refuses a name from the files that is not in `classes`."""
     unknown = sorted(found - set(classes))
     if unknown:
         close = nearest(unknown[0], list(classes))
@@ -303,7 +305,7 @@ def _positions(classes: Sequence[str], found: set[str], path: Path) -> dict[str,
 def _number(value: Any) -> float:
     number = float("nan" if value is None else value)
     if not math.isfinite(number):
-        raise ValueError("a coordinate is no number")
+        raise ValueError("a coordinate or area is not a finite number")
     return number
 
 

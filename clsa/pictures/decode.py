@@ -1,4 +1,4 @@
-"""Bytes of one picture -> uint8 RGB: every format, its limits, and a reason code when it fails."""
+"""Decodes the bytes of one picture to uint8 RGB: formats, limits, and reason codes of failures."""
 
 import functools
 import io
@@ -18,13 +18,13 @@ MAX_PIXELS = 64_000_000
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 _ORIENTATION = 0x0112
-_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples a pixel, by colour type
-_ADAM7 = (  # left, top, step across, step down of the passes of an interlaced PNG
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples per pixel, by colour type
+_ADAM7 = (  # the passes of an interlaced PNG: left, top, step across, step down
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
     *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
 )
 
-# Failures come back as reasons. A filter for good, as `catch_warnings` is not safe among threads.
+# Failures are reported as reasons. The filter stays, since `catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -33,7 +33,7 @@ class DecodeError(Exception):
 
     Args:
         reason: empty, not-an-image, truncated, too-large, unsupported or broken;
-            unreadable where a source cannot open the file at all.
+            unreadable if a source cannot open the file at all.
         detail: the cause in a few words.
     """
 
@@ -44,11 +44,11 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """An opened picture; a JPEG is not decoded yet.
+    """An opened picture. A JPEG is not decoded yet.
 
     Attributes:
-        height, width: upright size, in pixels, that crops are drawn on.
-        held: bytes of memory that it keeps until it is dropped.
+        height, width: upright size in pixels; the boxes of crops are drawn on this size.
+        held: bytes of memory that this object occupies.
     """
 
     height: int
@@ -57,20 +57,20 @@ class Picture:
     decode: Callable[[int], UInt8[np.ndarray, "h w 3"]]
 
     def pixels(self, reduction: int = 1) -> UInt8[np.ndarray, "h w 3"]:
-        """The picture, writable; a JPEG at 1 / `reduction` of its size.
+        """The pixels, writable; a JPEG at 1 / `reduction` of its size.
 
         Args:
             reduction: 1, 2, 4 or 8, done in the inverse DCT, which saves most of the decoding.
-                What cannot be reduced comes in full: look at the shape.
+                Pictures that cannot be reduced come at full size: check the shape.
 
         Raises:
-            DecodeError: when the pixels of a JPEG cannot be decoded.
+            DecodeError: if the pixels of a JPEG cannot be decoded.
         """
         return self.decode(reduction)
 
     @staticmethod
     def of(pixels: UInt8[np.ndarray, "H W 3"]) -> "Picture":
-        """A picture that is decoded already."""
+        """Wrap pixels that are already decoded."""
         height, width, _ = pixels.shape
         return Picture(height, width, pixels.nbytes, lambda _: pixels)
 
@@ -78,25 +78,26 @@ class Picture:
 def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     """The first frame of an encoded picture, upright and in RGB.
 
-    JPEG, PNG, WebP, BMP, TIFF and GIF are read, whatever the file is called. EXIF orientation is
-    applied; transparent parts are laid over white; 16-bit gray is scaled, not clipped; 32-bit gray
-    is scaled from the smallest of 0..1, 0..255 and 0..65535 that holds it, or else from its own
+    Reads JPEG, PNG, WebP, BMP, TIFF and GIF, whatever the file is called. Applies EXIF orientation;
+    lays transparent parts over white; scales 16-bit gray instead of clipping it; scales 32-bit gray
+    from the smallest of the ranges 0..1, 0..255 and 0..65535 that contains it, or else from its own
     range. Colour profiles are not applied. The result is writable.
 
     Raises:
-        DecodeError: with its reason; too-large is over 64 million pixels, refused undecoded.
+        DecodeError: with a reason. A picture over 64 million pixels is too-large and is refused
+            before decoding.
     """
     return open_picture(data).pixels()
 
 
 def open_picture(data: bytes) -> Picture:
-    """`decode` in two steps, so that the size is known before a JPEG is decoded.
+    """The first half of `decode`: gives the size of a JPEG before it is decoded.
 
-    JPEGs of one, three or YCbCr channels are libjpeg-turbo's, through simplejpeg; other formats,
-    and whatever it does not take without a warning, are Pillow's. Both give the same pixels.
+    libjpeg-turbo, through simplejpeg, decodes JPEGs in gray, RGB or YCbCr. Pillow decodes other
+    formats and every JPEG that simplejpeg refuses or warns about. Both give the same pixels.
 
     Raises:
-        DecodeError: as `decode`, except for what only decoding a JPEG brings to light.
+        DecodeError: as `decode`, except for JPEG damage that shows only in decoding.
     """
     if not data:
         raise DecodeError("empty")
@@ -110,7 +111,7 @@ def open_picture(data: bytes) -> Picture:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG as stored; None for what Pillow shall read."""
+    """Stored height and width of a JPEG; None if Pillow has to read the picture."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
@@ -126,12 +127,12 @@ def _jpeg_orientation(data: bytes) -> int:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return _orientation(image)
-    except Exception:  # as `_decode`, should it come to that
+    except Exception:  # Pillow raises nearly anything; see `_decode`
         return 1
 
 
 def _may_be_turned(data: bytes) -> bool:
-    """Whether a JPEG has an APP1 segment (Exif or XMP) before its pixels, or is oddly built."""
+    """Whether a JPEG has an APP1 segment (Exif or XMP) before its pixels, or an odd structure."""
     place = 2
     while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
         if data[place + 1] == 0xDA:
@@ -182,14 +183,15 @@ def _reason(error: Exception, data: bytes) -> DecodeError:
     if not data.startswith(_SIGNATURES):
         return DecodeError("not-an-image")
     if isinstance(error, UnidentifiedImageError) and data.startswith((b"II*\0", b"MM\0*")):
-        return DecodeError("unsupported", "a kind of TIFF that is not read")
+        return DecodeError("unsupported", "this kind of TIFF is not supported")
     return DecodeError("broken", detail)
 
 
 def _lacks_rows(image: Image.Image, data: bytes) -> bool:
-    """Whether a loaded PNG holds fewer rows than it declares; Pillow leaves those black, silently.
+    """Whether a loaded PNG has fewer rows than it declares; Pillow silently leaves those black.
 
-    Missing rows show as zeros at the end, so most pictures are cleared without inflating twice.
+    Missing rows are zeros at the end. So a last row with other values settles most pictures without
+    inflating them a second time.
     """
     bits, colour, _, _, interlaced = struct.unpack_from(">5B", data, 24)
     if not interlaced and np.asarray(image.crop((0, image.height - 1, *image.size))).any():
@@ -236,7 +238,7 @@ def _gray(values: Num[np.ndarray, "H W"], top: float) -> UInt8[np.ndarray, "H W 
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the camera was held (EXIF 1 to 8); 1 where a broken EXIF block does not tell."""
+    """EXIF orientation, 1 to 8; 1 if there is none or the EXIF block is broken."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:

@@ -1,7 +1,7 @@
-"""The pictures that a run began with, as hashes: what has changed since, told in a line.
+"""Hashes of the pictures that a run began with, to say in one line what has changed since.
 
-The file stays small (12 bytes a picture, 16 MB for 1.3 million) and holds no names, so that those
-which are gone are counted, not named.
+The file stays small (12 bytes per picture, 16 MB for 1.3 million) and holds no names. So missing
+pictures can be counted but not named.
 """
 
 import os
@@ -22,18 +22,18 @@ NAMED = 3
 
 
 class Roster(NamedTuple):
-    """One row a picture."""
+    """One row per picture."""
 
     names: UInt64[np.ndarray, " N"]
     """Hash of each name."""
     held: UInt32[np.ndarray, " N"]
-    """Hash of each content, as far as the source tells it, and of its class."""
+    """Hash of each picture's mark (`Source.marks`, for its content) and class."""
     digest: str
-    """Of the whole source: what decides whether anything has changed."""
+    """Digest of the whole source; it decides whether anything has changed."""
 
 
 def roster(source: Source, digest: str) -> Roster:
-    """What is kept of a source."""
+    """The roster of a source."""
     hashes = b"".join(blake2b(os.fsencode(name), digest_size=8).digest() for name in source.ids)
     classes = np.array([zlib.crc32(os.fsencode(name)) for name in [*source.classes, ""]], "<u8")
     mixed = source.marks().astype("<u8") * np.uint64(0x9E3779B97F4A7C15)
@@ -42,10 +42,10 @@ def roster(source: Source, digest: str) -> Roster:
 
 
 def keep(path: Path, source: Source, digest: str) -> None:
-    """Write the roster of a run that begins; one of the same pictures stays.
+    """Write the roster of a run that begins, unless the file already holds one of this digest.
 
     Raises:
-        ClsaError: 73 or 74 when it cannot be written.
+        ClsaError: 73 or 74 if it cannot be written.
     """
     before = _read(path)
     if before is None or before.digest != digest:
@@ -56,7 +56,7 @@ def keep(path: Path, source: Source, digest: str) -> None:
 
 
 def _read(path: Path) -> Roster | None:
-    """The kept roster; None where it is missing or damaged: it only explains a refusal."""
+    """The saved roster. None if missing or damaged: no error, as it only explains a refusal."""
     try:
         found = read_arrays(path)
         if found is None:
@@ -73,18 +73,18 @@ def describe_change(path: Path, source: Source, before: str, now: str) -> str:
     """What differs between the pictures that a run began with and those of `source`.
 
     Args:
-        path: of the kept roster.
-        before: digest of the pictures then.
+        path: of the saved roster.
+        before: digest of the pictures that the run began with.
         now: digest of `source`.
 
     Returns:
-        As `+16 -1 ~2 (digest ab12 -> cd34): + a.png, ...`: how many are new, gone, and changed in
-        content or class, and the names of a few that are still there.
+        For example `+16 -1 ~2 (digest ab12 -> cd34): + a.png, ...`: how many pictures are new,
+        gone, and changed in content or class; then the names of a few new and changed ones.
     """
     digests = f"(digest {before[:4]} -> {now[:4]})"
     kept = _read(path)
     if kept is None or kept.digest != before:
-        return f"{digests}, {path.name} does not tell which"
+        return f"{digests}, {path.name} does not say which pictures"
     found = roster(source, now)
     order = np.argsort(kept.names, kind="stable")
     known, held = kept.names[order], kept.held[order]
@@ -95,7 +95,7 @@ def describe_change(path: Path, source: Source, before: str, now: str) -> str:
     counts = f"+{len(added)} -{gone} ~{len(changed)} {digests}"
     if not (len(added) or gone or len(changed)):
         if np.array_equal(kept.names, found.names):
-            return f"{counts}: the same names and lengths, other bytes or classes"
+            return f"{counts}: the same names and sizes, but other bytes or classes"
         return f"{counts}: the same pictures in another order"
     named = [
         f"{sign} {source.ids[i]}"

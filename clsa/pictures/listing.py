@@ -1,10 +1,11 @@
-"""Which image files lie below a folder, and how large they are; remembered where there are many.
+"""Lists the image files below a folder with their sizes, and caches the listing of large folders.
 
-A listing of more than `MIN_CACHED` files is kept as one file in the cache folder: $CLSA_CACHE, or
-else $XDG_CACHE_HOME/clsa, or else ~/.cache/clsa (CLSA_CACHE=off: nowhere). It is believed while the
-times of every folder are what they were, to the nanosecond, and a fixed sample of 1,000 files has
-the sizes it had; any other file overwritten in place goes unseen, as that leaves its folder's times
-alone. Whatever is wrong with the cache, the folder is listed anew.
+A listing of more than `MIN_CACHED` files is saved as one file in the cache folder: $CLSA_CACHE, or
+else $XDG_CACHE_HOME/clsa, or else ~/.cache/clsa (CLSA_CACHE=off: no cache). The cached listing is
+used as long as the times of every folder are unchanged, to the nanosecond, and a fixed sample of
+1,000 files has unchanged sizes. Overwriting a file outside the sample in place is not noticed,
+because it does not change the times of its folder. If anything is wrong with the cache, the folder
+is listed again.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from clsa.system.errors import ClsaError, Exit
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MIN_CACHED = 20_000
-RACY_NS = 2_000_000_000  # a second change within one tick of a file system's clock shows no trace
+RACY_NS = 2_000_000_000  # two changes within one tick of a file system's clock look like one
 NUM_SAMPLED = 1000
 
 _SUFFIXES = tuple(suffix.encode() for suffix in SUFFIXES)
@@ -39,28 +40,29 @@ class Listing(NamedTuple):
     names: Names
     """Paths relative to the folder."""
     sizes: Int64[np.ndarray, " N"]
-    """Bytes; -1 where the system does not tell."""
+    """Bytes; -1 if the system cannot say."""
     folders: list[str]
-    """All that were looked into, relative; the top one, an empty string, is the first."""
+    """All folders that were searched, as relative paths; first the top one, an empty string."""
     owners: Int64[np.ndarray, " N"]
-    """Which of `folders` a file lies in."""
+    """For each file, the position of its folder in `folders`."""
 
 
 class _Walk(NamedTuple):
-    """A listing with what its age is judged by."""
+    """A listing with the times that show whether it is still valid."""
 
     listing: Listing
     times: Int64[np.ndarray, "F 2"]
-    """When each folder last changed (ns): contents, and anything."""
+    """Modification and status change time of each folder (st_mtime_ns, st_ctime_ns)."""
 
 
 def list_images(root: str) -> Listing:
-    """The image files below `root`, from the cache where that still holds.
+    """The image files below `root`, from the cache if it is still valid.
 
-    Hidden names, links to folders (loops, ways out) and anything but regular files are passed over.
+    Skips hidden names, links to folders (they may form loops or lead out of `root`) and everything
+    that is not a regular file.
 
     Raises:
-        ClsaError: 66 when a folder cannot be read.
+        ClsaError: 66 if a folder cannot be read.
     """
     cache = _cache_path(root)
     known = None if cache is None else _load(cache)
@@ -70,7 +72,7 @@ def list_images(root: str) -> Listing:
     walk = _walk(os.fsencode(root))
     settled = walk.times.max(initial=0) < start - RACY_NS
     if cache is not None and settled and len(walk.listing.sizes) > MIN_CACHED:
-        with suppress(ClsaError, OSError):  # a cache that cannot be written is no cache
+        with suppress(ClsaError, OSError):  # without a writable cache, work uncached
             cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             files.write_atomic(cache, lambda file: file.write(_packed(walk)))
     return walk.listing
@@ -90,7 +92,7 @@ def _walk(root: bytes) -> _Walk:
     def enter(folder: bytes) -> None:
         path = os.path.join(root, folder)
         try:
-            times.append(_times(path))  # first: a change while we look must show later
+            times.append(_times(path))  # before listing: changes during it must show
             pending.append((len(folders), iter(_entries(path, folder and folder + _SEP))))
             folders.append(folder)
         except OSError as error:
@@ -115,7 +117,7 @@ def _walk(root: bytes) -> _Walk:
 
 
 def _entries(path: bytes, prefix: bytes) -> list[tuple[bytes, int | None]]:
-    """Image files (path, size) and folders (path, None) right inside a folder, in byte order."""
+    """Image files (path, size) and folders (path, None) directly in a folder, in byte order."""
     found = []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -131,7 +133,7 @@ def _entries(path: bytes, prefix: bytes) -> list[tuple[bytes, int | None]]:
 
 
 def _size(entry: os.DirEntry[bytes]) -> int | None:
-    """Bytes of a regular file, -1 where the system does not tell; None for anything else."""
+    """Bytes of a regular file, -1 if the system cannot say; None for anything else."""
     try:
         if not entry.is_file():
             return None
@@ -152,7 +154,7 @@ def _times(path: str | bytes) -> tuple[int, int]:
 
 
 def _cache_path(root: str) -> Path | None:
-    """Where the listing of `root` is kept; None where caching is off or there is no home."""
+    """Where the listing of `root` is cached; None if caching is off or there is no home folder."""
     given = os.environ.get("CLSA_CACHE")
     if given is None:
         base = os.environ.get("XDG_CACHE_HOME", "")
@@ -165,17 +167,17 @@ def _cache_path(root: str) -> Path | None:
 
 
 def _packed(walk: _Walk) -> bytes:
-    """Format, sha256 of the rest; F, N, bytes of the F folders; times, sizes, owners; names."""
+    """Format, SHA-256 of the rest; F, N, bytes of the F folders; times, sizes, owners; names."""
     names, sizes, folders, owners = walk.listing
-    told = os.fsencode("\0".join(folders))
-    counts = np.array([len(folders), len(sizes), len(told)])
+    text = os.fsencode("\0".join(folders))
+    counts = np.array([len(folders), len(sizes), len(text)])
     numbers = np.concatenate([counts, walk.times.ravel(), sizes, owners]).astype("<i8")
-    body = numbers.tobytes() + told + names.joined
+    body = numbers.tobytes() + text + names.joined
     return _FORMAT + hashlib.sha256(body).digest() + body
 
 
 def _load(path: Path) -> _Walk | None:
-    """What `_packed` wrote; None for anything that it would not have written."""
+    """Read what `_packed` wrote; None for anything that `_packed` cannot have written."""
     head = len(_FORMAT) + hashlib.sha256().digest_size
     try:
         if not path.is_file():
@@ -204,14 +206,14 @@ def _load(path: Path) -> _Walk | None:
 
 
 def _is_inside(joined: bytes) -> bool:
-    """Whether each of these relative paths stays below the folder and has no hidden part."""
+    """Whether each of these paths stays below the folder and has no hidden part."""
     text = np.frombuffer(b"\0" + joined + b"\0", np.uint8)
-    first = text[1:][(text[:-1] == 0) | (text[:-1] == ord(_SEP))]  # byte of each part
+    first = text[1:][(text[:-1] == 0) | (text[:-1] == ord(_SEP))]  # first byte of each part
     return not any((first == byte).any() for byte in b"\0." + _SEP)
 
 
 def _holds(root: str, known: _Walk) -> bool:
-    """Whether no folder has changed, nor the size of any file of the sample."""
+    """Whether every folder and the sizes of the sampled files are unchanged."""
     names, sizes, folders, _ = known.listing
     try:
         now = [_times(os.path.join(root, folder)) for folder in folders]

@@ -1,4 +1,4 @@
-"""Paths of very many pictures in little memory."""
+"""Stores the paths of very many pictures in little memory."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -9,20 +9,20 @@ from jaxtyping import Int64
 
 
 def as_text(path: str) -> str:
-    """A path for a table or a listing; bytes that are not UTF-8 become `\\xNN`."""
+    """A path as text for a table or a list; bytes that are not UTF-8 become `\\xNN`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @final
 class Names:
-    """Paths as one block of bytes, which forked workers share for good.
+    """Paths as one block of bytes, which forked workers share without ever copying it.
 
-    Of a list of strings each worker makes its own copy little by little, since looking at a string
-    counts a reference inside it: 78 MB a worker over a million paths, where this takes none.
+    A list of strings would gradually be copied in each worker, because reading a string changes
+    its reference count: 78 MB per worker for a million paths, against none here.
 
     Args:
-        block: paths as the file system has them; a NUL between two where `starts` is not given.
-        starts, ends: where each begins and ends in `block`.
+        block: the file system's bytes of all paths, separated by NUL if `starts` is not given.
+        starts, ends: where each path begins and ends in `block`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Names:
 
     @staticmethod
     def of(paths: Iterable[str]) -> "Names":
-        """These paths; the same object where they are `Names` already."""
+        """Make `Names` of these paths; `Names` are returned as they are."""
         if isinstance(paths, Names):
             return paths
         parts = [os.fsencode(path) for path in paths]
@@ -55,7 +55,7 @@ class Names:
         return os.fsdecode(self._block[self._starts[place] : self._ends[place]])
 
     def __iter__(self) -> Iterator[str]:
-        for first in range(0, len(self), 4096):  # all at once would be the list
+        for first in range(0, len(self), 4096):  # in parts, so as not to build the whole list
             part = slice(first, first + 4096)
             places = zip(self._starts[part].tolist(), self._ends[part].tolist(), strict=True)
             yield from (os.fsdecode(self._block[start:end]) for start, end in places)
@@ -64,14 +64,14 @@ class Names:
         return isinstance(other, Names | list) and list(self) == list(other)
 
     def take(self, rows: Int64[np.ndarray, " M"]) -> "Names":
-        """The paths of these rows, in this order; shares the block."""
+        """The paths of these rows, in this order. The block is shared, not copied."""
         return Names(self._block, self._starts[rows], self._ends[rows])
 
     @property
     def joined(self) -> bytes:
-        """All paths, a NUL between two."""
+        """All paths, separated by NUL."""
         starts, ends = self._starts, self._ends
-        if np.array_equal(starts[1:], ends[:-1] + 1):  # they lie one after the other
+        if np.array_equal(starts[1:], ends[:-1] + 1):  # already contiguous in the block
             return self._block[starts[0] : ends[-1]] if len(self) else b""
         pairs = zip(starts.tolist(), ends.tolist(), strict=True)
         return b"\0".join([self._block[start:end] for start, end in pairs])

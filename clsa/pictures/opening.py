@@ -1,4 +1,4 @@
-"""What `--data` names -> a source: folders, lists, arrays, known data sets."""
+"""Opens what `--data` names as a source: a folder, list, array file or known data set."""
 
 import os
 from pathlib import Path
@@ -17,14 +17,14 @@ from clsa.system.errors import ClsaError, Exit, first_line
 
 
 def open_source(spec: str, split: Split, options: DataOptions) -> Source:
-    """The pictures that `spec` names (see `DataOptions.data`), in an order that never changes.
+    """Open the pictures that `spec` names (see `DataOptions.data`), in an order that never changes.
 
-    `split` chooses a half where the set has two (named sets; folders with `train` and `val`), and
-    is ignored elsewhere. `options.class_list` selects and orders the classes of both splits,
-    `options.num_images` then shortens `train`.
+    `split` selects one half of sets that have two (named sets; folders with `train` and `val`); for
+    other sets it is ignored. `options.class_list` selects and orders the classes of both splits.
+    Then `options.num_images` shortens `train`.
 
     Raises:
-        ClsaError: 66 when there is nothing to read, 65 when a file is damaged, 2 on a wrong value.
+        ClsaError: 66 if there is nothing to read, 65 if a file is damaged, 2 for a wrong value.
     """
     source = _open(spec, split)
     if options.class_list is not None:
@@ -33,16 +33,17 @@ def open_source(spec: str, split: Split, options: DataOptions) -> Source:
         source = source.subset(np.arange(min(options.num_images, len(source))))
     if not len(source):
         of = f" of the classes in {options.class_list}" if options.class_list else ""
-        hint = f"give some ({' '.join(SUFFIXES)}; links to folders are not followed)"
+        hint = f"add pictures ({' '.join(SUFFIXES)}; links to folders are not followed)"
         raise ClsaError(spec, f"holds no pictures{of}", hint, Exit.NO_INPUT)
     return source
 
 
 def open_val(options: DataOptions, classes: list[str]) -> Source | None:
-    """Pictures to evaluate on: `options.val`, or else the set's own test split; None without one.
+    """Open the pictures to evaluate on: `options.val`, or else the test split of the training set.
 
-    Labels are numbered as in `classes`, those of the training pictures; -1 for a class they lack.
-    With no `classes` (unlabelled training pictures) its own stay.
+    None if there is neither. Labels are positions in `classes`, the classes of the training
+    pictures; -1 for any other class. If `classes` is empty (unlabelled training pictures), the
+    opened set keeps its own classes.
     """
     spec = val_of(options)
     if spec is None:
@@ -52,7 +53,7 @@ def open_val(options: DataOptions, classes: list[str]) -> Source | None:
 
 
 def val_of(options: DataOptions) -> str | None:
-    """What names the pictures to evaluate on; None when there are none of their own."""
+    """The spec of the pictures to evaluate on; None if there is no separate set of them."""
     own = _name(options.data) in NAMED or _has_splits(options.data)
     return options.val or (options.data if own else None)
 
@@ -88,9 +89,9 @@ def _has_splits(spec: str) -> bool:
 
 
 def _folder(root: str) -> Folder:
-    """Label = first-level subfolder, where two or more of them hold images; else all are -1.
+    """Label = first-level subfolder, if at least two of them contain images; else all are -1.
 
-    Images that lie beside such subfolders are -1.
+    Images directly in `root`, next to such subfolders, have label -1.
     """
     ids, sizes, folders, owners = list_images(root)
     tops = [folder.partition(os.sep)[0] for folder in folders]
@@ -105,7 +106,7 @@ def _list(path: Path) -> Folder:
     ids, names = [], []
     text = _text(path)
     if "\0" in text:
-        raise ClsaError(str(path), "holds a zero byte, so it is no text", "give one path a line")
+        raise ClsaError(str(path), "holds a zero byte, so it is not text", "give one path per line")
     for line in filter(None, map(str.strip, text.split("\n"))):
         name, label = line, ""
         if "\t" in line:
@@ -130,7 +131,7 @@ def _npz(path: Path) -> Pictures:
             if key is None:
                 why = f"no array `images`, `x` or `arr_0` (found: {', '.join(arrays) or 'none'})"
                 raise ClsaError(str(path), why, "np.savez(path, images=..., labels=...)")
-            images = np.asarray(arrays[key])  # a member that is no array comes as bytes
+            images = np.asarray(arrays[key])  # bytes if the member is not an array
             values = next((arrays[key] for key in ("labels", "y") if key in arrays), None)
             values = None if values is None else np.asarray(values)
     except OSError as error:
@@ -159,7 +160,7 @@ def _npz(path: Path) -> Pictures:
 
 
 def _numbered(names: list[str], classes: list[str]) -> tuple[Int64[np.ndarray, " N"], list[str]]:
-    """Position of each name in `classes` (-1 where it is not there), and `classes`."""
+    """Position of each name in `classes` (-1 if not in it), and `classes`."""
     position = {name: k for k, name in enumerate(classes)}
     return np.array([position.get(name, -1) for name in names], np.int64), classes
 
@@ -168,7 +169,7 @@ def _selected(source: Source, path: Path, split: Split) -> Source:
     lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
     wanted = list(dict.fromkeys(lines))
     unknown = next((name for name in wanted if name not in source.classes), None)
-    if unknown is not None and split == "train":  # a test split may lack some
+    if unknown is not None and split == "train":  # a test split may lack some classes
         close = nearest(unknown, source.classes)
         hint = f"did you mean {close}?" if close else "name class folders of the set"
         raise ClsaError(f"{path}: {unknown}", "no such class in the set", hint)

@@ -1,4 +1,4 @@
-"""Pictures, once, into a packed set: tar shards of pictures of reading size, and their index."""
+"""Packs a source: reads each picture once, reduces large ones, writes tar shards and an index."""
 
 import io
 import itertools
@@ -39,48 +39,49 @@ from clsa.system.machine import num_cores
 PREFETCH = 8
 MAX_JPEG_SIDE = 65_500
 _SUFFIXES = (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG"), ("webp", b"RIFF"), ("bmp", b"BM"))
-_SUFFIXES += (("gif", b"GIF8"), ("tif", b""))  # what decodes and begins otherwise is a TIFF
+_SUFFIXES += (("gif", b"GIF8"), ("tif", b""))  # any other picture that decodes is a TIFF
 
 
 class Packed(NamedTuple):
-    """What `pack` leaves behind."""
+    """What `pack` has made."""
 
     pictures: int
     shards: int
     num_bytes: int
-    """Of the shards together."""
+    """Size of all shards together."""
     left_out: int
-    """Unreadable pictures, gaps in the set; quarantine.jsonl lists them."""
+    """Unreadable pictures: gaps in the set, listed in quarantine.jsonl."""
     fresh: bool
-    """False where it was all there before."""
+    """False if the finished set already existed."""
 
 
 def pack(options: PackOptions) -> Packed:
     """Read every picture of `options.data` once and write the packed set `options.out`.
 
-    Pictures whose short side is longer than `options.size` become upright JPEGs of that short side
-    (Lanczos, from a reduced decoding of at least twice the size); the bytes of others are kept, and
-    pictures that have none (arrays) become PNGs. Shards hold KEY.jpg and, where the class is known,
-    KEY.cls; KEY is the number in the set. The bytes do not depend on the number of workers.
+    A picture whose short side is longer than `options.size` becomes an upright JPEG with that short
+    side (Lanczos, from a reduced decoding of at least twice the size). Other pictures keep their
+    bytes; those without bytes of their own (arrays) become PNGs. Shards hold KEY.jpg (.png, .webp,
+    ...) and, if the class is known, KEY.cls; KEY is the picture's number in the set. The bytes do
+    not depend on the number of workers.
 
-    Unreadable pictures are listed in quarantine.jsonl and stay in the set as gaps, so that its
-    order is that of the source and training replaces them as it would have done without packing.
-    They are not tried again: only a new pack does.
+    Unreadable pictures are listed in quarantine.jsonl and stay in the set as gaps. So the set keeps
+    the order of the source, and training replaces these pictures as it would without packing. Only
+    a new pack tries to read them again.
 
-    The index is written last, so `out` counts as packed only when everything is there. After an
-    interruption the same call keeps the shards that were finished and goes on behind them; where
-    the pictures have changed meanwhile it starts over.
+    The index is written last, so `out` counts as packed only when it is complete. After an
+    interruption the same call keeps the finished shards and continues after them; if the pictures
+    have changed since, it starts over.
 
     Raises:
-        ClsaError: 2 when `out` holds something else or another process packs into it, or `data`
-            is packed already; 65 when more than max(10, 0.1 %) of the pictures are unreadable, or a
-            finished pack is damaged; 66 when there is nothing to read, 73 and 74 when the disk
-            refuses or a worker fails.
+        ClsaError: 2 if `out` holds something else, another process packs into it, or `data` is
+            already packed; 65 if more than max(10, 0.1 %) of the pictures are unreadable, or a
+            finished pack is damaged; 66 if there is nothing to read; 73 or 74 if the disk refuses
+            or a worker fails.
     """
     source = open_source(options.data, options.split, DataOptions())
     if isinstance(source, Shards):
         why = "packed already, and resizing twice loses detail"
-        raise ClsaError(options.data, why, "give the pictures that it was made from")
+        raise ClsaError(options.data, why, "give the original pictures")
     job = _Job(source, options)
     with lock.only_writer(options.out):
         fresh = not job.is_done()
@@ -98,25 +99,25 @@ def pack(options: PackOptions) -> Packed:
 
 
 class _Encoded(NamedTuple):
-    """A picture as it will lie in a shard."""
+    """A picture in the form that goes into a shard."""
 
     row: int
     """Its number in the source."""
     data: bytes
     suffix: str
     height: int
-    """Upright, before it was resized."""
+    """Upright, before resizing; so is `width`."""
     width: int
 
 
 def _encode(source: Source, row: int, size: int, quality: int) -> _Encoded:
-    """Picture number `row`, ready to be packed; raises DecodeError where it cannot be read."""
+    """Picture number `row`, ready to be packed; raises DecodeError if it cannot be read."""
     data = source.encoded(row)
     picture = source.open(row) if data is None else open_picture(data)
     height, width = picture.height, picture.width
     short = min(height, width)
     if short <= size:
-        pixels = picture.pixels()  # only now a cut file shows
+        pixels = picture.pixels()  # decode now: this is what finds a truncated file
         if data is None:
             return _Encoded(row, _png(pixels), "png", height, width)
         suffix = next(name for name, head in _SUFFIXES if data.startswith(head))
@@ -138,7 +139,7 @@ def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:
 
 
 class _Encoder(Dataset):
-    """`_encode` for workers: number and reason where a picture cannot be read."""
+    """`_encode` for workers; returns (number, reason) if a picture cannot be read."""
 
     def __init__(self, source: Source, size: int, quality: int):
         self.source, self.size, self.quality = source, size, quality
@@ -162,7 +163,7 @@ def _encode_all(
 
 
 class _Part(NamedTuple):
-    """What the index has to know of one shard; on the disk until the index stands."""
+    """What the index must know about one shard; stored on disk until the index is written."""
 
     end: int
     """Number in the source at which the next shard starts."""
@@ -170,19 +171,19 @@ class _Part(NamedTuple):
     """Of the shard, in bytes."""
     sha256: str
     places: Int64[np.ndarray, "n 5"]
-    """As in `Shards`, of all pictures from the last shard's `end` on."""
+    """As in `Shards`, for all pictures from the previous shard's `end` to this one's."""
     reasons: Int64[np.ndarray, " m"]
-    """Of the unreadable ones among them, as places in `REASONS`."""
+    """Of the unreadable pictures in this range, as positions in `REASONS`."""
 
     def write(self, path: Path) -> None:
-        """Have it outlast this process."""
+        """Save to disk, so that a later start can continue after this shard."""
         values = self._asdict()
         meta = {name: values.pop(name) for name in ("end", "size", "sha256")}
         files.write_atomic(path, lambda file: shards.write_arrays(file, meta, **values))
 
     @staticmethod
     def read(path: Path, shard: Path) -> "_Part | None":
-        """What `write` wrote; None where part or shard is not whole: both are written anew."""
+        """Read what `write` wrote; None if part or shard is incomplete: rewrite both."""
         try:
             found = shards.read_arrays(path)
             if found is None or shard.stat().st_size != found[0]["size"]:
@@ -197,7 +198,7 @@ class _Part(NamedTuple):
 
 
 class _Job:
-    """One packing: its folder, what of it is done, what is left to do."""
+    """One packing: its folder, what is done already, and what is left to do."""
 
     def __init__(self, source: Source, options: PackOptions):
         self.source, self.options, self.out = source, options, options.out
@@ -209,11 +210,11 @@ class _Job:
         self.settings["pictures"] = source.digest()
 
     def is_done(self) -> bool:
-        """Whether the folder holds this very pack.
+        """Whether the folder already holds exactly this pack, finished.
 
         Raises:
-            ClsaError: 2 when it holds something else, naming what differs; 73 when it cannot be a
-                folder.
+            ClsaError: 2 if it holds something else (the error says what differs); 73 if it cannot
+                be a folder.
         """
         with files.output_errors(self.out):
             found = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
@@ -227,7 +228,7 @@ class _Job:
         if before is None:
             raise ClsaError(str(self.out), "neither empty nor a packed set", "choose another --out")
         if before.get("pictures") != self.settings["pictures"]:
-            # Of the same place: some were mended, added or removed, and no whole shard can stay.
+            # The same place, but pictures were repaired, added or removed: no shard can stay.
             self._require_same(before, ["data", "split"], "an unfinished pack")
             self.console.print("The pictures have changed: packing starts over.")
             self._forget_parts()
@@ -237,13 +238,13 @@ class _Job:
 
     def _require_same(self, before: dict[str, Any], names: list[str], what: str) -> None:
         now = self._asked()
-        told = [
+        changes = [
             "other pictures" if name == "pictures" else f"{name}: {before.get(name)} -> {now[name]}"
             for name in names
             if before.get(name) != now[name]
         ]
-        if told:
-            why = f"holds {what} ({', '.join(told)})"
+        if changes:
+            why = f"holds {what} ({', '.join(changes)})"
             raise ClsaError(str(self.out), why, "choose another --out, or delete that folder")
 
     def _asked(self) -> dict[str, Any]:
@@ -260,7 +261,7 @@ class _Job:
         """Write the shards that are missing, then the index."""
         with files.output_errors(self.out):
             self.unfinished.mkdir(parents=True, exist_ok=True)
-            for path in self.out.glob(".*.tmp-*"):  # of a start that was killed
+            for path in self.out.glob(".*.tmp-*"):  # left by a start that was killed
                 path.unlink(missing_ok=True)
         files.write_text(self.manifest, json.dumps(self._asked()) + "\n")
         quarantine = Quarantine(self.source)
@@ -270,7 +271,7 @@ class _Job:
             named = quarantine.by_id().items()
             lines = [json.dumps({"path": name, "reason": reason}) for name, reason in named]
             files.write_text(self.out / "quarantine.jsonl", "".join(f"{line}\n" for line in lines))
-        with files.output_errors(self.out):  # of a start with other pictures
+        with files.output_errors(self.out):  # left by a start with other pictures
             for path in self.out.glob("shard-*.tar"):
                 if path.name not in map(shard_name, range(len(parts))):
                     path.unlink()
@@ -284,7 +285,7 @@ class _Job:
             quarantine.add(dict(zip(lost.tolist(), reasons, strict=True)))
         first, total = parts[-1].end if parts else 0, len(self.source)
         if parts:
-            self.console.print(f"Going on behind {len(parts)} shards ({first}/{total} pictures).")
+            self.console.print(f"Continuing after {len(parts)} shards ({first}/{total} pictures).")
         progress = Progress(
             TextColumn("packing"),
             BarColumn(bar_width=20),
@@ -341,7 +342,7 @@ class _Job:
         return self.unfinished / f"{shard_name(k)}.npz"
 
     def _whole_parts(self) -> list[_Part]:
-        """Of the shards that an earlier start finished, up to the first that it did not."""
+        """Parts of the shards that an earlier start finished, up to the first unfinished one."""
         parts: list[_Part] = []
         while part := _Part.read(self._part(len(parts)), self.out / shard_name(len(parts))):
             parts.append(part)

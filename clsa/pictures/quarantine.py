@@ -1,4 +1,4 @@
-"""Pictures that could not be read: which, why, and when there are too many."""
+"""Notes which pictures could not be read and why, and stops a run that has too many of them."""
 
 from collections.abc import Collection
 
@@ -9,7 +9,7 @@ from clsa.pictures.sources import Source
 from clsa.system import dist
 from clsa.system.errors import ClsaError, Exit
 
-# Of `decode.DecodeError`. Processes exchange positions in it, so new ones go to the end.
+# Of `decode.DecodeError`. Processes exchange positions in it, so add new reasons at the end.
 REASONS = (
     *("empty", "not-an-image", "truncated", "too-large"),
     *("unsupported", "broken", "unreadable"),
@@ -30,13 +30,13 @@ class Quarantine:
 
     Args:
         known: paths or names that an earlier start of the run could not read. They are tried
-            again, so that mended pictures count no more.
+            again, so that repaired pictures no longer count.
 
     Attributes:
-        reasons: reason by number in the source.
+        reasons: reason for each unreadable picture, by its number in the source.
 
     Raises:
-        ClsaError: 65 when the known ones alone are too many.
+        ClsaError: 65 if the known ones alone are too many.
     """
 
     def __init__(self, source: Source, known: Collection[str] = ()):
@@ -51,17 +51,17 @@ class Quarantine:
         """Note unreadable pictures.
 
         Raises:
-            ClsaError: 65 when more than max(10, 0.1 %) are known, or all of them.
+            ClsaError: 65 if more than max(10, 0.1 %) of the pictures are unreadable, or all.
         """
         self.reasons |= reasons
         if len(self.reasons) > self.budget or len(self.reasons) == len(self.source):
             raise self.error()
 
     def share(self, device: torch.device | None = None) -> None:
-        """Take over what the other processes found; all of them call this together.
+        """Merge the unreadable pictures of all processes; all of them must call this together.
 
-        Afterwards the same is known everywhere, so one budget holds for the run and it ends with
-        the same error on every rank.
+        Afterwards every process knows the same pictures. So one budget holds for the whole run, and
+        if it is exceeded, the run ends with the same error on every rank.
 
         Args:
             device: where processes exchange tensors, the CPU if not given (nccl needs a GPU).
@@ -80,7 +80,7 @@ class Quarantine:
         return {self.source.ids[i]: self.reasons[i] for i in sorted(self.reasons)}
 
     def error(self) -> ClsaError:
-        """The error that names the first ten."""
+        """The error for too many unreadable pictures; it names the first ten."""
         first = sorted(self.reasons)[:10]
         named = ", ".join(f"{self.source.ids[i]} ({self.reasons[i]})" for i in first)
         what = f"{len(self.reasons)} unreadable pictures among {len(self.source)}"

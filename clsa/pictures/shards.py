@@ -1,4 +1,4 @@
-"""Packed sets: pictures in tar shards, found through an index (`clsa pack` writes both)."""
+"""Reads packed sets: pictures in tar shards, found through an index (`clsa pack` writes both)."""
 
 import contextlib
 import functools
@@ -20,14 +20,14 @@ from clsa.pictures.sources import MAX_FILE_BYTES, Source
 from clsa.system.errors import ClsaError, Exit, first_line
 
 INDEX = "index.npz"
-UNFINISHED = ".packing"  # folder inside a packed set; gone once the index stands
+UNFINISHED = ".packing"  # folder inside a packed set; removed once the index is written
 VERSION = 1
 MAX_OPEN_SHARDS = 256
-_KEY = "clsa_pack"  # the member by which an index is known for ours
+_KEY = "clsa_pack"  # the member that marks an .npz as written by clsa
 
-# Columns of `places`: which shard, where in it, how many bytes; upright size of the original.
+# Columns of `places`: shard number, offset and length in bytes; upright size of the original.
 SHARD, OFFSET, LENGTH, HEIGHT, WIDTH = range(5)
-UNREADABLE = (0, 0, 0, 1, 1)  # the place of a picture that could not be packed: it reads as empty
+UNREADABLE = (0, 0, 0, 1, 1)  # place of an unreadable picture: it reads as empty
 
 
 def shard_name(k: int) -> str:
@@ -36,24 +36,24 @@ def shard_name(k: int) -> str:
 
 
 def write_arrays(file: IO[bytes], meta: dict[str, Any], **arrays: np.ndarray) -> None:
-    """An .npz of plain arrays, `meta` (what JSON holds) among them; equal input, equal bytes."""
+    """Write an .npz of arrays, with `meta` as JSON in one of them; equal input, equal bytes."""
     text = np.frombuffer(json.dumps({"version": VERSION, **meta}).encode(), np.uint8)
-    buffer = io.BytesIO()  # `np.savez` wants a file that can be read, too
+    buffer = io.BytesIO()  # `np.savez` needs a file that is readable, too
     members: dict[str, Any] = {_KEY: text, **arrays}
     np.savez(buffer, **members)
     file.write(buffer.getvalue())
 
 
 def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """What `write_arrays` wrote; None where the file is missing or an .npz of somebody else.
+    """Read what `write_arrays` wrote; None if the file is missing or an .npz of another program.
 
     Raises:
-        ClsaError: 66 when it cannot be read, 65 when it is damaged or of another version.
+        ClsaError: 66 if it cannot be read, 65 if it is damaged or has another version.
     """
-    hint = "pack the pictures again, or move this file away if it is not of clsa pack"
+    hint = "pack the pictures again, or move this file away if clsa pack did not write it"
     try:
         with open(path, "rb") as file, NpzFile(file, allow_pickle=False) as members:
-            # Before they are read: a compressed member may unfold to any size.
+            # Check before reading: a compressed member may expand to any size.
             assert members.zip is not None
             unfolded = sum(info.file_size for info in members.zip.infolist())
             if _KEY not in members:
@@ -78,7 +78,7 @@ def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | No
 
 
 class ShardWriter:
-    """A tar, member after member; equal input gives equal bytes whoever writes it, and when.
+    """Writes a tar member by member. Equal input gives equal bytes, whoever writes it and when.
 
     Attributes:
         length: bytes written so far.
@@ -88,10 +88,10 @@ class ShardWriter:
         self._file, self.length = file, 0
 
     def add(self, key: str, suffix: str, data: bytes, label: int) -> int:
-        """One picture as KEY.suffix and, where it has a label, KEY.cls.
+        """Write one picture as KEY.suffix and, if it has a label, KEY.cls.
 
         Returns:
-            Where its data starts in the file.
+            Where the picture's data starts in the file.
         """
         start = self._member(f"{key}.{suffix}", data)
         if label >= 0:
@@ -99,7 +99,7 @@ class ShardWriter:
         return start
 
     def finish(self) -> None:
-        """Write the end: two empty blocks, filled up to a whole record."""
+        """Write the end of the tar: two empty blocks, padded to a whole record."""
         end = 2 * tarfile.BLOCKSIZE
         self._file.write(bytes(end + -(self.length + end) % tarfile.RECORDSIZE))
 
@@ -115,7 +115,7 @@ class ShardWriter:
 
 
 def index_meta(root: Path) -> dict[str, Any] | None:
-    """How the set in `root` was packed; None where `root` holds no index of ours.
+    """How the set in `root` was packed; None if `root` has no index of clsa.
 
     Raises:
         ClsaError: as `read_arrays`.
@@ -125,17 +125,17 @@ def index_meta(root: Path) -> dict[str, Any] | None:
 
 
 def open_shards(root: str) -> "Shards | None":
-    """The packed set that a folder holds; None where there is none.
+    """Open the packed set in a folder; None if there is none.
 
     Raises:
-        ClsaError: 65 when its index is damaged, a shard is missing or of another size, the format
-            is of another version, or packing has not finished; 66 when the index cannot be read.
+        ClsaError: 65 if the index is damaged, a shard is missing or has another size, the format
+            has another version, or packing has not finished; 66 if the index cannot be read.
     """
     path = Path(root) / INDEX
     found = read_arrays(path)
     if found is None:
         if os.path.isdir(os.path.join(root, UNFINISHED)):
-            step = "the same clsa pack command finishes it"
+            step = "run the same clsa pack command again to finish it"
             raise ClsaError(root, "packing has not finished", step, Exit.BAD_DATA)
         return None
     try:
@@ -149,7 +149,7 @@ def open_shards(root: str) -> "Shards | None":
 
 
 def _checked(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[Any, ...]:
-    """Arguments of `Shards` after its folder; any exception where they do not fit together."""
+    """Arguments of `Shards` except `root`. Raises any exception if they do not fit together."""
     places, labels, ids = (arrays[name] for name in ("places", "labels", "ids"))
     classes = [str(name) for name in meta["classes"]]
     shards = [(int(shard["size"]), str(shard["sha256"])) for shard in meta["shards"]]
@@ -190,7 +190,7 @@ def _require_shard(path: str, size: int) -> None:
 
 
 class _File:
-    """A descriptor that is closed with its last user, so that threads may share it."""
+    """A file descriptor that threads may share; it is closed when its last user is gone."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -202,26 +202,26 @@ class _File:
 
 @functools.lru_cache(maxsize=MAX_OPEN_SHARDS)
 def _opened(path: str, _sha256: str) -> _File:
-    """A shard; one that was packed anew under the same name is another."""
+    """An open shard. The SHA-256 tells apart shards packed again under the same name."""
     return _File(path)
 
 
 def _reduced(packed: Picture, scale: float, reduction: int) -> UInt8[np.ndarray, "h w 3"]:
-    """`Picture.pixels` where packing has reduced the picture by `scale` before."""
+    """`Picture.pixels` for a picture that packing has already reduced by `scale`."""
     fits = [further for further in (1, 2, 4, 8) if further * scale <= reduction]
     return packed.pixels(max(fits, default=1))
 
 
 @final
 class Shards(Source):
-    """Pictures packed by `clsa pack`, each read by one positioned read.
+    """Pictures packed by `clsa pack`, each read with one positioned read.
 
-    Sizes are those of the original pictures, so that a crop's box is the same as before packing;
-    pixels may be fewer.
+    Heights and widths are those of the original pictures, so that a crop has the same box as before
+    packing. The packed picture may have fewer pixels.
 
     Args:
         root: folder of the shards.
-        shards: size in bytes and SHA-256 of each.
+        shards: size in bytes and SHA-256 of each shard.
         places: columns `SHARD`, `OFFSET`, `LENGTH`, `HEIGHT`, `WIDTH` of each picture.
     """
 
@@ -263,7 +263,7 @@ class Shards(Source):
         return digest.hexdigest()
 
     def marks(self) -> Int64[np.ndarray, " N"]:
-        """Lengths and sizes, mixed; where pictures lie in the shards is not looked at."""
+        """Lengths and sizes, mixed into one number; positions in the shards do not count."""
         length, height, width = self.places[:, LENGTH:].T
         return (length * MAX_PIXELS + height) * MAX_PIXELS + width
 

@@ -1,6 +1,6 @@
-"""Pictures in a fixed order: names, labels, one picture at a time.
+"""Sources: pictures in a fixed order, with names and labels, read one at a time.
 
-No source unpickles, extracts or runs anything, and none decides how pictures become batches.
+A source never unpickles, extracts or runs anything, and does not decide how batches are formed.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Source(ABC):
 
     Attributes:
         ids: path or name of each picture.
-        labels: position of each picture's class in `classes`, -1 where unknown.
+        labels: position of each picture's class in `classes`, -1 if unknown.
         classes: names of the classes.
     """
 
@@ -39,18 +39,18 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, i: int) -> Picture:
-        """Picture number `i`, its size known; raises DecodeError where it cannot be read."""
+        """Open picture number `i`, so that its size is known; raises DecodeError if unreadable."""
 
     def read(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels of picture number `i`; raises DecodeError where it cannot be read."""
+        """The pixels of picture number `i`; raises DecodeError if it cannot be read."""
         return self.open(i).pixels()
 
     @abstractmethod
     def encoded(self, i: int) -> bytes | None:
-        """Picture number `i` as the bytes of an image file; None where it lies there decoded.
+        """Picture number `i` as the bytes of an image file; None if it is stored as pixels.
 
         Raises:
-            DecodeError: where it cannot be read.
+            DecodeError: if it cannot be read.
         """
 
     @abstractmethod
@@ -59,14 +59,14 @@ class Source(ABC):
 
     @abstractmethod
     def marks(self) -> Int64[np.ndarray, " N"]:
-        """A number for each picture that is another where its content is, as far as `digest` sees.
+        """One number per picture that changes with its content, as far as `digest` covers content.
 
-        Only to tell which pictures have changed; `digest` decides whether any has.
+        Only used to name the pictures that have changed; `digest` decides whether any has.
         """
 
     @abstractmethod
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
-        """The source of these pictures only, in this order; classes stay as they are."""
+        """A source with only these pictures, in this order; classes stay as they are."""
 
     def with_classes(self, classes: list[str]) -> Self:
         """The same pictures, labels renumbered by name; a class not in `classes` becomes -1."""
@@ -89,8 +89,8 @@ class Folder(Source):
 
     Args:
         root: the folder.
-        ids: their paths relative to `root`.
-        sizes: of the files in bytes, -1 where unknown; looked up for `digest` if not given.
+        ids: paths of the files relative to `root`.
+        sizes: of the files in bytes, -1 if unknown; if not given, `digest` looks them up.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Folder(Source):
 
     def encoded(self, i: int) -> bytes:
         try:
-            # Non-blocking, as opening a FIFO would otherwise wait for ever.
+            # Non-blocking, because opening a FIFO would otherwise wait forever.
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             with open(os.open(os.path.join(self.root, self.ids[i]), flags), "rb") as file:
                 status = os.fstat(file.fileno())
@@ -123,7 +123,7 @@ class Folder(Source):
             raise DecodeError("unreadable", getattr(error, "strerror", None) or "") from None
 
     def digest(self) -> str:
-        """SHA-256 of relative paths, file sizes (bytes), labels and classes, not of contents."""
+        """SHA-256 of relative paths, file sizes (bytes), labels and classes; not of contents."""
         digest = self._names_digest()
         digest.update(self.marks().astype("<i8").tobytes())
         return digest.hexdigest()
@@ -147,11 +147,11 @@ class Folder(Source):
 
 @final
 class Joined(Source):
-    """Pictures of several sources, one source after the other; their classes are the same.
+    """Pictures of several sources with the same classes, one source after the other.
 
     Args:
-        parts: at least one.
-        rows: which of all their pictures; all if not given.
+        parts: at least one source.
+        rows: numbers of the pictures to take, counted over all parts; all if not given.
     """
 
     def __init__(self, parts: Sequence[Source], rows: Int64[np.ndarray, " N"] | None = None):
@@ -172,7 +172,7 @@ class Joined(Source):
         return self.parts[self._owner[i]].encoded(int(self._place[i]))
 
     def digest(self) -> str:
-        """SHA-256 of the parts' digests, of which pictures are taken, names, labels, classes."""
+        """SHA-256 of the parts' digests, the chosen rows, names, labels and classes."""
         digest = self._names_digest()
         for part in self.parts:
             digest.update(part.digest().encode())
@@ -189,7 +189,7 @@ class Joined(Source):
 
 
 def joined(parts: Sequence[Source]) -> Source:
-    """One source of several with the same classes; pictures of one size stay in memory."""
+    """Join sources with the same classes; in-memory sources of one size stay in memory."""
     if len(parts) == 1:
         return parts[0]
     held = [part.images for part in parts if isinstance(part, Pictures)]

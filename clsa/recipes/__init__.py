@@ -27,10 +27,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def overrides_of(name: str) -> Overrides:
-    """What recipe `name` sets.
+    """The options that recipe `name` sets.
 
     Raises:
-        ClsaError: for an unknown name, with the nearest one.
+        ClsaError: for an unknown name; it suggests the nearest one.
     """
     if name not in RECIPES:
         close = nearest(name, list(RECIPES))
@@ -40,10 +40,14 @@ def overrides_of(name: str) -> Overrides:
 
 
 def resolve(values: Overrides, source: str = "options") -> RunOptions:
-    """Options from `values`, which win over the recipe that they name, which wins over defaults.
+    """Options from `values`; what they leave out comes from the recipe they name, then defaults.
+
+    Args:
+        values: options by name, groups nested; `recipe` names the recipe.
+        source: where the values come from, for error messages.
 
     Raises:
-        ClsaError: for an unknown recipe, name or value; `source` says where they come from.
+        ClsaError: for an unknown recipe or option, or a wrong value.
     """
     name = str(values.get("recipe", RunOptions.model_fields["recipe"].default))
     overrides, given = overrides_of(name), values.get("method")
@@ -51,20 +55,20 @@ def resolve(values: Overrides, source: str = "options") -> RunOptions:
     if method not in (None, overrides["method"]["name"]):
         suffix = next((form for form in ("-small", "-cifar") if name.endswith(form)), "")
         close = nearest(f"{method}{suffix}", list(RECIPES))
-        why = f"{name} is a recipe of {overrides['method']['name']}"
+        why = f"{name} is a recipe for {overrides['method']['name']}"
         hint = f"choose another --recipe, perhaps {close}" if close else "choose another --recipe"
         raise ClsaError(f"{source}: method.name {method}", why, hint)
     return RunOptions.parse(merge(overrides, values), source)
 
 
 def described(name: str) -> str:
-    """Three lines about a recipe: what, whose values and at what cost, what to expect."""
+    """Three lines about a recipe: what it is, the source of its values and its cost, results."""
     recipe, options = RECIPES[name], resolve({"recipe": name})
     strong = options.strong.sizes if options.stronger else ()
     sizes = [options.views.size, *options.views.weak.sizes, *options.views.local.sizes, *strong]
     views = " + ".join(f"{sizes.count(size)} x {size}" for size in dict.fromkeys(sizes))
     cost = f"{options.epochs} epochs of batch {options.batch_size}, views of {views} pixels"
-    published = f"published: {recipe.published}" if recipe.published else "nothing published"
+    published = f"published: {recipe.published}" if recipe.published else "no published figure"
     measured = f"measured: {recipe.measured}" if recipe.measured else "not measured here"
     lines = [recipe.text, f"values: {recipe.source}; {cost}", f"{published}; {measured}"]
     return f"{name:28}" + ("\n" + " " * 28).join(lines)

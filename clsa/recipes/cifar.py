@@ -1,7 +1,7 @@
 """Recipes at 32 pixels with a ResNet-18, for sets like CIFAR-10. None was trained here in full.
 
-Accuracies are published ones on CIFAR-10 and CIFAR-100. Pictures are normalised as everywhere in
-this library, by ImageNet's mean and deviation.
+The accuracies are published ones, on CIFAR-10 and CIFAR-100. Pictures are normalised by ImageNet's
+mean and deviation, as everywhere in this library.
 """
 
 from clsa.options.config import merge
@@ -52,7 +52,7 @@ def _cifar(base: Overrides, *changes: Overrides) -> Overrides:
 
 CIFAR: dict[str, Recipe] = {
     "moco-v1": Recipe(
-        "MoCo with a linear projector, as its demo for CIFAR-10.",
+        "MoCo with a linear projector, as in its CIFAR-10 demo.",
         "MoCo, CIFAR demo",
         "200-NN 82.6 at 200 epochs on CIFAR-10",
         _cifar(

@@ -1,4 +1,4 @@
-"""Recipes at 224 pixels, as published on ImageNet. None was trained here at that scale."""
+"""Recipes at 224 pixels, as published for ImageNet. None was trained here at that scale."""
 
 from clsa.options.config import merge
 from clsa.recipes.recipe import Overrides, Recipe
@@ -21,7 +21,7 @@ CLSA_OFFICIAL = {
 }
 CLSA_PAPER = merge(MOCO_V2, {"stronger": True, "strong": {"sizes": (96,), "pool": "paper"}})
 
-# Statistics over the whole batch, and weight decay for weights alone.
+# Batch statistics over the whole batch, and no weight decay for biases and norms.
 LARGE_BATCH: Overrides = {
     "model": {"norm_groups": 1},
     "optim": {"name": "lars", "decay_vectors": False, "schedule": "cosine", "warmup_epochs": 10.0},
@@ -203,7 +203,7 @@ SUPERVISED = {
 
 IMAGENET: dict[str, Recipe] = {
     "moco-v1": Recipe(
-        "MoCo v1: linear projector, temperature 0.07, always jitter, no blur, rate to a tenth.",
+        "MoCo v1: linear projector, temperature 0.07, jitter always on, no blur, rate in steps.",
         "MoCo, paper and code",
         "60.8 at 200 epochs",
         MOCO_V1,
@@ -217,35 +217,35 @@ IMAGENET: dict[str, Recipe] = {
     "moco-multi": Recipe(
         "MoCo v2 with 5 weak queries (224 to 96) and batch keys: CLSA* without its divergence.",
         "CLSA's code",
-        "nothing (AdCo with the same crops: 73.2)",
+        "no figure (AdCo with the same crops: 73.2)",
         {"views": {"weak": {"sizes": FIVE}}, "method": {"name": "moco", "bank": "batch+queue"}},
     ),
     "clsa-paper": Recipe(
-        "CLSA as its equations read: one strong view of 96, Invert in the pool, queue only.",
+        "CLSA as in the paper's equations: one strong view of 96, Invert in the pool, queue only.",
         "CLSA, paper",
-        "nothing (its figures came from the code's variant)",
+        "no figure (the paper's figures are of the code's variant)",
         CLSA_PAPER,
     ),
     "clsa-official": Recipe(
-        "CLSA as its code computes it: one strong view of 96, Identity pool, batch keys.",
+        "CLSA as in its code: one strong view of 96, Identity in the pool, batch keys.",
         "CLSA, code",
         "69.4 at 200 epochs, 70 h on 8 V100; 72.2 at 800",
         CLSA_OFFICIAL,
     ),
     "clsa": Recipe(
-        "CLSA: equal to clsa-official until docs/evidence.md says otherwise.",
+        "CLSA: the same as clsa-official until docs/evidence.md says otherwise.",
         "CLSA, code",
         "as clsa-official",
         CLSA_OFFICIAL,
     ),
     "clsa-multi-paper": Recipe(
-        "CLSA* as the paper reads: one weak query, five strong ones (224 to 96), queue only.",
+        "CLSA* as in the paper: one weak query, five strong ones (224 to 96), queue only.",
         "CLSA, paper",
         "",
         merge(CLSA_PAPER, {"strong": {"sizes": FIVE}}),
     ),
     "clsa-multi": Recipe(
-        "CLSA* as its code computes it: five weak and five strong queries, 5 + 25 terms.",
+        "CLSA* as in its code: five weak and five strong queries, 5 + 25 terms.",
         "CLSA, code",
         "73.3 at 200 epochs, 166 h on 8 V100; 76.2 at 800",
         merge(CLSA_OFFICIAL, {"views": {"weak": {"sizes": FIVE}}, "strong": {"sizes": FIVE}}),
@@ -263,7 +263,7 @@ IMAGENET: dict[str, Recipe] = {
         merge(MOCO_V2, {"method": {"strong_query": True, "strong_key": True}}),
     ),
     "clsa-contrastive": Recipe(
-        "CLSA's Table 5, row 4: the strong view is contrasted, the target is one-hot.",
+        "CLSA's Table 5, row 4: contrastive loss on the strong view (one-hot target).",
         "CLSA, paper",
         "68.0 at 200 epochs",
         merge(CLSA_OFFICIAL, {"strong": {"target": "one-hot"}}),
@@ -281,7 +281,7 @@ IMAGENET: dict[str, Recipe] = {
         BYOL,
     ),
     "simsiam": Recipe(
-        "SimSiam: predict the same network's projection of the other view, held constant.",
+        "SimSiam: predict the same network's projection of the other view, without its gradient.",
         "SimSiam, paper",
         "68.1 at 100 epochs",
         SIMSIAM,
@@ -293,7 +293,7 @@ IMAGENET: dict[str, Recipe] = {
         SWAV,
     ),
     "adco": Recipe(
-        "AdCo: MoCo whose 65,536 negatives are learned, against the network.",
+        "AdCo: MoCo with 65,536 negatives that are learned as the network's adversaries.",
         "AdCo, paper and code",
         "68.6 at 200 epochs; 72.8 at 800",
         ADCO,
@@ -305,26 +305,26 @@ IMAGENET: dict[str, Recipe] = {
         merge(ADCO, {"views": {"weak": {"sizes": FIVE}}}),
     ),
     "instdisc": Recipe(
-        "Instance discrimination: a memory row a picture, noise-contrastive estimation.",
+        "Instance discrimination: one memory row per picture, noise-contrastive estimation.",
         "InstDisc, code",
         "54.0 at 200 epochs",
         INSTDISC,
     ),
     "pirl": Recipe(
         "PIRL: a picture and its nine shuffled patches against the picture's memory row.",
-        "PIRL, paper, with a softmax for its estimate",
+        "PIRL, paper, with a softmax instead of its noise-contrastive estimate",
         "63.6 at 800 epochs",
         PIRL,
     ),
     "pcl": Recipe(
-        "PCL v2: MoCo v2, and contrast with the centres of clusters. Needs clsa[clustering].",
+        "PCL v2: MoCo v2, plus a contrast with cluster centres. Needs clsa[clustering].",
         "PCL, code",
-        "67.6 at 200 epochs (its code); 65.9 in CLSA's table; k-means of so many clusters takes "
-        "hours an epoch on CPUs: --method.num-clusters",
+        "67.6 at 200 epochs (its code); 65.9 in CLSA's table; k-means with so many clusters takes "
+        "hours per epoch on CPUs: lower --method.num-clusters",
         PCL,
     ),
     "clim": Recipe(
-        "CLIM: queries are mixed with a neighbour nearer to the centre of their cluster. Needs "
+        "CLIM: queries are mixed with a neighbour nearer to their cluster's centre. Needs "
         "clsa[clustering].",
         "CLIM, paper; temperature and key network of MoCo v2",
         "70.1 at 200 epochs",
@@ -332,7 +332,7 @@ IMAGENET: dict[str, Recipe] = {
     ),
     "clim-multi-res": Recipe(
         "CLIM with every crop at 224 and at 160 pixels. Needs clsa[clustering].",
-        "CLIM, paper, but for its sum over pairs of resolutions: here their mean",
+        "CLIM, paper, except that pairs of resolutions are averaged, not summed",
         "72.3 at 200 epochs; 75.5 at 1200",
         merge(CLIM, {"mixture": {"resolutions": (160,)}}),
     ),
@@ -345,7 +345,7 @@ IMAGENET: dict[str, Recipe] = {
     ),
     "infomin": Recipe(
         "MoCo with InfoMin's views: strong jitter and two rounds of RandAugment, no jigsaw.",
-        "InfoMin, code, but for its order: there grayscale comes last",
+        "InfoMin, code, except that grayscale comes last there",
         "70.1 at 200 epochs, 73.0 at 800, both with the jigsaw branch",
         INFOMIN,
     ),
@@ -356,8 +356,8 @@ IMAGENET: dict[str, Recipe] = {
         MOCO_V3,
     ),
     "moco-v3-vit": Recipe(
-        "MoCo v3 on a ViT-S/16 whose patch embedding stays random.",
-        "MoCo v3, code; timm's ViT-S has 6 heads, its own 12",
+        "MoCo v3 on a ViT-S/16 with a patch embedding that stays random.",
+        "MoCo v3, code; timm's ViT-S has 6 heads, MoCo v3's has 12",
         "73.2 at 300 epochs",
         MOCO_V3_VIT,
     ),
@@ -370,7 +370,7 @@ IMAGENET: dict[str, Recipe] = {
     "dino-resnet": Recipe(
         "DINO on a ResNet-50: larger crops, plain SGD, a colder teacher.",
         "DINO, code",
-        "nothing at 100 epochs (75.3 at 800, with other values)",
+        "no figure at 100 epochs (75.3 at 800, with other values)",
         DINO_RESNET,
     ),
     "supervised": Recipe(

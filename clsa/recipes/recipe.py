@@ -6,14 +6,16 @@ Overrides = dict[str, Any]
 
 
 class Recipe(NamedTuple):
-    """A named run: what departs from the defaults, whose values they are, what to expect."""
+    """A named run: the options it changes, the source of their values, and what to expect."""
 
     text: str
-    """What it trains, in a line."""
+    """What it trains, in one line."""
     source: str
-    """Whose values these are."""
+    """Paper or code that the values come from."""
     published: str
-    """Accuracy and cost: ImageNet top-1 of a linear classifier, if it says nothing else."""
+    """Published accuracy and cost: unless stated otherwise, ImageNet top-1 of a linear
+    classifier."""
     values: Overrides
+    """The options that it changes."""
     measured: str = ""
-    """What was measured with this code, and where to read of it."""
+    """What was measured with this code, and where to read about it."""

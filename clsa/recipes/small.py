@@ -1,8 +1,8 @@
 """Recipes at 32 pixels for a CPU: resnet10-w32, 20 epochs, narrow heads, short queues.
 
-Our own starting points: each departs from the published recipe of the same name only in what the
-size asks for. A single strong view keeps the full 32 pixels, since 96/224 of 32 would leave 14;
-five views take 32 to 16.
+These are our own starting points. Each changes the published recipe of the same name only as far as
+the small size requires. A single strong view keeps the full 32 pixels, since 96/224 of 32 would
+leave 14; five views have 32 to 16 pixels.
 """
 
 from clsa.options.config import merge
@@ -21,7 +21,7 @@ _MIXTURE: Overrides = merge(
     _QUEUE, {"mixture": {"num_clusters": 46, "neighbours": 20, "refresh_epochs": 2}}
 )
 
-# Beside what `_small` changes for all; the rest are MoCo's and take `_QUEUE`.
+# On top of what `_small` changes for all. Recipes that are not listed use MoCo and take `_QUEUE`.
 _CHANGES: dict[str, Overrides] = {
     "moco-v1": merge(_QUEUE, {"optim": {"schedule": "step"}}),
     "simclr": {"method": {"temperature": 0.2}},
@@ -127,11 +127,12 @@ def _small(name: str) -> Overrides:
     return merge(merge(merge(values, form), _PLAIN_SGD), _CHANGES.get(name, _QUEUE))
 
 
-# On clipart; see docs/evidence.md.
+# Gains over the random encoder on clipart; see docs/evidence.md.
 _SWEPT = "2 epochs of clipart, one seed, plain and --stronger (docs/evidence.md)"
 _MEASURED: dict[str, str] = {
     "clsa": "20-NN +6.1 points, +5.9 on strong queries, in 14 epochs of clipart (docs/evidence.md)",
-    "moco-v2": "20-NN +4.4 points, +2.0 on strong queries, the same (docs/evidence.md)",
+    "moco-v2": "20-NN +4.4 points, +2.0 on strong queries, in 14 epochs of clipart "
+    "(docs/evidence.md)",
     **dict.fromkeys(
         (
             "simclr", "byol", "simsiam", "swav", "adco", "instdisc", "pirl", "pcl", "infomin",

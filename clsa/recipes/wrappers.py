@@ -1,4 +1,4 @@
-"""Recipes of what goes around a method, at all three sizes."""
+"""Recipes of CLIM, SuNCEt and continual pretraining, which wrap a method, at all three sizes."""
 
 from clsa.options.config import merge
 from clsa.recipes.cifar import CIFAR
@@ -13,9 +13,9 @@ _MEASURED = "3 seeds on clipart (docs/evidence.md)"
 
 AROUND: dict[str, Recipe] = {
     "suncet": Recipe(
-        "SuNCEt: SimCLR, and a tenth of the labels that pull pictures of a class together.",
-        "SuNCEt, rates and schedule of its code; batches as of 64 processes, which are our guess",
-        "nothing in our sources",
+        "SuNCEt: SimCLR, and a tenth of the labels to pull pictures of one class together.",
+        "SuNCEt, rates and schedule of its code; batch sizes for 64 processes, our guess",
+        "no figure in our sources",
         merge(
             merge(_SIMCLR, {"labels": "10%"}),
             {
@@ -52,7 +52,7 @@ AROUND: dict[str, Recipe] = {
         "SuNCEt at 32 pixels with a tenth of the labels, for a CPU.",
         _OURS,
         "",
-        # At 0.1 the loss stayed above chance for two epochs and took the base's gain with it.
+        # At temperature 0.1 the loss stayed above chance for two epochs and undid SimCLR's gain.
         merge(
             _SIMCLR_SMALL,
             {"labels": "10%", "suncet": {"classes": 16, "per_class": 4, "temperature": 0.2}},
@@ -60,7 +60,7 @@ AROUND: dict[str, Recipe] = {
         _MEASURED,
     ),
     "continual": Recipe(
-        "Continual pretraining: MoCo v2 on ten parts of the classes, one after the other.",
+        "Continual pretraining: MoCo v2 on ten parts of the classes, one after another.",
         "CCSSL, code; the settings of its terms are the defaults of --continual",
         "55.5 on 100 classes of ImageNet after 10 parts (fine-tuning 52.6, replay 54.3)",
         merge(IMAGENET["moco-v2"].values, {**_TEN, "optim": {"schedule": "cosine"}}),

@@ -1,4 +1,4 @@
-"""One atomic training state with a manifest as its commit marker; safe loading; the digest."""
+"""Checkpoints: an atomic training state, committed by a manifest; safe loading; the run digest."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ class Saved(NamedTuple):
     state: dict[str, Any]
     path: Path
     skipped: list[str]
-    """Why newer checkpoints were passed over."""
+    """Why newer checkpoints were skipped, one line each."""
     facts: dict[str, Any]
     """Its manifest."""
 
 
 def save(folder: Path, name: str, state: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Write `NAME.ckpt`, then its manifest `NAME.json`: the commit.
+    """Write `NAME.ckpt`, then its manifest `NAME.json`, which commits it.
 
     The manifest holds sha256 and length of the checkpoint, the version of clsa, and `facts`.
     """
@@ -55,14 +55,14 @@ def name_of(kind: str, step: int) -> str:
 
 
 def prune(folder: Path, held: str = "", unsound: Collection[str] = ()) -> list[str]:
-    """Delete all but the newest two, `held`, those to `keep`, and the newest of the best.
+    """Delete all checkpoints but the newest two, `held`, those marked `keep`, and the newest best.
 
     Args:
-        held: name of the checkpoint that the run has gone on from.
-        unsound: names of those that were found damaged: they are none of the newest.
+        held: name of the checkpoint that the run was resumed from.
+        unsound: names of damaged checkpoints; they do not count as the newest.
 
     Returns:
-        What could not be deleted, a line each.
+        What could not be deleted, one line each.
     """
     steps, best = _numbered(folder, STEP), _numbered(folder, BEST)
     kept = {held, *[path.stem for path in steps if path.stem not in unsound][:NUM_KEPT]}
@@ -80,11 +80,12 @@ def prune(folder: Path, held: str = "", unsound: Collection[str] = ()) -> list[s
 def set_aside(folder: Path, step: int, aside: Path) -> None:
     """Make the checkpoint of `step` the newest, and none the best.
 
-    Those of later steps are deleted, the newest last, so that a killed start finds that one or
-    `step`; later ones to keep, and all of the best, go to the folder `aside`.
+    Checkpoints of later steps are deleted, the newest last, so that a start killed in between
+    leaves either that one or `step` as the newest. Later checkpoints marked `keep` and all best
+    ones move to the folder `aside`.
 
     Raises:
-        ClsaError: 73 when the folder refuses.
+        ClsaError: 73 when the folder cannot be written.
     """
     with files.output_errors(folder):
         for manifest in reversed(_numbered(folder, STEP)):
@@ -96,25 +97,25 @@ def set_aside(folder: Path, step: int, aside: Path) -> None:
 
 
 def is_kept(manifest: Path) -> bool:
-    """Whether there is such a checkpoint, and it is one to keep."""
+    """Whether this checkpoint exists and is marked `keep`."""
     return manifest.exists() and bool(_facts(manifest).get("keep"))
 
 
 def move(manifest: Path, aside: Path) -> None:
     """Move a checkpoint to the folder `aside`; raises 73 or 74.
 
-    The manifest goes last: without it the rest would be taken for a save that was cut off.
+    The manifest moves last: without it the `.ckpt` would count as an interrupted save.
     """
     files.make_folder(aside)
     with files.output_errors(aside):
         for path in (manifest.with_suffix(".ckpt"), manifest):
-            with suppress(FileNotFoundError):  # a killed start has moved it
+            with suppress(FileNotFoundError):  # a killed start has moved it already
                 path.replace(aside / path.name)
             files.sync_folder(aside)
 
 
 def _remove_uncommitted(folder: Path) -> list[str]:
-    """Delete what has no manifest: half pruned, or a save that was cut off before its commit."""
+    """Delete checkpoints without a manifest: half pruned, or interrupted before the commit."""
     refused = []
     for path in folder.glob("*.ckpt"):
         if re.fullmatch(rf"({STEP}|{BEST})-\d+", path.stem):
@@ -127,7 +128,7 @@ def _remove_uncommitted(folder: Path) -> list[str]:
 
 
 def _numbered(folder: Path, kind: str) -> list[Path]:
-    """Manifests of the checkpoints of a kind, newest first."""
+    """Manifests of the checkpoints of one kind, newest first."""
     name = re.compile(rf"{kind}-(\d+)")
     found = {path: name.fullmatch(path.stem) for path in folder.glob(f"{kind}-*.json")}
     steps = {path: int(match[1]) for path, match in found.items() if match}
@@ -139,7 +140,7 @@ def _step_of(manifest: Path) -> int:
 
 
 def _facts(manifest: Path) -> dict[str, Any]:
-    """What a manifest says; nothing when it is damaged."""
+    """The contents of a manifest; empty if it is damaged."""
     try:
         facts = json.loads(manifest.read_bytes())
     except ValueError:
@@ -163,12 +164,14 @@ def load_newest(folder: Path) -> Saved | None:
             skipped.append(f"{manifest.stem}: {error}")
     if skipped:
         why = "; ".join(skipped)
-        raise ClsaError(f"{folder}", f"no whole checkpoint ({why})", "start anew", Exit.NO_INPUT)
+        raise ClsaError(
+            f"{folder}", f"no whole checkpoint ({why})", "start a new run", Exit.NO_INPUT
+        )
     return None
 
 
 def load_each(folder: Path) -> Iterator[Saved]:
-    """Every whole checkpoint but the copies of the best, oldest first, one at a time."""
+    """Every whole checkpoint except copies of the best, oldest first, one at a time."""
     for manifest in reversed(_numbered(folder, STEP)):
         try:
             path, facts = manifest.with_suffix(".ckpt"), _facts(manifest)
@@ -181,14 +184,15 @@ def load_one(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """State and manifest of a single checkpoint.
 
     Raises:
-        ClsaError: 66 when it is not there, or not whole; 77 as `load_newest`.
+        ClsaError: 66 when it is missing or not whole; 77 as in `load_newest`.
     """
     manifest = path.with_suffix(".json")
     try:
         return _load_verified(manifest), _facts(manifest)
     except (OSError, ValueError) as error:
         why = f"no whole checkpoint ({error})"
-        raise ClsaError(str(path), why, "give its .ckpt, beside its .json", Exit.NO_INPUT) from None
+        hint = "give a .ckpt file that has its .json next to it"
+        raise ClsaError(str(path), why, hint, Exit.NO_INPUT) from None
 
 
 def _load_verified(manifest: Path) -> dict[str, Any]:
@@ -202,49 +206,49 @@ def _load_verified(manifest: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, OSError):
         raise
-    except Exception as error:  # a hostile file may fail anywhere
+    except Exception as error:  # a hostile file may raise anything
         why = "holds more than tensors and plain values"
         raise ClsaError(str(path), why, "remove it", Exit.UNTRUSTED) from error
     if name_of(manifest.stem.split("-")[0], state.get("step", -1)) != manifest.stem:
-        raise ValueError(f"holds step {state.get('step')}")  # whole, and misplaced
+        raise ValueError(f"holds step {state.get('step')}")  # whole, but under the wrong name
     return state
 
 
 def with_keys(state: dict[str, Any]) -> dict[str, Any]:
-    """`state` and, under KEYS, the names of all its leaves: none can go missing unseen."""
+    """`state` plus the names of all its leaves under KEYS, so that a missing leaf is noticed."""
     return {**state, KEYS: "\n".join(name for name, _ in leaves(state))}
 
 
 def require_same_keys(saved: Saved, own: dict[str, Any]) -> None:
-    """See that a checkpoint holds all that was saved, and no more nor less than `own`.
+    """Check that a checkpoint holds all that was saved, and exactly the keys of `own`.
 
     Args:
-        own: what the run would save now. Its optimiser is not looked at: that has no moments
-            before the first step, and other fields in other versions of torch.
+        own: what the run would save now. Keys of its optimiser are not compared: before the first
+            step it has no moments, and its fields differ between versions of torch.
 
     Raises:
-        ClsaError: 66 with the first key that is missing, or that nothing here takes.
+        ClsaError: 66 with the first key that is missing or unexpected.
     """
     found = {name for name, _ in leaves(saved.state)}
     written = set(str(saved.state.get(KEYS, "")).split("\n")) - {""} or found
     needed = {name for name, _ in leaves(own) if not name.startswith("/optimizer/")}
     known = needed | {name for name in written if name.startswith("/optimizer/")}
-    for told, keys in (
+    for problem, keys in (
         ("missing", (needed | written) - found),
         ("unexpected", found - (known & (written | {f"/{KEYS}"}))),
     ):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             version = saved.facts.get("clsa", "unknown")
-            why = f"{told} key {min(keys)[1:]}{more} (written by clsa {version})"
-            hint = "start anew, or go on with the version that wrote it"
+            why = f"{problem} key {min(keys)[1:]}{more} (written by clsa {version})"
+            hint = "start a new run, or use the version of clsa that wrote it"
             raise ClsaError(str(saved.path), why, hint, Exit.NO_INPUT)
 
 
 def run_digest(run: Path) -> str:
-    """`digest` of the newest whole checkpoint of a run folder (what decides its future)."""
+    """`digest` of what decides a run's future in the newest whole checkpoint of its folder."""
     saved = load_newest(run / "checkpoints")
     if saved is None:
-        hint = "give a run folder, of a run in stages one of its stage-N"
+        hint = "give a run folder; for a run in stages, one of its stage-N folders"
         raise ClsaError(str(run), "holds no checkpoint", hint, Exit.NO_INPUT)
     return digests.digest({key: saved.state[key] for key in ("method", "optimizer", "step")})

@@ -1,4 +1,4 @@
-"""Other pictures in the midst of a run: refused with what has changed, or gone on with."""
+"""Pictures that change during a run: refused, with what has changed, or accepted."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,36 +11,40 @@ from clsa.runs import checkpoint
 from clsa.runs.folder import RunFolder
 from clsa.system.errors import ClsaError
 
-CHANGE = "change"  # in the manifest of the checkpoint with which a run goes on with others
+CHANGE = "change"  # entry in the manifest of the first checkpoint with changed pictures
 
 
 class Change(NamedTuple):
-    """Other pictures that a run has gone on with."""
+    """A change of the pictures with which a run has continued."""
 
     number: int
-    """Among the changes of the run, from 1."""
+    """Place among the changes of the run, from 1."""
     step: int
     told: str
-    """What has changed."""
+    """What has changed, in words."""
 
     @classmethod
     def begun_by(cls, manifest: dict[str, Any]) -> "Change | None":
-        """The change that a checkpoint began; None where it is of any other step."""
+        """The change that begins with this manifest's checkpoint; None if no change does."""
         return cls(**manifest[CHANGE]) if CHANGE in manifest else None
 
     def manifest(self) -> dict[str, Any]:
-        """What the manifest of its checkpoint says of it."""
+        """The entry for this change in the manifest of its first checkpoint."""
         return {CHANGE: self._asdict()}
 
     def aside(self, folder: RunFolder) -> Path:
-        """Where checkpoints go that it would cost."""
+        """The folder for checkpoints that this change would otherwise overwrite or delete."""
         return folder.checkpoints / f"before-change-{self.number}"
 
     def free_name(self, folder: RunFolder, resumed: str) -> bool:
-        """Have its checkpoint overwrite none to be kept; whether to keep it in the place of one.
+        """Move a checkpoint marked `keep` out of the way of this change's first checkpoint.
 
         Args:
-            resumed: name of the checkpoint that the run goes on from, which may stand there.
+            resumed: name of the checkpoint that the run is resumed from. If the new checkpoint
+                takes its name, both hold the same weights, and the old one is not moved.
+
+        Returns:
+            Whether the new checkpoint replaces one marked `keep`, and so must be kept too.
 
         Raises:
             ClsaError: 73 or 74 when the disk refuses.
@@ -52,10 +56,10 @@ class Change(NamedTuple):
         return is_kept and has_same_weights
 
     def finish(self, folder: RunFolder) -> None:
-        """Take what came of the pictures of before out of the way; `history.jsonl` says so, last.
+        """Set aside what the earlier pictures led to, then note the change in `history.jsonl`.
 
         Raises:
-            ClsaError: 73 or 74 when the disk refuses; the next start does what is left.
+            ClsaError: 73 or 74 when the disk refuses; the next start finishes the work.
         """
         if num_changes(folder) < self.number:
             aside = self.aside(folder)
@@ -65,20 +69,20 @@ class Change(NamedTuple):
 
 
 def num_changes(folder: RunFolder) -> int:
-    """How many changes of the pictures are behind a run."""
+    """How many times the pictures of a run have changed so far."""
     return sum("data_changed" in line for line in folder.read_history())
 
 
 @dataclass
 class Given:
-    """The pictures that a start of a run is given.
+    """The pictures that are given when a run starts or resumes.
 
     Attributes:
-        source: the pictures, to tell what has changed among them.
-        steps_per_epoch: with these.
-        accepts_change: whether to go on with others than before.
-        changed: what has changed among them.
-        begun: the change that the checkpoint began which this start went on from.
+        source: the pictures, needed to say what has changed.
+        steps_per_epoch: steps per epoch with these pictures.
+        accepts_change: whether to continue if the pictures have changed.
+        changed: what has changed, in words; empty if nothing has.
+        begun: the change that begins with the checkpoint that this start has resumed from.
     """
 
     source: Source | None = None
@@ -88,22 +92,22 @@ class Given:
     begun: Change | None = None
 
     def compare(self, before: str, now: str, folder: RunFolder, method: Method) -> None:
-        """Tell what has changed, in `changed`, since the run's pictures had the digest `before`.
+        """Set `changed` to what has changed since the run's pictures had the digest `before`.
 
         Raises:
-            ClsaError: 2 when something has, and the run may not go on with that.
+            ClsaError: 2 when something has changed and the run may not continue with it.
         """
         if before == now:
             return
-        what, told = str(folder.path), "other pictures"
+        what, change = str(folder.path), "other pictures"
         if self.source is not None:
-            told = fingerprints.describe_change(folder.pictures, self.source, before, now)
+            change = fingerprints.describe_change(folder.pictures, self.source, before, now)
         hint = "restore the pictures, or choose another --out"
-        parts = method.modules()  # what goes around a method may hold them, as CLIM does
+        parts = method.modules()  # a wrapper may hold pictures too, as CLIM does
         if any(getattr(part, "holds_pictures", False) for part in parts):
-            why = f"data changed: {told}, and the method keeps a row for each picture"
+            why = f"data changed: {change}, and the method keeps a row for each picture"
             raise ClsaError(what, why, hint)
         if not self.accepts_change:
-            hint += ", or begin the epoch anew with these: --accept-data-change"
-            raise ClsaError(what, f"data changed: {told}", hint)
-        self.changed = told
+            hint += ", or restart the epoch with the pictures as they are: --accept-data-change"
+            raise ClsaError(what, f"data changed: {change}", hint)
+        self.changed = change

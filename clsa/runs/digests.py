@@ -22,7 +22,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def digest(state: Any) -> str:
     """One sha256 over every leaf of nested dicts and lists: name, kind, shape and bytes.
 
-    Of a training state it covers model, key network, bank, optimiser and step: two runs with equal
+    For a training state it covers model, key network, bank, optimiser and step: two runs with equal
     digests are in the same state to the bit.
     """
     total = hashlib.sha256()

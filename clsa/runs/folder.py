@@ -1,4 +1,4 @@
-"""The run folder: its files, whose it is, and what the run last said of itself."""
+"""The run folder: its files, the run that it belongs to, and the status that the run left."""
 
 import json
 import shlex
@@ -12,12 +12,12 @@ from clsa.options.run import RunOptions
 from clsa.system import dist, files, lock
 from clsa.system.errors import ClsaError
 
-# What may differ when a run is resumed: where it runs and how long, never what it computes
-# (pictures may have moved: their digest decides).
+# Options that may differ when a run is resumed: where it runs and how long, never what it computes
+# (pictures may have moved: their digest is compared instead).
 FREE = {
     "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
     "wait_minutes", "save_minutes", "keep_every", "probe_every", "log_every", "device",
-    "accept_data_change", "stop_on_collapse",
+    "accept_data_change", "stop_on_collapse", "tensorboard",
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class RunFolder:
         self.history = out / "history.jsonl"
 
     def check(self, options: RunOptions) -> None:
-        """See that `out` is free, or holds the run that `options` describe.
+        """Check that `out` is free, or holds the run that `options` describe.
 
         Raises:
             ClsaError: 2 when it holds something else, naming what differs; 73 when it cannot be a
@@ -62,7 +62,7 @@ class RunFolder:
         try:
             before = flatten(self.read_options())
         except ClsaError as error:
-            why = f"its config.yaml is not a run's ({error})"
+            why = f"its config.yaml does not describe a run ({error})"
             raise ClsaError(str(self.path), why, "choose another --out", error.code) from None
         results = (self.encoder, self.results, *self.checkpoints.glob("*.json"))
         if not any(path.exists() for path in results):
@@ -71,7 +71,7 @@ class RunFolder:
         # Options of another method are in only one of the two.
         changed = [key for key in now if key not in self.free and now[key] != before.get(key)]
         if changed:
-            changed.sort(key=lambda key: key != "method.name")  # what tells most, first
+            changed.sort(key=lambda key: key != "method.name")  # the most telling difference first
             differences = ", ".join(
                 f"{key}: {before.get(key)} -> {now[key]}" for key in changed[:4]
             )
@@ -80,24 +80,24 @@ class RunFolder:
             hint = "choose another --out, or the run's own options"
             if changed == ["epochs"] and now["epochs"] > before["epochs"] and not options.stages:
                 name = shlex.quote(str(self.path))
-                hint += f", or go on for longer: clsa extend {name} --epochs {options.epochs}"
+                hint += f", or train for longer: clsa extend {name} --epochs {options.epochs}"
             raise ClsaError(str(self.path), why, hint)
 
     def read_options(self) -> RunOptions:
-        """What its config.yaml says.
+        """The options in its config.yaml.
 
         Raises:
-            ClsaError: 66 when there is none, 2 when that is not a run's; it names what is not an
-                option.
+            ClsaError: 66 when there is no config.yaml, 2 when it does not describe a run; the error
+                names what is not an option.
         """
         return RunOptions.parse(read_yaml(self.config), str(self.config))
 
     @contextmanager
     def held(self, options: RunOptions) -> Iterator[None]:
-        """Keep other runs off `out` meanwhile; rank 0 does it for all.
+        """Keep other runs out of the folder while inside; rank 0 does it for all ranks.
 
         Raises:
-            ClsaError: 2 when another process writes it; as `check`, which is done again.
+            ClsaError: 2 when another process writes the folder; also as `check`, which runs again.
         """
         if dist.rank():
             yield
@@ -107,23 +107,24 @@ class RunFolder:
             yield
 
     def require_room(self, num_bytes: int) -> None:
-        """See that a checkpoint of this size can be written; raises 73 before any work is lost."""
+        """Check that a checkpoint of this size fits; raises 73 before any work is lost."""
         files.make_folder(self.path)
-        exists = self.checkpoints.is_dir()  # it may lie on a disk of its own
+        exists = self.checkpoints.is_dir()  # it may be on a disk of its own
         files.require_room(self.checkpoints if exists else self.path, num_bytes)
 
     def claim(self, options: RunOptions, step: int = 0) -> str:
-        """Create the folder, write the resolved `config.yaml`, clear what killed starts left.
+        """Create the folder, write the resolved `config.yaml`, remove leftovers of killed starts.
 
-        New epochs are noted before `config.yaml` says them: a start killed in between leaves a line
-        of what did not begin, where the other order would lose it.
+        A new number of epochs goes to `history.jsonl` before `config.yaml`. A start killed in
+        between leaves a line about an extension that did not begin; in the other order the line
+        would be lost.
 
         Args:
-            step: that the run stands at.
+            step: steps that the run has done.
 
         Returns:
-            That it goes on for longer than it was begun, as `history.jsonl` then says too; or an
-            empty string.
+            A sentence that the run is now longer than it was started (`history.jsonl` says so too),
+            or an empty string.
         """
         files.make_folder(self.path)
         for folder in (self.path, self.checkpoints):
@@ -131,29 +132,29 @@ class RunFolder:
         before = self.read_options().epochs if step and self.config.exists() else options.epochs
         if before != options.epochs:
             self.note(step, epochs=[before, options.epochs])
-        once = options.model_copy(update={"accept_data_change": False})  # not for all later starts
+        once = options.model_copy(update={"accept_data_change": False})  # for this start only
         files.write_text(self.config, once.to_yaml())
         since = f"epochs {before} -> {options.epochs} at step {step}"
-        told = f"{since}: rates follow the longer schedule from here on, unlike a run begun so"
-        return told if before != options.epochs else ""
+        text = f"{since}: rates follow the longer schedule from here on, unlike in a run started so"
+        return text if before != options.epochs else ""
 
     def note(self, step: int, **told: Any) -> None:
-        """Add a line to `history.jsonl`: what changed in the midst of the run.
+        """Add a line to `history.jsonl`: what changed during the run.
 
         Raises:
-            ClsaError: 73 or 74 when it cannot be read or written; it stays as it was.
+            ClsaError: 73 or 74 when the file cannot be read or written; it then stays as it was.
         """
         line = {"step": step, **told}
-        if self.read_history()[-1:] != [line]:  # a start killed just after has noted it
+        if self.read_history()[-1:] != [line]:  # a start killed just afterwards has noted it
             text = self._read_text(self.history)
             torn = "\n" if text and not text.endswith("\n") else ""
             files.write_text(self.history, f"{text}{torn}{json.dumps(line)}\n")
 
     def read_history(self) -> list[dict[str, Any]]:
-        """What has been noted; a line that cannot be read is left out.
+        """The lines of `history.jsonl`; a line that cannot be read is left out.
 
         Raises:
-            ClsaError: 73 or 74 when the file is there and the system refuses it.
+            ClsaError: 73 or 74 when the file exists but the system refuses to read it.
         """
         found = []
         for line in self._read_text(self.history).split("\n"):
@@ -162,7 +163,7 @@ class RunFolder:
         return [line for line in found if isinstance(line, dict)]
 
     def _read_text(self, path: Path) -> str:
-        """What a file of the run holds, damage included; nothing where there is none."""
+        """The text of a file of the run, damaged bytes included; empty if there is no file."""
         with files.output_errors(path):
             try:
                 return path.read_bytes().decode("utf-8", "surrogateescape")
@@ -186,16 +187,16 @@ class RunFolder:
         files.write_text(self.path / "quarantine.jsonl", "\n".join(lines) + "\n")
 
     def read_quarantine(self) -> dict[str, str]:
-        """What an earlier start of the run wrote there."""
+        """What an earlier start of the run wrote to `quarantine.jsonl`."""
         path = self.path / "quarantine.jsonl"
         try:
             lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             return {str(line["path"]): str(line["reason"]) for line in lines}
         except (OSError, ValueError, LookupError, TypeError):
-            return {}  # none, or damaged: it is found out again
+            return {}  # missing or damaged: bad pictures are found again
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the lines of `metrics.jsonl` that lie after `step`, where a resumed run starts."""
+        """Drop the lines of `metrics.jsonl` after `step`, where a resumed run starts."""
         if self.metrics.exists():
             with files.output_errors(self.metrics):
                 lines = self.metrics.read_text("utf-8", errors="replace").splitlines()

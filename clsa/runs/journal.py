@@ -1,5 +1,6 @@
-"""What a run tells while it runs: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run reports while it runs: a progress bar, metrics.jsonl, TensorBoard."""
 
+import importlib.util
 import json
 import math
 import threading
@@ -12,25 +13,41 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from clsa.methods.method import Landmarks
+from clsa.options.run import Tensorboard
 from clsa.runs.alarms import Alarm
 from clsa.runs.folder import RunFolder
-from clsa.system import files
+from clsa.system import extras, files
 
 
-class _Told(ProgressColumn):
+def wants_board(tensorboard: Tensorboard) -> bool:
+    """Whether tensorboard/ is written: if the library is installed, or as the option says.
+
+    Raises:
+        ClsaError: 2 when it is asked for and not installed.
+    """
+    if tensorboard == "on":
+        extras.require("tensorboard", "tensorboard", "TensorBoard files")
+    return tensorboard != "off" and importlib.util.find_spec("tensorboard") is not None
+
+
+class _Message(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get("told", "")))
+        return Text(str(task.fields.get("message", "")))
 
 
 class Journal:
-    """Logs one run. Only rank 0 keeps one that speaks; on the others every call does nothing.
+    """Logs one run. Only the journal of rank 0 speaks; on other ranks every call does nothing.
 
     Args:
         folder: where metrics.jsonl and tensorboard/ go.
-        first_step, last_step: range of this start of the run.
-        steps_per_epoch: to count epochs.
-        landmarks: the loss that is told, its chance and its floor.
+        first_step, last_step: range of steps of this start of the run.
+        steps_per_epoch: used to count epochs.
+        landmarks: name of the loss to print, its chance and its floor.
         speaks: whether this process logs.
+        tensorboard: whether it writes tensorboard/ too.
+
+    Raises:
+        ClsaError: 2 when TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -41,6 +58,7 @@ class Journal:
         steps_per_epoch: int,
         landmarks: Landmarks,
         speaks: bool,
+        tensorboard: Tensorboard = "auto",
     ):
         self.console = Console(stderr=True, quiet=not speaks)
         self.speaks, self.landmarks, self.steps_per_epoch = speaks, landmarks, steps_per_epoch
@@ -48,26 +66,30 @@ class Journal:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=20),
             TextColumn("{task.completed}/{task.total}"),
-            _Told(),
+            _Message(),
             TimeRemainingColumn(compact=True),
             console=self.console,
             disable=not (speaks and self.console.is_terminal),
         )
         self.task = self.progress.add_task("", total=last_step, completed=first_step, epoch=1)
         self.folder, self.last_step, self.unwritten = folder, last_step, b""
+        self.has_board = speaks and wants_board(tensorboard)
         self.restart_clock()
 
     def __enter__(self) -> Self:
         if self.speaks:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, rank 0 only
-
             start = int(self.progress.tasks[0].completed)
             with files.output_errors(self.folder.path):
                 self.file = open(self.folder.metrics, "ab", buffering=0)
-                self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=start + 1)
+                self.board = self._open_board(start + 1) if self.has_board else None
             self.excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         self.progress.start()
         return self
+
+    def _open_board(self, first_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, rank 0 only
+
+        return SummaryWriter(str(self.folder.tensorboard), purge_step=first_step)
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()
@@ -76,7 +98,7 @@ class Journal:
             self._append("")
             self.file.close()
             if self.board is not None:
-                with suppress(OSError):  # a full disk, told already or without harm
+                with suppress(OSError):  # a full disk: already reported, or harmless
                     self.board.close()
 
     def restart_clock(self) -> None:
@@ -100,28 +122,28 @@ class Journal:
         self.write({"step": step, "epoch": round(epoch, 4), **values,
                     "images_per_s": round(rate, 2), "data_wait": round(share, 4)})  # fmt: skip
         name, chance, floor = self.landmarks
-        told = f"{name} {values[name]:.2f} (chance {chance:.2f}, floor {floor:.2f})"
+        text = f"{name} {values[name]:.2f} (chance {chance:.2f}, floor {floor:.2f})"
         if "kl" in values:
-            told += f" · KL {values['kl']:.3f}"
-        told += f" · {rate:,.0f} images/s · waiting {share:.0%}"
-        self.progress.update(self.task, told=told, epoch=math.ceil(epoch))
+            text += f" · KL {values['kl']:.3f}"
+        text += f" · {rate:,.0f} images/s · waiting {share:.0%}"
+        self.progress.update(self.task, message=text, epoch=math.ceil(epoch))
         if not self.console.is_terminal and step % self.steps_per_epoch == 0:
-            self.say(f"epoch {math.ceil(epoch)} step {step}/{self.last_step} {told}")
+            self.say(f"epoch {math.ceil(epoch)} step {step}/{self.last_step} {text}")
 
     def refreshed(self, step: int, values: dict[str, float]) -> None:
-        """Write and tell what was prepared before an epoch, and how long it took."""
-        # The step it precedes, so that a resumed run, which prepares again, drops the line.
+        """Write and print what was prepared before an epoch, and how long it took."""
+        # Under the step that follows: a resumed run prepares again, and so drops the line.
         self.write({"step": step + 1, "epoch": step / self.steps_per_epoch, **values})
-        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.say(f"before epoch {step // self.steps_per_epoch + 1}: {told}")
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"before epoch {step // self.steps_per_epoch + 1}: {text}")
 
     def skipped(self, step: int, total: int, reason: str) -> None:
-        """Write and tell that the step which makes `step` of them was skipped, `total` so far."""
+        """Write and print that the last of `step` steps was skipped, `total` of them so far."""
         self.write({"step": step, "epoch": round(step / self.steps_per_epoch, 4), "skipped": total})
-        self.say(f"warning: step {step - 1} was skipped, nothing has moved - {reason}")
+        self.say(f"warning: step {step - 1} was skipped and has changed nothing - {reason}")
 
     def alarm(self, step: int, alarm: Alarm) -> None:
-        """Write and tell an alarm that began with `step` (steps done)."""
+        """Write and print an alarm that began at `step` (steps done)."""
         epoch = round(step / self.steps_per_epoch, 4)
         if self.speaks:
             line = {"step": step, "epoch": epoch, "alarm": alarm.name, "looks": alarm.looks}
@@ -138,18 +160,20 @@ class Journal:
                 if name != "step" and self.board is not None:
                     self.board.add_scalar(name, value, int(values["step"]))
         except OSError as error:
-            self.board = None  # its writer has ended
-            self.say(f"warning: tensorboard/ gets no more of this start - {error.strerror}")
+            self.board = None  # its writer thread has ended
+            self.say(
+                f"warning: tensorboard/ gets nothing more until the next start - {error.strerror}"
+            )
 
     def _thread_failed(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread raises what it is refused; `write` meets it again, and tells."""
+        """Ignore disk errors of TensorBoard's thread: `write` meets them again and reports them."""
         if not (
             issubclass(args.exc_type, OSError) and "tensorboard" in type(args.thread).__module__
         ):
             self.excepthook(args)
 
     def _append(self, line: str) -> None:
-        """Add a line to metrics.jsonl; while the disk refuses, keep it for the next time."""
+        """Add a line to metrics.jsonl; if the disk refuses, keep it for the next call."""
         refused_before = bool(self.unwritten)
         self.unwritten += line.encode()
         try:
@@ -157,7 +181,9 @@ class Journal:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
             if not refused_before:
-                self.say(f"warning: metrics.jsonl waits for the disk - {error.strerror}")
+                self.say(
+                    f"warning: cannot write metrics.jsonl yet, lines are kept - {error.strerror}"
+                )
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

@@ -28,7 +28,7 @@ class EncoderFacts(Config):
 
     @classmethod
     def of(cls, options: RunOptions, step: int, data_digest: str) -> "EncoderFacts":
-        """Those of a run at a step."""
+        """The facts of a run at a step."""
         return cls(
             model=options.model, views=options.views, data=options.data, recipe=options.recipe,
             seed=options.seed, step=step, data_digest=data_digest,
@@ -52,12 +52,16 @@ def load_encoder_facts(path: Path) -> tuple[nn.Module, EncoderFacts]:
     """
     file = path / "encoder.safetensors" if path.is_dir() else path
     if not file.is_file() or not os.access(file, os.R_OK):
-        hint = "finish the run first (the same command resumes it)" if path.is_dir() else "check it"
+        hint = (
+            "finish the run first (the same command resumes it)"
+            if path.is_dir()
+            else "check the path"
+        )
         raise ClsaError(str(file), "no such readable file", hint, Exit.NO_INPUT)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:  # pyright: ignore
             facts = EncoderFacts.model_validate(json.loads((opened.metadata() or {})["clsa"]))
-            names = list(opened.keys())  # it is no mapping
+            names = list(opened.keys())  # `opened` is no mapping
             tensors = {name: opened.get_tensor(name) for name in names}
         encoder = build_encoder(facts.model, seed=0)
         encoder.load_state_dict(tensors)
@@ -80,7 +84,7 @@ def load_encoder(path: str | Path) -> nn.Module:
 def data_of(given: DataOptions, facts: EncoderFacts) -> DataOptions:
     """The pictures named on the command line, or else those that the run learned from.
 
-    In the second case options given beside them (`val`, `workers`, ...) win over the run's.
+    In the second case other options on the command line (`val`, `workers`, ...) override the run's.
     """
     if given.data:
         return given

@@ -1,4 +1,4 @@
-"""When a run is saved, and what becomes of it when the disk refuses."""
+"""When a run is saved, and what happens when the disk refuses."""
 
 import shutil
 import time
@@ -16,12 +16,12 @@ BUNDLES = 3
 
 
 class Saver:
-    """Saves a run in time; goes on when the disk refuses, until it has done so three times.
+    """Saves a run in time; lets it continue until the disk refuses three saves in a row.
 
     Args:
-        state: of the run, where it stands now.
-        options: of the run.
-        journal: where refusals are told.
+        state: the present state of the run.
+        options: the options of the run.
+        journal: where refused saves are reported.
     """
 
     def __init__(self, state: State, options: RunOptions, journal: Journal):
@@ -29,14 +29,14 @@ class Saver:
         self.intact, self.missed, self.since = state.step, 0, time.monotonic()
         self._prune()  # what a killed start left undone
         if not state.step and dist.rank() == 0:
-            shutil.rmtree(state.folder.bad, ignore_errors=True)  # of a start with other options
+            shutil.rmtree(state.folder.bad, ignore_errors=True)  # from a start with other options
 
     def is_due(self) -> bool:
-        """Whether the last save, or the attempt, is too long ago."""
+        """Whether the last save, or the last attempt, is too long ago."""
         return time.monotonic() - self.since > 60 * self.options.save_minutes
 
     def save(self, keep: bool, best: bool, last: bool) -> None:
-        """Write the checkpoint of this step, and if it is the `best` so far its encoder.
+        """Write the checkpoint of this step; if it is the `best` so far, its encoder too.
 
         Args:
             keep: never prune it.
@@ -59,14 +59,15 @@ class Saver:
         self.since = time.monotonic()
 
     def keep_bad(self, reason: str) -> str:
-        """Write what `clsa replay` takes again: the state before the first bad step of a row.
+        """Write what `clsa replay` needs: the state before the first of several bad steps in a row.
 
-        The bad steps have moved nothing, so it is the state of now but for the step. A run keeps
-        the first `BUNDLES` of them, while the disk has room for another checkpoint besides; one in
-        stages keeps none, as its pictures are gathered anew in each.
+        Bad steps change nothing, so this is the present state except for the step number. A run
+        keeps the states of its first `BUNDLES` such rows, if the disk has room for one more
+        checkpoint besides. A run in stages keeps none, because each stage gathers its pictures
+        again.
 
         Returns:
-            The file of this row, or an empty string.
+            The file for this row of bad steps, or an empty string.
         """
         state, folder = self.state, self.state.folder.bad
         first = state.step - state.bad_in_row
@@ -80,7 +81,7 @@ class Saver:
                     kept = {**state.as_dict(), "step": first, "bad": bad}
                     checkpoint.save(folder, name, kept, {"step": first})
             except ClsaError as error:
-                self.journal.say(f"warning: nothing to replay is kept of step {first}: {error}")
+                self.journal.say(f"warning: step {first} cannot be replayed later: {error}")
         return str(path) if path.exists() else ""
 
     def _prune(self) -> None:
@@ -88,7 +89,7 @@ class Saver:
             self.journal.say(f"warning: {refused}")
 
     def _miss(self, error: ClsaError, last: bool) -> None:
-        """Tell of a save that failed; raise when it was one too many."""
+        """Report a failed save; raise if it was the last save or one failure too many."""
         if not isinstance(error.__cause__, OSError):
             raise error
         self.missed += 1
@@ -103,6 +104,6 @@ class Saver:
 
 
 def write_encoder(state: State, options: RunOptions, path: Path) -> None:
-    """The query encoder as safetensors, with what is needed to use and to judge it."""
+    """Write the query encoder as safetensors, with what is needed to use and judge it."""
     facts = saved_encoder.EncoderFacts.of(options, state.step, state.data_digest)
     saved_encoder.save_encoder(path, state.method.network.encoder, facts)

@@ -22,14 +22,14 @@ class Snapshot(NamedTuple):
     """One state of what a run trains."""
 
     name: str
-    """random: as the run started; trained: as it stands."""
+    """random: at the start of the run; trained: as it is now."""
     encoder: nn.Module
     query: Network | None
-    """Encoder and projector; None where only an encoder was given."""
+    """Encoder and projector; None if only an encoder was given."""
     key: Network | None
-    """What encodes keys; the query network itself where the method has no other."""
+    """The network that encodes keys; the query network if the method has no other."""
     digest: str
-    """Of the encoder, as in results.json."""
+    """Digest of the encoder, as in results.json."""
 
 
 def snapshot_of(
@@ -40,23 +40,23 @@ def snapshot_of(
 
 
 class Opened(NamedTuple):
-    """A run, or an encoder's file, ready to be looked into."""
+    """A run, or the file of an encoder, opened for inspection."""
 
     facts: saved_encoder.EncoderFacts
     options: RunOptions | None
-    """None where only an encoder was given."""
+    """None if only an encoder was given."""
     snapshots: list[Snapshot]
     """The random one, then the trained one."""
 
     @property
     def temperature(self) -> float:
-        """Of the method's main loss; 0.2 where it has none (BYOL, SimSiam, supervised)."""
+        """Temperature of the method's main loss; 0.2 if it has none (BYOL, SimSiam, supervised)."""
         method = None if self.options is None else self.options.method
         return float(getattr(method, "temperature", DEFAULT_TEMPERATURE))
 
 
 def open_run(path: Path) -> Opened:
-    """The newest checkpoint of a run folder beside its start; else the encoder that lies there.
+    """The start of a run and its newest checkpoint; without a checkpoint, its encoder file.
 
     Raises:
         ClsaError: 66 when there is neither, 77 when a file is not what clsa writes, 65 when the
@@ -96,7 +96,7 @@ def _model_of(state: dict[str, Any], options: RunOptions) -> ModelOptions:
 
 
 def _networks(state: dict[str, Any], options: RunOptions, path: Path) -> tuple[Network, Network]:
-    """Query and key network of a method's state: those of the innermost method."""
+    """Query and key network of the innermost method in a method's state."""
     marks = [re.match(r"((?:base\.)*)network\.", name) for name in state]
     inner = max((mark[1] for mark in marks if mark), key=len, default="")
     model = _model_of(state, options)
@@ -116,6 +116,6 @@ def _networks(state: dict[str, Any], options: RunOptions, path: Path) -> tuple[N
     except RuntimeError:
         query, keys = None, []
     if query is None:
-        why = "its weights are not of the model that config.yaml describes"
+        why = "its weights do not fit the model in config.yaml"
         raise ClsaError(str(path), why, "restore config.yaml", Exit.BAD_DATA)
     return query, keys[0] if keys else query

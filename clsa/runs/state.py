@@ -1,4 +1,4 @@
-"""The training state of a run: what a checkpoint holds, saved whole and resumed to the bit."""
+"""The training state of a run: what a checkpoint holds, saved in one piece, resumed to the bit."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,16 +25,16 @@ class State:
     Attributes:
         method: model, key network and bank.
         optimizer: over the method's trainable parameters.
-        data_digest: of the pictures; a run resumes on the same ones only.
+        data_digest: digest of the pictures; a run resumes only on these or on an accepted change.
         folder: where checkpoints go.
         step: optimiser steps done.
         best: highest accuracy of the online probe so far, percent.
-        resumed: name of the checkpoint that this start went on from.
-        unsound: names of those that it passed over.
-        bad_in_row: how many steps, the last ones, were skipped for a bad number.
+        resumed: name of the checkpoint that this start resumed from.
+        unsound: names of the damaged checkpoints that it passed over.
+        bad_in_row: how many of the latest steps, in a row, were skipped for a bad number.
         skipped: steps skipped so far.
-        given: the pictures of `data_digest`.
-        statistics: what batch norm's were before the step.
+        given: the pictures that have the digest `data_digest`.
+        statistics: batch norm's statistics before the step.
     """
 
     method: Method
@@ -53,13 +53,13 @@ class State:
         self.statistics = Statistics(self.method)
 
     def done(self, bad: bool) -> None:
-        """A step is done; a bad one has moved nothing else."""
+        """Count a step; a bad one has changed nothing else."""
         self.step += 1
         self.bad_in_row = self.bad_in_row + 1 if bad else 0
         self.skipped += bad
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested dict of tensors, numbers and strings, and the names of them all."""
+        """Nested dict of tensors, numbers and strings, with the names of all of them."""
         values = {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -72,11 +72,11 @@ class State:
         return checkpoint.with_keys(values)
 
     def environment(self) -> dict[str, str | int]:
-        """What the last bits depend on, here and now."""
+        """What the last bits of the run depend on, in this start."""
         return environment.environment(next(self.method.parameters()).device)
 
     def num_bytes(self) -> int:
-        """About what a checkpoint takes on the disk."""
+        """Approximate size of a checkpoint on the disk."""
         held = [value for value in self.method.state_dict().values() if isinstance(value, Tensor)]
         moments = 2 if isinstance(self.optimizer, torch.optim.AdamW) else 1
         trained = [param for group in self.optimizer.param_groups for param in group["params"]]
@@ -88,7 +88,7 @@ class State:
         Args:
             keep: never prune it.
             best: write it as the best one too.
-            more: what its manifest says besides.
+            more: further entries of its manifest.
         """
         if dist.rank() == 0:
             facts = {"step": self.step, "keep": keep, "environment": self.environment(), **more}
@@ -99,9 +99,9 @@ class State:
             self.unsound.discard(checkpoint.name_of(checkpoint.STEP, self.step))
 
     def prune(self) -> list[str]:
-        """Delete older checkpoints on rank 0; returns what could not be, a line each.
+        """Delete older checkpoints on rank 0; returns what could not be deleted, one line each.
 
-        Damaged ones count among the newest until this start has saved a step.
+        Damaged checkpoints count among the newest until this start has saved a step.
         """
         if dist.rank():
             return []
@@ -110,17 +110,17 @@ class State:
         return checkpoint.prune(self.folder.checkpoints, self.resumed, unsound)
 
     def resume(self) -> list[str]:
-        """Take up the newest whole checkpoint; stays as it is when there is none.
+        """Load the newest whole checkpoint; change nothing if there is none.
 
-        With other pictures, where those are accepted, it stands at the beginning of the epoch.
+        If the pictures have changed and that is accepted, go back to the beginning of the epoch.
 
         Returns:
-            Why newer checkpoints were passed over, what has changed in pictures and environment,
-            a line each.
+            Notes, one line each: why newer checkpoints were passed over, and what has changed in
+            the pictures and the environment.
 
         Raises:
-            ClsaError: 2 when the pictures are not those that the run began with, 66 when the
-                checkpoint is not one of such a run.
+            ClsaError: 2 when the pictures have changed and that is not accepted, 66 when the
+                checkpoint does not fit this run.
         """
         saved = checkpoint.load_newest(self.folder.checkpoints)
         if saved is None:
@@ -131,23 +131,24 @@ class State:
         self.given.compare(before, self.data_digest, self.folder, self.method)
         try:
             self.take(saved.state)
-        except (RuntimeError, ValueError) as error:  # torch names the tensor last
+        except (RuntimeError, ValueError) as error:  # torch names the tensor in the last line
             why = str(error).strip().splitlines()[-1].strip()
-            raise ClsaError(str(saved.path), why, "start anew", Exit.NO_INPUT) from None
+            raise ClsaError(str(saved.path), why, "start a new run", Exit.NO_INPUT) from None
         self.resumed = saved.path.stem
         self.unsound = {why.partition(":")[0] for why in saved.skipped}
         self.given.begun = Change.begun_by(saved.facts)
         if self.given.changed:
             epoch = self.step // saved.state["steps_per_epoch"]
-            self.step, self.best = epoch * self.given.steps_per_epoch, -1.0  # judged on others
+            # The best accuracy so far was measured with other pictures.
+            self.step, self.best = epoch * self.given.steps_per_epoch, -1.0
             self.bad_in_row = 0
             begin = f"with the weights of {self.resumed} at step {self.step}, epoch {epoch + 1}"
-            notes.append(f"data changed: {self.given.changed}; goes on {begin}")
+            notes.append(f"data changed: {self.given.changed}; continues {begin}")
         moved = environment.describe_change(saved.facts.get("environment"), self.environment())
         return notes + ([moved] if moved else [])
 
     def take(self, saved: dict[str, Any]) -> None:
-        """Become what `as_dict` has told."""
+        """Take over a state that `as_dict` has returned."""
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.best = saved["step"], saved["best"]
@@ -155,11 +156,11 @@ class State:
         self.bad_in_row, self.skipped = skips["in_row"], skips["total"]
 
     def keep_pictures(self) -> None:
-        """Note on rank 0 which pictures these are; changed ones make this the newest checkpoint.
+        """Record the pictures on rank 0; if they have changed, save this state as the newest first.
 
-        Its manifest says what has changed. Killed or refused on the way, the next start finds
-        either the run of before, while a later checkpoint of that stands, or the changed one, and
-        does what is left.
+        The manifest of that checkpoint says what has changed. If the process is killed or the disk
+        refuses before the end, the next start finds either the earlier run (as long as a later
+        checkpoint of it exists) or the changed run, and finishes the work.
         """
         given, folder = self.given, self.folder
         if given.source is None or dist.rank():

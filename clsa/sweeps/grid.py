@@ -1,4 +1,4 @@
-"""What a sweep runs: from a YAML file, or a preset, to one resolved `RunOptions` a cell."""
+"""Turns a sweep's YAML file or preset into its cells, each with its resolved `RunOptions`."""
 
 import hashlib
 import itertools
@@ -19,28 +19,28 @@ from clsa.system.errors import ClsaError, Exit
 from clsa.system.files import ASSETS
 
 PRESETS = ASSETS / "sweeps"
-OWN = {"out": "--out", "seed": "seeds", "config": "base"}  # what the sweep sets, and from what
+OWN = {"out": "--out", "seed": "seeds", "config": "base"}  # set by the sweep, from these
 MAX_NAME = 120
 
 Axes = dict[str, dict[str, dict[str, Any]]]
-"""For each axis its places, in words, and the options that each place sets."""
+"""For each axis, its places as text, and the options that each place sets."""
 
 
 class Grid(Config):
-    """A sweep's file."""
+    """The contents of a sweep's file."""
 
     name: str = ""
-    """Of the sweep (default: the file's)."""
+    """Name of the sweep (default: the name of the file)."""
     about: str = ""
-    """The question, printed above the table."""
+    """The question that the sweep asks; printed above the table."""
     seeds: tuple[Seed, ...] = (0,)
-    """Every row of the table is run once with each."""
+    """Every row of the table is run once with each seed."""
     protocol: tuple[Name, ...] = ("knn-20", "knn-strong")
-    """How the encoders are judged."""
+    """The protocols that judge the encoders."""
     labels: str | None = None
-    """Few labels that judging learns from, as `clsa evaluate --labels` takes them."""
+    """The subset of labels that judging learns from, written as for `clsa evaluate --labels`."""
     base: dict[str, Any] = pydantic.Field({})
-    """Options of every run, in groups or with dotted names."""
+    """Options that all runs share, in groups or with dotted names."""
     grid: dict[str, Any] = pydantic.Field({})
     """Axes: an option with a list of values, or any name with `label: options` pairs."""
 
@@ -49,7 +49,7 @@ class Cell(NamedTuple):
     """One run of the grid."""
 
     row: dict[str, str]
-    """Its place on each axis, in words."""
+    """Its place on each axis, as text."""
     options: RunOptions
 
     def __str__(self) -> str:
@@ -58,11 +58,11 @@ class Cell(NamedTuple):
 
 
 def read_grid(options: SweepOptions) -> Grid:
-    """The grid of a preset or a file, with what the command line gives in place of the file's.
+    """Read the grid of a preset or a file; options on the command line replace the file's.
 
     Raises:
-        ClsaError: when there is neither, when the file is not a grid, or when the command line
-            gives what an axis varies.
+        ClsaError: if neither a file nor a preset has this name, if the file is not a grid, or if
+            the command line sets an option that an axis varies.
     """
     name = options.sweep
     presets = sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -80,7 +80,7 @@ def read_grid(options: SweepOptions) -> Grid:
     for axis, places in axes_of(grid).items():
         for clash in dotted(given) & set_by(places):
             flag = clash.rpartition(".")[2].replace("_", "-")
-            raise ClsaError(f"--{flag}", f"the axis {axis} sets it", "leave out one of the two")
+            raise ClsaError(f"--{flag}", f"the axis {axis} sets it", "remove one of the two")
     return grid.model_copy(
         update={
             "seeds": grid.seeds if options.seeds is None else options.seeds,
@@ -91,43 +91,48 @@ def read_grid(options: SweepOptions) -> Grid:
 
 
 def axes_of(grid: Grid) -> Axes:
-    """The axes of a grid in one form.
+    """Bring the axes of a grid into one form.
 
     Raises:
-        ClsaError: for an axis without values, with one value twice, or of another form.
+        ClsaError: if an axis has no values, has the same value twice, or has another form.
     """
     axes: Axes = {}
     for axis, places in grid.grid.items():
         where = f"{grid.name}: grid: {words(axis)}"
         if isinstance(places, list):
-            told = [(words(value), nested({axis: value})) for value in places]
+            pairs = [(words(value), nested({axis: value})) for value in places]
         elif isinstance(places, dict) and all(isinstance(value, dict) for value in places.values()):
-            told = [(words(label), nested(values)) for label, values in places.items()]
+            pairs = [(words(label), nested(values)) for label, values in places.items()]
         else:
             hint = "write `option: [value, value]` or `name: {label: {option: value}}`"
             raise ClsaError(where, "not an axis", hint)
-        if not told or len(dict(told)) < len(told):
-            raise ClsaError(where, "a value twice" if told else "no values", "correct the axis")
-        axes[words(axis)] = dict(told)
+        if not pairs or len(dict(pairs)) < len(pairs):
+            raise ClsaError(
+                where, "a value appears twice" if pairs else "no values", "correct the axis"
+            )
+        axes[words(axis)] = dict(pairs)
     return axes
 
 
 def cells_of(grid: Grid, out: Path) -> list[Cell]:
-    """Every run of a sweep in `out`, all resolved: the rows with the first seed, with the next, ...
+    """Resolve every run of a sweep in `out`: all rows with the first seed, then the next, ...
 
     Raises:
-        ClsaError: when there is nothing to run; for an unknown option or value in any cell, an
-            option that two axes set or that is the sweep's own, or two rows that are the same run.
+        ClsaError: if there is nothing to run, if any cell has an unknown option or value, if two
+            axes set the same option, if the grid sets an option that belongs to the sweep itself,
+            or if two rows are the same run.
     """
     axes = axes_of(grid)
     for kind, found in (("grid", axes), ("seeds", grid.seeds), ("protocol", grid.protocol)):
         if not found or len(set(found)) < len(found):
-            why = "one twice" if found else "there are none"
+            why = "one appears twice" if found else "there are none"
             raise ClsaError(f"{grid.name}: {kind}", why, "correct the file")
     for name in grid.protocol:
         if CARDS[name].pictures != "classes":
-            why = "it takes VOC's or COCO's folders, and a sweep judges on its own pictures"
-            raise ClsaError(f"{grid.name}: protocol {name}", why, "judge the runs by clsa evaluate")
+            why = "it needs VOC's or COCO's folders, but a sweep judges on its own pictures"
+            raise ClsaError(
+                f"{grid.name}: protocol {name}", why, "judge the runs with clsa evaluate"
+            )
     owners: dict[str, str] = {}
     for axis, places in {"base": {"": nested(grid.base)}, **axes}.items():
         for name in sorted(set_by(places)):
@@ -135,7 +140,7 @@ def cells_of(grid: Grid, out: Path) -> list[Cell]:
             if name in OWN:
                 raise ClsaError(where, "the sweep itself sets it", f"use {OWN[name]}")
             if owners.get(name, "base") != "base":
-                raise ClsaError(where, f"the axis {owners[name]} sets it too", "leave out one")
+                raise ClsaError(where, f"the axis {owners[name]} sets it too", "remove one")
             owners[name] = axis
     rows = [dict(zip(axes, places, strict=True)) for places in itertools.product(*axes.values())]
     cells = []
@@ -144,8 +149,8 @@ def cells_of(grid: Grid, out: Path) -> list[Cell]:
             values = {**nested(grid.base), "seed": seed, "out": str(out / f"{folder}_seed-{seed}")}
             for axis, place in row.items():
                 values = merge(values, axes[axis][place])
-            told = " ".join(f"{axis}={place}" for axis, place in row.items())
-            cells.append(Cell(row, resolve(values, f"{grid.name}: {told}")))
+            title = " ".join(f"{axis}={place}" for axis, place in row.items())
+            cells.append(Cell(row, resolve(values, f"{grid.name}: {title}")))
     require_different(grid, cells[: len(rows)])
     return cells
 
@@ -159,11 +164,11 @@ def require_different(grid: Grid, cells: list[Cell]) -> None:
         same = seen.setdefault(json.dumps(facts, default=str), cell)
         if same is not cell:
             what = f"{grid.name}: {cell}"
-            raise ClsaError(what, f"the same run as {same}", "take one of them out")
+            raise ClsaError(what, f"the same run as {same}", "remove one of them")
 
 
 def require_same(before: Grid, now: Grid, free: set[str], out: Path) -> None:
-    """Raise unless two grids have the same rows; seeds, protocols and `free` options may differ."""
+    """Raise unless both grids have the same rows; seeds, protocols, `free` options may differ."""
 
     def rows(grid: Grid) -> str:
         base = {name: value for name, value in leaves(nested(grid.base)) if name not in free}
@@ -171,28 +176,28 @@ def require_same(before: Grid, now: Grid, free: set[str], out: Path) -> None:
 
     if rows(before) != rows(now):
         why = f"holds another sweep (see {out / 'sweep.yaml'})"
-        raise ClsaError(str(out), why, "choose another --out, or the sweep's own grid and options")
+        raise ClsaError(str(out), why, "choose another --out, or use that sweep's grid and options")
 
 
 def names_of(rows: list[dict[str, str]]) -> list[str]:
-    """A folder name for each row: readable, of plain letters, and of that row alone."""
-    told = ["_".join(slug(f"{axis}-{place}") for axis, place in row.items()) for row in rows]
-    counts = Counter(name[:MAX_NAME].casefold() for name in told)
+    """A folder name for each row: readable, ASCII, unique, the same at every start."""
+    names = ["_".join(slug(f"{axis}-{place}") for axis, place in row.items()) for row in rows]
+    counts = Counter(name[:MAX_NAME].casefold() for name in names)
     return [
         name
         if counts[name.casefold()] == 1
         else f"{name[:MAX_NAME]}-{hashlib.sha256(json.dumps(row).encode()).hexdigest()[:8]}"
-        for name, row in zip(told, rows, strict=True)
+        for name, row in zip(names, rows, strict=True)
     ]
 
 
 def slug(text: str) -> str:
-    """`text` as a part of a file's name: every run of other signs becomes a hyphen."""
+    """`text` as part of a file name: other characters than letters, digits and dots become `-`."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "unnamed"
 
 
 def words(value: Any) -> str:
-    """A value or label of a grid on one line, as YAML has it."""
+    """A value or label of a grid on one line, written as in YAML."""
     if isinstance(value, list):
         return ",".join(map(words, value)) or "none"
     plain = value is None or isinstance(value, (bool, dict))
@@ -201,7 +206,7 @@ def words(value: Any) -> str:
 
 
 def nested(values: dict[Any, Any]) -> dict[str, Any]:
-    """Dotted names opened into groups, at any depth."""
+    """Expand dotted names into groups, at any depth."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         value = nested(value) if isinstance(value, dict) else value
@@ -212,7 +217,7 @@ def nested(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted names and values of what nested groups hold."""
+    """Dotted names and values of all options in nested groups."""
     found = []
     for name, value in values.items():
         inner = isinstance(value, dict)
@@ -221,7 +226,7 @@ def leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def dotted(values: dict[str, Any]) -> set[str]:
-    """Dotted names of what nested groups hold."""
+    """Dotted names of all options in nested groups."""
     return {name for name, _ in leaves(values)}
 
 

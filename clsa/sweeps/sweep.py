@@ -1,7 +1,7 @@
-"""The runs of a grid, one after the other, resumable.
+"""Runs a grid, one run after the other; an interrupted sweep can be resumed.
 
 A sweep's folder holds `sweep.yaml` (the grid), a run folder for each cell, and `table.md` and
-`table.json`, written anew after every run.
+`table.json`, which are rewritten after every run.
 """
 
 import os
@@ -36,14 +36,15 @@ from clsa.training.stages import pretrain
 
 
 def sweep(options: SweepOptions) -> Path:
-    """Run, or go on with, a grid; print its table; return its folder.
+    """Run a grid, or continue it; print its table; return its folder.
 
-    Runs that are finished and judged are left alone. One that fails is noted; the others go on.
+    Runs that are finished and judged are skipped. A run that fails is recorded in the table, and
+    the sweep continues with the next.
 
     Raises:
-        ClsaError: before the first run, for a grid, pictures or a folder that will not do. Later,
-            with the table written: 75 when a signal came, and at the end when a run has failed,
-            with the code of the first that did.
+        ClsaError: before the first run, if the grid, the pictures or the folder cannot be used.
+            Later, after writing the table: 75 if a signal stopped the sweep; at the end, if runs
+            failed, the code of the first failed run.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ClsaError("clsa sweep", "it runs in one process", "start it without torchrun")
@@ -64,10 +65,10 @@ def sweep(options: SweepOptions) -> Path:
         try:
             for place, (cell, title) in enumerate(zip(cells, titles, strict=True)):
                 if is_settled(outcomes[place], cell, grid):
-                    print(f"{title}: done already", file=sys.stderr)
+                    print(f"{title}: already done", file=sys.stderr)
                     continue
-                if stop.level:  # it came between two runs
-                    name, hint = stop.signal_name, "the same command goes on"
+                if stop.level:  # the signal came between two runs
+                    name, hint = stop.signal_name, "run the same command again to continue"
                     raise StopError(f"stopped before {title}", name, hint, name)
                 print(title, file=sys.stderr, flush=True)
                 try:
@@ -79,20 +80,21 @@ def sweep(options: SweepOptions) -> Path:
         finally:
             write_tables(out, grid, outcomes)
             Console().print(printed(grid, outcomes))
-    print(f"{LEGEND}\nTable: {out / 'table.md'}; every number: {out / 'table.json'}")
+    print(f"{LEGEND}\nTable: {out / 'table.md'}; all figures: {out / 'table.json'}")
     failed = [outcome for outcome in outcomes if outcome.code]
     if failed:
         what = f"{len(failed)} of {len(cells)} runs failed"
         why = f"{failed[0].run}: {failed[0].reason}"
-        raise ClsaError(what, why, "the same command tries them again", Exit(failed[0].code))
+        raise ClsaError(what, why, "run the same command again to retry them", Exit(failed[0].code))
     return out
 
 
 def run(cell: Cell, grid: Grid) -> Outcome:
-    """Train one cell, or go on with it, and judge it; a failure is told and returned.
+    """Train one cell, or continue its training, and judge it; print and return a failure.
 
     Raises:
-        ClsaError: for what would end the other runs too: a signal, or a disk that refuses.
+        ClsaError: for failures that would end the other runs too: a signal, or a disk that cannot
+            be written.
     """
     judging = EvaluateOptions(
         run=cell.options.out,
@@ -113,10 +115,10 @@ def run(cell: Cell, grid: Grid) -> Outcome:
 
 
 def require_room(out: Path, grid: Grid, cells: list[Cell]) -> None:
-    """See that `out` is free, or holds this grid's sweep, and that so does every run folder.
+    """Check that `out` and every run folder are free or belong to this grid's sweep.
 
     Raises:
-        ClsaError: 2 when not, 73 when it cannot be a folder.
+        ClsaError: 2 if they do not, 73 if `out` cannot be a folder.
     """
     with files.output_errors(out):
         taken = out.exists() and any(path.name != lock.NAME for path in out.iterdir())
@@ -132,16 +134,16 @@ def require_room(out: Path, grid: Grid, cells: list[Cell]) -> None:
 
 
 def require_labels(cells: list[Cell]) -> None:
-    """Raise now, rather than after every run, unless its pictures are there and can judge it."""
+    """Raise before any run, not after it, if its pictures are missing or cannot judge it."""
     for data in dict.fromkeys(cell.options.data for cell in cells):
         source = open_source(data.data, "train", data)
         split(source, open_val(data, source.classes), seed=0)
 
 
 def is_settled(outcome: Outcome, cell: Cell, grid: Grid) -> bool:
-    """Whether a run has come to its end, or to the limit it still has, and that encoder is judged.
+    """Whether a run reached its end, or a limit that still holds, and its encoder is judged.
 
-    More minutes than it ran under make it go on.
+    A run that stopped at `max_minutes` continues if the limit has changed.
     """
     at_end = {
         "finished": True,

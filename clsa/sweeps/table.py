@@ -1,4 +1,4 @@
-"""What became of the runs of a sweep, and its table: mean and deviation over the seeds."""
+"""Collects the outcomes of a sweep's runs; makes its table of means and deviations over seeds."""
 
 import itertools
 import json
@@ -24,36 +24,36 @@ from clsa.system.errors import RESUMABLE, ClsaError, Exit, first_line
 NOTE = "note"
 LEGEND = """\
 Mean ± sample standard deviation over the seeds; the best mean of each accuracy is bold.
-Accuracies are top-1 in percent (VOC07: mAP), after the last epoch; a gain is the trained minus the
-random encoder of the same seed.
-ms per picture: wall-clock time of training, loading and clustering included, judging and saving
-not. Pictures seen: steps times batch size, whatever views each gives."""
+Accuracies are top-1 in percent (VOC07: mAP) after the last epoch; a gain is the accuracy of the
+trained encoder minus that of the random encoder of the same seed.
+ms per picture: wall-clock time of training, with loading and clustering, without judging and
+saving. Pictures seen: steps times batch size, however many views each picture gives."""
 
 
 class Outcome(Config):
-    """What became of one run, as table.json keeps it."""
+    """The outcome of one run, as stored in table.json."""
 
     run: str
-    """Name of its folder."""
+    """Name of the run's folder."""
     row: dict[str, str]
     seed: int
     code: int = 0
     """See `errors.Exit`."""
     reason: str = "not run yet"
-    """finished, max_steps, max_minutes, or what ended it before."""
+    """finished, max_steps, max_minutes, or the error that ended the run early."""
     step: int = 0
     epoch: float = 0.0
     epochs: int
-    """Of the whole schedule."""
+    """Length of the whole schedule."""
     max_minutes: float | None = None
     """The limit it ran under."""
     pictures_seen: int = 0
     ms_per_picture: float | None = None
     records: tuple[Record, ...] = ()
-    """Of the encoder in the run's folder."""
+    """Records of the encoder in the run's folder."""
 
     def headline(self, protocol: str, encoder: str = "trained") -> float | None:
-        """The card's headline in percent, after the last epoch; None where it was not judged."""
+        """The card's headline metric in percent, after the last epoch; None if not judged."""
         metric = CARDS[protocol].headline
         for record in self.records:
             if (record.protocol, record.metric, record.encoder) == (protocol, metric, encoder):
@@ -61,13 +61,13 @@ class Outcome(Config):
         return None
 
     def gain(self, protocol: str) -> float | None:
-        """Trained minus random encoder, in points."""
+        """Headline of the trained minus that of the random encoder, in points."""
         trained, random = self.headline(protocol), self.headline(protocol, "random")
         return None if trained is None or random is None else trained - random
 
     @property
     def note(self) -> str:
-        """What the table says of a run that is not whole."""
+        """What the table says about a run that did not finish."""
         if self.reason == "finished":
             return ""
         if self.code and self.code not in RESUMABLE:
@@ -82,7 +82,7 @@ class Outcome(Config):
 def outcome_of(
     cell: Cell, records: list[Record] | None = None, error: Exception | None = None
 ) -> Outcome:
-    """What a run's folder tells of it, once judging gave `records` or `error` ended it."""
+    """Read a run's outcome from its folder, after judging gave `records` or `error` ended it."""
     options, folder = cell.options, RunFolder(cell.options.out)
     facts: dict[str, Any] = {
         "run": options.out.name,
@@ -115,7 +115,7 @@ def outcome_of(
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole JSON lines of a file; none when it is not there."""
+    """The complete JSON lines of a file; none if the file is missing."""
     found = []
     with suppress(OSError):
         for line in path.read_text("utf-8", errors="replace").splitlines():
@@ -125,21 +125,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Mean(NamedTuple):
-    """Of the seeds that have a value."""
+    """Mean and deviation over the seeds that have a value."""
 
     mean: float
     deviation: float | None
-    """Sample standard deviation; None of one value."""
+    """Sample standard deviation; None for a single value."""
     n: int
 
     def text(self, sign: str = "-") -> str:
-        """As the table has it; `sign` "+" shows the plus of a gain."""
+        """As the table shows it; `sign` "+" puts a plus before a positive gain."""
         spread = "" if self.deviation is None else f" ± {self.deviation:.2f}"
         return f"{self.mean:{sign}.2f}{spread}"
 
 
 def mean_of(values: Iterable[float | None]) -> Mean | None:
-    """Mean and sample standard deviation of what is there; None of nothing."""
+    """Mean and sample standard deviation of the values that are not None; None if all are."""
     there = [value for value in values if value is not None]
     if not there:
         return None
@@ -148,7 +148,7 @@ def mean_of(values: Iterable[float | None]) -> Mean | None:
 
 
 def by_row(outcomes: list[Outcome]) -> list[list[Outcome]]:
-    """The seeds of each row together, rows in their order."""
+    """Group the outcomes by row, in the order of the rows."""
     rows: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         rows.setdefault(json.dumps(outcome.row), []).append(outcome)
@@ -156,7 +156,7 @@ def by_row(outcomes: list[Outcome]) -> list[list[Outcome]]:
 
 
 def accuracies(grid: Grid, seeds: list[Outcome]) -> dict[str, Mean | None]:
-    """The columns of accuracy of one row."""
+    """The accuracy columns of one row."""
     columns = {}
     for protocol in grid.protocol:
         columns[protocol] = mean_of(outcome.headline(protocol) for outcome in seeds)
@@ -174,7 +174,7 @@ class Sheet(NamedTuple):
 
 
 def sheet_of(grid: Grid, outcomes: list[Outcome]) -> Sheet:
-    """The table of a sweep, as far as it has come."""
+    """The table of a sweep, finished or not."""
     rows = by_row(outcomes)
     found = [accuracies(grid, seeds) for seeds in rows]
     axes = list(outcomes[0].row)
@@ -210,15 +210,15 @@ def sheet_of(grid: Grid, outcomes: list[Outcome]) -> Sheet:
 
 
 def heading(grid: Grid, outcomes: list[Outcome]) -> str:
-    """What is asked, and how sure one figure can be."""
+    """The sweep's question, and the standard error of a single figure."""
     records = [record for outcome in outcomes for record in outcome.records]
     judges = dict.fromkeys((record.n, record.split) for record in records)
-    told = [
+    judged_on = [
         f"Judged on {n:,} pictures ({kind}): the standard error of one run is up to "
         f"{50 / math.sqrt(n):.1f} points."
         for n, kind in judges
     ]
-    return "\n".join(filter(None, [words(grid.about) if grid.about else "", *told]))
+    return "\n".join(filter(None, [words(grid.about) if grid.about else "", *judged_on]))
 
 
 def markdown(grid: Grid, outcomes: list[Outcome]) -> str:
@@ -263,7 +263,7 @@ def printed(grid: Grid, outcomes: list[Outcome]) -> Table:
 
 
 def write_tables(out: Path, grid: Grid, outcomes: list[Outcome]) -> None:
-    """`table.md` to be read, `table.json` with every record of every run."""
+    """Write `table.md`, for reading, and `table.json`, with every record of every run."""
     files.write_text(out / "table.md", markdown(grid, outcomes))
     rows = [
         {"row": seeds[0].row, **{name: mean and mean._asdict() for name, mean in columns.items()}}
@@ -279,10 +279,10 @@ def write_tables(out: Path, grid: Grid, outcomes: list[Outcome]) -> None:
 
 
 def read_outcomes(path: Path) -> dict[str, Outcome]:
-    """What an earlier start wrote to table.json, by run."""
+    """The outcomes that an earlier start wrote to table.json, by run."""
     try:
         entries = json.loads(path.read_text("utf-8"))["runs"]
         outcomes = [Outcome.parse(entry, str(path)) for entry in entries]
     except (OSError, ValueError, LookupError, TypeError, ClsaError):
-        return {}  # none, or damaged: runs are judged again
+        return {}  # missing or damaged: all runs are judged again
     return {outcome.run: outcome for outcome in outcomes}

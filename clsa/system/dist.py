@@ -1,7 +1,7 @@
 """torch.distributed as plain functions; with one process each is the identity.
 
-Every function may be called whether or not a process group exists, so no caller asks how many
-processes there are.
+Every function works with or without a process group, so no caller has to ask how many processes
+there are.
 """
 
 import os
@@ -35,10 +35,10 @@ def local_rank() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` asks for; "auto" is this process's GPU where there is one, or the CPU.
+    """The device that `name` asks for; "auto" is this process's GPU if there is one, else the CPU.
 
     Raises:
-        ClsaError: for a name torch does not know, or a GPU that is not there.
+        ClsaError: for a name that torch does not know, or a GPU that does not exist.
     """
     has_gpu = torch.cuda.is_available()
     if name == "auto":
@@ -66,11 +66,11 @@ def process_group(device: torch.device, timeout_s: float = 3600.0) -> Iterator[N
     Without torchrun's environment (`WORLD_SIZE`) nothing is set up.
 
     Args:
-        timeout_s: how long one process waits for another before that counts as lost; while rank 0
-            works in `peers.first_alone`, without a sign of life.
+        timeout_s: how long a process waits for another before it counts that one as lost. While
+            rank 0 works in `ranks.first_alone`: how long it may give no sign of life.
 
     Raises:
-        ClsaError: 74 when another process is lost.
+        ClsaError: when another process is lost; 74, or the exit code of that process.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or td.is_initialized():
         yield
@@ -111,7 +111,7 @@ def all_sum(value: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over the ranks; one that a rank lacks counts as zeros."""
+    """Replace each gradient by its sum over the ranks; a missing gradient counts as zeros."""
     if world_size() == 1:
         return
     kept = list(parameters)
@@ -123,31 +123,31 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def all_gather_with_grad(rows: Float[Tensor, "b ..."]) -> Float[Tensor, "B ..."]:
-    """`all_gather` with gradient: a rank's rows receive what every rank's loss asks of them."""
+    """`all_gather` with gradient: a rank's rows receive the gradients of every rank's loss."""
     if world_size() == 1:
         return rows
-    # Zeros of all ranks around one's own rows; the sum puts them side by side.
+    # Each rank pads its rows with zeros; the sum then concatenates the rows of all ranks.
     before = rows.new_zeros((rank() * len(rows), *rows.shape[1:]))
     after = rows.new_zeros(((world_size() - 1 - rank()) * len(rows), *rows.shape[1:]))
     return all_sum(torch.cat([before, rows, after]))
 
 
 def from_first(value: Tensor) -> Tensor:
-    """Rank 0's `value`, written over every other rank's."""
+    """Overwrite `value` on every other rank with that of rank 0, and return it."""
     if world_size() > 1:
         td.broadcast(value, 0)
     return value
 
 
 def permuted(rows: Float[Tensor, "b ..."], order: Int64[np.ndarray, "B"]) -> Float[Tensor, "b ..."]:
-    """This rank's share of `all_gather(rows)[order]`, of which only these rows are sent.
+    """This rank's share of `all_gather(rows)[order]`; only the rows of that share are sent.
 
     Args:
-        rows: equally many on every rank; the result carries no gradient.
+        rows: the same number on every rank; the result carries no gradient.
         order: a permutation of all ranks' rows, the same on every rank.
     """
     rows, count = rows.detach(), len(rows)
-    wanted = order.reshape(world_size(), count)  # a line for each rank
+    wanted = order.reshape(world_size(), count)  # one line per rank
     owners = wanted // count
     sent = [
         line[owner == rank()] - rank() * count for line, owner in zip(wanted, owners, strict=True)
@@ -163,7 +163,7 @@ def permuted(rows: Float[Tensor, "b ..."], order: Int64[np.ndarray, "B"]) -> Flo
 
 
 def all_max(value: Tensor) -> Tensor:
-    """Largest `value` over the ranks: how they agree on a flag."""
+    """Largest `value` over the ranks; lets all ranks agree on a flag."""
     if world_size() > 1:
         td.all_reduce(value, op=td.ReduceOp.MAX)
     return value

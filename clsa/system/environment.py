@@ -1,4 +1,4 @@
-"""What a run's last bits depend on besides its options: told when it changes between starts."""
+"""What the last bits of a run depend on besides its options; a change of it is reported."""
 
 import platform
 from typing import Any
@@ -9,7 +9,7 @@ from clsa.system import dist
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """Version of torch, threads, processes, processor and device of this start."""
+    """Torch version, number of threads and processes, processor and device of this start."""
     on_gpu = device.type == "cuda"
     return {
         "torch": str(torch.__version__),
@@ -21,14 +21,14 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def describe_change(before: Any, now: dict[str, str | int]) -> str:
-    """One line when a run goes on elsewhere; empty where nothing differs, or nothing is known.
+    """One line when a run continues in another environment; empty if no difference is known.
 
     Args:
-        before: what a manifest says of the environment, whatever that is.
+        before: the environment in the manifest of a checkpoint; ignored unless it is a dict.
     """
     known = before if isinstance(before, dict) else {}
     changed = [name for name in now if name in known and known[name] != now[name]]
-    told = ", ".join(f"{name} {known[name]} -> {now[name]}" for name in changed)
+    text = ", ".join(f"{name} {known[name]} -> {now[name]}" for name in changed)
     if "processes" in changed:
-        told += "; batch norm's statistics are each process's own"
-    return f"bitwise equality not promised: {told}" if told else ""
+        text += "; each process has its own batch norm statistics"
+    return f"bitwise equality not promised: {text}" if text else ""

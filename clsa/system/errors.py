@@ -1,4 +1,4 @@
-"""Errors that a user can mend: what happened, why, what to do; each kind has its exit code."""
+"""Errors that a user can fix: what happened, why, what to do; each kind has its exit code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ class Exit(IntEnum):
 
 
 RESUMABLE = (Exit.PREEMPTED, Exit.IO, Exit.CANNOT_WRITE)
-"""After these the same command goes on."""
+"""After these codes the same command resumes the run."""
 
 
 class ClsaError(Exception):
-    """An expected failure. Printed as one line `error: WHAT - WHY - WHAT TO DO`, no traceback.
+    """An expected failure, printed as one line `error: WHAT - WHY - WHAT TO DO`, no traceback.
 
     Args:
         what: what went wrong, with the path or the option.
@@ -45,30 +45,30 @@ _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough mem
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Tell of memory that the system refuses in one line.
+    """Report in one line that the system refuses memory.
 
     Raises:
-        ClsaError: 74.
+        ClsaError: 74 when it does.
     """
     try:
         yield
     except (MemoryError, RuntimeError, ImportError, OSError) as error:
-        told = first_line(error)
+        why = first_line(error)
         if not isinstance(error, MemoryError) and not any(
             text in str(error).lower() for text in _NO_MEMORY
         ):
             raise
-        step = "free some, raise ulimit -v, or lower --batch-size and --workers"
-        raise ClsaError("memory is short", told, step, Exit.IO) from error
+        step = "free some memory, raise ulimit -v, or lower --batch-size and --workers"
+        raise ClsaError("not enough memory", why, step, Exit.IO) from error
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of a process that this error ends."""
+    """The exit code of a process that ends with this error."""
     if isinstance(error, ClsaError):
         return error.code
     return Exit.PREEMPTED if isinstance(error, KeyboardInterrupt) else Exit.BUG
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
+    """The first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

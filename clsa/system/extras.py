@@ -1,4 +1,4 @@
-"""Libraries that only some commands need: found where they are used, or named with their extra."""
+"""Optional libraries: imported when used; if one is missing, the error names its extra."""
 
 import importlib
 from typing import Any
@@ -10,12 +10,12 @@ def require(module: str, extra: str, purpose: str) -> Any:
     """The module of an optional library.
 
     Args:
-        module: its dotted name.
-        extra: of this package, which installs it.
-        purpose: what cannot be done without it, for the user.
+        module: dotted name of the module.
+        extra: the extra of this package that installs it.
+        purpose: what the user cannot do without it.
 
     Raises:
-        ClsaError: when it is not installed.
+        ClsaError: when the library is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Writing files so that no reader ever sees half of one."""
+"""Writing files so that no reader ever sees a half-written one."""
 
 import errno
 import hashlib
@@ -19,7 +19,7 @@ LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")
 
 
 class _Hashing:
-    """Write-only file object that keeps the sha256 and the length of what went through."""
+    """Write-only file object that computes the sha256 and the length of the data written."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self._hash, self.size = file, hashlib.sha256(), 0
@@ -43,24 +43,25 @@ class _Hashing:
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> tuple[str, int]:
-    """Have `write` fill a temporary file beside `path`, flush it to the disk, rename it to `path`.
+    """Have `write` fill a temporary file next to `path`, flush it to disk, rename it to `path`.
 
     Returns:
         sha256 and length in bytes of what was written.
 
     Raises:
-        ClsaError: 73 when the folder refuses, 74 when the disk does; no temporary file stays.
+        ClsaError: 73 when the folder cannot be written, 74 when the disk is full or fails. No
+            temporary file is left.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with output_errors(path):
-        temporary.unlink(missing_ok=True)  # of a killed process that had our number
+        temporary.unlink(missing_ok=True)  # left by a killed process that had our pid
         try:
             with open(temporary, "xb") as file:
                 hashing = _Hashing(file)
                 try:
                     write(hashing)  # pyright: ignore[reportArgumentType]
                 except RuntimeError as error:
-                    # torch.save hides a refusal, Ctrl-C and a loader process's death behind one.
+                    # torch.save hides a disk error, Ctrl-C or the death of a worker in one.
                     hidden = error.__context__
                     stopped = hidden if isinstance(hidden, (KeyboardInterrupt, ClsaError)) else None
                     raise stopped or hashing.refusal or error from None
@@ -74,13 +75,13 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> tuple[str,
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_atomic` of a text in UTF-8; undecodable bytes of file names survive."""
+    """`write_atomic` for a text in UTF-8; undecodable bytes of file names are preserved."""
     write_atomic(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
 
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` into a `ClsaError`."""
+    """Turn an operating system error in writing `path` into a `ClsaError`."""
     try:
         yield
     except OSError as error:
@@ -92,7 +93,7 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents where they are missing, in such a way that they last.
+    """Make a folder and its missing parents, and flush them so that they survive a crash.
 
     Raises:
         ClsaError: 73 or 74, as `write_atomic`.
@@ -105,7 +106,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
+    """Flush `folder`, so that renames inside it survive a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -114,24 +115,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Whether a process with this pid runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # it belongs to another user
         return True
     return True
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether `path` is a temporary file of `write_atomic` whose process is gone."""
+    """Whether `path` is a temporary file of `write_atomic` that no other living process writes."""
     match = LEFTOVER.fullmatch(path.name)
     return bool(match) and (int(match[1]) == os.getpid() or not is_alive(int(match[1])))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left in `folder`; to be called before writing there."""
+    """Delete temporary files of killed processes in `folder`; call this before writing there."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if is_leftover(path):
             with suppress(OSError):
@@ -139,7 +140,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def describe_room(folder: Path, num_bytes: int, refusal: OSError) -> str:
-    """Why `folder` refused a file of `num_bytes`: room free and needed, where that is the cause."""
+    """Why `folder` refused a file of `num_bytes`; for a full disk, the room free and needed."""
     free = shutil.disk_usage(folder).free
     if refusal.errno in FULL and free < num_bytes:
         return f"{free / 1e6:.1f} MB free, {num_bytes / 1e6:.1f} MB needed"
@@ -147,10 +148,10 @@ def describe_room(folder: Path, num_bytes: int, refusal: OSError) -> str:
 
 
 def require_room(folder: Path, num_bytes: int) -> None:
-    """See that `folder` takes a file of `num_bytes`, by taking the room and giving it back.
+    """Check that a file of `num_bytes` fits in `folder`, by reserving the room and freeing it.
 
     Raises:
-        ClsaError: 73 when it does not.
+        ClsaError: 73 when it does not fit.
     """
     probe = folder / f".room.tmp-{os.getpid()}"
     try:
@@ -170,8 +171,8 @@ def require_room(folder: Path, num_bytes: int) -> None:
 def _reserve(handle: int, num_bytes: int) -> None:
     try:
         os.posix_fallocate(handle, 0, num_bytes)
-    except AttributeError:  # macOS has none
+    except AttributeError:  # macOS has no posix_fallocate
         pass
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system has none
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not supported by the file system
             raise

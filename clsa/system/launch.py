@@ -1,4 +1,4 @@
-"""How a long command starts: on which device, with which processes, and how it can be stopped."""
+"""Start a long command: choose its device, join its processes, and let it be stopped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ def launched(
     """Join the other processes of a run, if there are any, and listen for signals.
 
     Args:
-        device: its name, as in `dist.pick_device`.
-        wait_minutes: how long one process waits for another before that one counts as lost.
+        device: name of the device, as in `dist.pick_device`.
+        wait_minutes: how long a process waits for another before it counts that one as lost.
         max_minutes: time after which the run is asked to stop; None for no limit.
 
     Raises:
-        ClsaError: 2 for a device that is not there, 74 when another process is lost.
-        StopError, Asked: as `stoppable`.
+        ClsaError: 2 for a device that does not exist, 74 when another process is lost.
+        StopError, Asked: as in `stoppable`.
     """
     keep_freed_memory()
     chosen = dist.pick_device(device)
@@ -33,7 +33,7 @@ def launched(
 
 @contextmanager
 def stoppable(max_minutes: float | None = None, patient: bool = False) -> Iterator[Stop]:
-    """Listen for signals; at the end ask SLURM to queue the job again, if the signal said so.
+    """Listen for signals; if the signal was `REQUEUE`, ask SLURM at the end to requeue the job.
 
     Raises:
         StopError, Asked: with SLURM's answer added to the message.
@@ -46,5 +46,5 @@ def stoppable(max_minutes: float | None = None, patient: bool = False) -> Iterat
             if signal_of(error) != REQUEUE or not slurm.job() or dist.rank():
                 raise
             error.args = (f"{error}; {slurm.requeue()}",)
-            error.signal = ""  # ask once, even where one `stoppable` stands inside another
+            error.signal = ""  # ask only once, even if one `stoppable` is inside another
             raise

@@ -1,4 +1,4 @@
-"""One writer a folder: a locked file in it that says who writes, and since when."""
+"""One writer per folder: a locked file in the folder names the writing process and its start."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from clsa.system.errors import ClsaError
 
 NAME = ".in-use"
 WAIT_S = 15.0  # workers of a killed process hold its lock until they notice
-SETTLE_S = 0.2  # without locks: until whoever took over at the same moment has written too
+SETTLE_S = 0.2  # without locks: a process that took over at the same moment writes its name too
 
 
 class Holder(NamedTuple):
-    """Who writes a folder."""
+    """The process that writes a folder."""
 
     pid: int
     host: str
@@ -32,13 +32,13 @@ class Holder(NamedTuple):
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made if it is missing, against other processes that ask for it so.
+    """Hold `folder`, made if it is missing, so that no other process can hold it meanwhile.
 
-    A lock that a killed process left is taken over, and a line says so. Folders that were made,
-    and nothing was put there, go again.
+    The lock of a killed process is taken over, and a line says so. Folders that were made here and
+    stayed empty are removed at the end.
 
     Raises:
-        ClsaError: 2 when another process holds it, 73 when it cannot be made or written.
+        ClsaError: 2 when another process holds the folder, 73 when it cannot be made or written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     files.make_folder(folder)
@@ -46,21 +46,21 @@ def only_writer(folder: Path) -> Iterator[None]:
     with files.output_errors(path):
         handle, before = _take(path)
     if before is not None:
-        print(f"note: {folder} is taken over from {before}, which is gone", file=sys.stderr)
+        print(f"note: {folder} is taken over from {before}, which has ended", file=sys.stderr)
     try:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # before the lock goes, or it would be another's
+            path.unlink()  # before the lock is released: later it may be another's
         os.close(handle)
         with suppress(OSError):
-            for path in made:  # nothing came of it
+            for path in made:  # succeeds only if they are empty
                 path.rmdir()
 
 
 def _take(path: Path) -> tuple[int, Holder | None]:
-    """The locked file, open, and whose stale lock it was."""
-    import fcntl  # not everywhere
+    """The locked file, open, and the holder of the stale lock in it, if there was one."""
+    import fcntl  # does not exist on every system
 
     give_up = time.monotonic() + WAIT_S
     while True:
@@ -81,11 +81,11 @@ def _take(path: Path) -> tuple[int, Holder | None]:
             before = _read(handle)
             _sign(handle)
             return handle, before
-        os.close(handle)  # its holder has ended, and removed it, just before we had it
+        os.close(handle)  # its holder removed it and ended just before we locked it
 
 
 def _take_unlocked(path: Path) -> tuple[int, Holder | None]:
-    """As `_take`, where only the making of a file is certain to succeed once."""
+    """As `_take`, on a file system where only creating a file is certain to be exclusive."""
     before, waited = None, False
     while True:
         try:
@@ -93,7 +93,7 @@ def _take_unlocked(path: Path) -> tuple[int, Holder | None]:
         except FileExistsError:
             with suppress(FileNotFoundError):
                 before = _parsed(path.read_bytes()) or before
-                if before is None and not waited:  # its maker is about to sign it, or it is ours
+                if before is None and not waited:  # its creator may be about to sign it
                     waited = True
                     time.sleep(SETTLE_S)
                     continue
@@ -142,5 +142,5 @@ def _refusal(path: Path, holder: Holder | None) -> ClsaError:
     what = f"{path.parent} in use by {holder or 'another process'}"
     hint = "wait for it, or choose another --out"
     if holder and holder.host != socket.gethostname():
-        hint += f"; if it is gone, remove {path}"
-    return ClsaError(what, "one process at a time writes it", hint)
+        hint += f"; if that process has ended, remove {path}"
+    return ClsaError(what, "only one process may write it at a time", hint)

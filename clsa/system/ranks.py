@@ -1,7 +1,8 @@
 """The other processes of a run: waiting for them, and naming the one that is lost.
 
-Beside the collectives, whose errors name no rank, the processes share a key-value store. Whoever
-ends says why there; when a collective fails, all say where they are, and who says nothing is lost.
+The errors of collectives name no rank, so the processes also share a key-value store. A process
+that ends writes the reason there. When a collective fails, each process writes there where it is;
+a process that writes nothing is lost.
 """
 
 import json
@@ -22,24 +23,24 @@ from clsa.system import slurm
 from clsa.system.errors import RESUMABLE, ClsaError, Exit, code_of, first_line
 from clsa.system.signals import StopError, signal_of, stop_on_signals
 
-ROLL_S = 3.0  # torchrun ends the others soon after the first
+ROLL_S = 3.0  # torchrun ends the others soon after the first has ended
 BEAT_S = 1.0
 _LOST = re.compile(r"gloo|nccl|connection|broken pipe|timed out|timeout", re.IGNORECASE)
 
 
 class Said(NamedTuple):
-    """What a process tells the others."""
+    """What a process reports to the others."""
 
     text: str
-    """Where it is, or why it has ended."""
+    """Where the process is, or why it has ended."""
     code: int | None = None
-    """With which exit code, if it has."""
+    """Its exit code, if it has ended."""
     signal: str = ""
-    """For which signal."""
+    """Name of the signal that ended it, if one did."""
 
     @classmethod
     def of(cls, error: BaseException) -> "Said":
-        """The end by an error."""
+        """The report of a process that ends with this error."""
         text = f"{type(error).__name__}: {first_line(error)}"
         return cls(text, int(code_of(error)), signal_of(error))
 
@@ -48,9 +49,9 @@ class Peers:
     """The processes of one group, as this one sees them.
 
     Args:
-        backend: of torch.distributed.
-        timeout_s: how long one waits for another before that counts as lost.
-        gpu: of this process, for nccl.
+        backend: backend of torch.distributed.
+        timeout_s: how long a process waits for another before it counts that one as lost.
+        gpu: GPU of this process, for nccl.
     """
 
     def __init__(self, backend: str, timeout_s: float, gpu: torch.device | None):
@@ -64,56 +65,56 @@ class Peers:
         )  # fmt: skip
 
     def say(self, said: Said) -> None:
-        """Tell the others, once, why this process ends, or where it is."""
+        """Report to the others, once only, why this process ends or where it is."""
         if not self.ended:
             self.ended = True
             with suppress(RuntimeError):  # the store may be gone
                 self.store.set(f"at/{self.rank}", json.dumps(said))
 
     def lost(self, step: int, error: BaseException) -> ClsaError:
-        """What a failed collective means: asks all others where they are, for a few seconds."""
-        heard = {self.rank: Said(f"at step {step}")}
-        _within(ROLL_S + BEAT_S, lambda: self._call_roll(heard))
-        return _told(dict(heard), self.world, self.rank, step, error)
+        """The error for a failed collective; asks the others, for a few seconds, where they are."""
+        reports = {self.rank: Said(f"at step {step}")}
+        _within(ROLL_S + BEAT_S, lambda: self._call_roll(reports))
+        return _lost_error(dict(reports), self.world, self.rank, step, error)
 
-    def _call_roll(self, heard: dict[int, Said]) -> None:
+    def _call_roll(self, reports: dict[int, Said]) -> None:
         until = time.monotonic() + ROLL_S
-        self.say(heard[self.rank])
+        self.say(reports[self.rank])
         for rank in set(range(self.world)) - {self.rank}:
             left = timedelta(seconds=max(until - time.monotonic(), 0.01))
             with suppress(RuntimeError):
                 self.store.wait([f"at/{rank}"], left)
-                heard[rank] = Said(*json.loads(self.store.get(f"at/{rank}")))
+                reports[rank] = Said(*json.loads(self.store.get(f"at/{rank}")))
 
     def linger(self, code: int) -> None:
-        """Rank 0, which may hold the store, lets the others read there why it ends.
+        """Keep rank 0, which may hold the store, alive until the others have read why it ends.
 
-        Where the run was asked to stop they end after rank 0, which has yet to say so to SLURM:
-        with the first process that ends, torchrun ends the others.
+        If the run was asked to stop, the others wait for rank 0, which may have to ask SLURM to
+        requeue the job: torchrun ends all processes once the first has ended.
         """
         if self.rank == 0:
             others = [f"at/{rank}" for rank in range(1, self.world)]
             with suppress(RuntimeError):
                 self.store.wait(others, timedelta(seconds=ROLL_S))
-                time.sleep(BEAT_S / 4)  # they have asked, and read next
+                time.sleep(BEAT_S / 4)  # they have written, and read next
             with suppress(RuntimeError):
                 self.store.set("left/0", "")
         elif code == Exit.PREEMPTED:
             limit_s = slurm.TIMEOUT_S + 2 * ROLL_S
             _within(limit_s, lambda: self.store.wait(["left/0"], timedelta(seconds=limit_s)))
-            time.sleep(BEAT_S / 4)  # it is at its last line
+            time.sleep(BEAT_S / 4)  # rank 0 is at its last line
 
     def beat(self, done: threading.Event) -> None:
-        """Show that this process lives, until it is done."""
+        """Count up `beats` in the store, as a sign of life, until `done` is set."""
         while not done.wait(BEAT_S):
             with suppress(RuntimeError):
                 self.store.add("beats", 1)
 
     def wait_for_first(self, key: str) -> None:
-        """Until rank 0 sets `key`; raises RuntimeError when it ends or its heart stands still."""
+        """Wait until rank 0 sets `key`; RuntimeError if rank 0 ends or gives no sign of life."""
         since, ends, done = [time.monotonic()], list[str](), threading.Event()
 
-        # In a thread: where rank 0 holds the store and is stopped, a call may never return.
+        # In a thread: if rank 0 holds the store and is suspended, a call may never return.
         listening = threading.Thread(
             target=self._listen, args=(key, since, ends, done), daemon=True
         )
@@ -127,14 +128,17 @@ class Peers:
             raise RuntimeError(ends[0])
 
     def _listen(self, key: str, since: list[float], ends: list[str], done: threading.Event) -> None:
-        """Note each sign of life of rank 0, then how the wait for `key` ends: well if empty."""
+        """Note signs of life of rank 0 in `since`, and how the wait for `key` ends in `ends`.
+
+        The entry of `ends` is empty if `key` was set; otherwise it is the error.
+        """
         beats = -1
         try:
             while not done.is_set():
-                with suppress(td.DistStoreError):  # not yet
+                with suppress(td.DistStoreError):  # not set yet
                     self.store.wait([key], timedelta(seconds=BEAT_S))
                     return ends.append("")
-                if self.store.check(["at/0"]):  # it may have set the key just before
+                if self.store.check(["at/0"]):  # rank 0 may have set the key just before it ended
                     good = self.store.check([key])
                     return ends.append("" if good else "the connection to rank 0 has ended")
                 if (now := self.store.add("beats", 0)) != beats:
@@ -154,11 +158,11 @@ def joined(backend: str, timeout_s: float, gpu: torch.device | None) -> Iterator
     try:
         with named(lambda: 0):
             yield
-        peers.say(Said("it was done", Exit.OK))
+        peers.say(Said("it had finished", Exit.OK))
     except BaseException as error:
-        with stop_on_signals():  # it ends anyway
+        with stop_on_signals():  # ignore them: this process ends anyway
             traceback.clear_frames(error.__traceback__)  # DistributedDataParallel holds the group
-            td.destroy_process_group()  # now the others meet that
+            td.destroy_process_group()  # now the collectives of the others fail
             peers.linger(code_of(error))
         raise
     else:
@@ -169,13 +173,13 @@ def joined(backend: str, timeout_s: float, gpu: torch.device | None) -> Iterator
 
 @contextmanager
 def named(step: Callable[[], int]) -> Iterator[None]:
-    """Tell the others why this process ends, if it does; name the one whose end ends this one.
+    """Report to the others why this process ends; if another is lost, name that one.
 
     Args:
         step: how many steps are done.
 
     Raises:
-        ClsaError: when another process is lost; 74, or that one's own exit code.
+        ClsaError: when another process is lost; 74, or the exit code of that process.
     """
     try:
         yield
@@ -192,10 +196,10 @@ def named(step: Callable[[], int]) -> Iterator[None]:
 
 @contextmanager
 def first_alone(together: bool = True) -> Iterator[None]:
-    """Rank 0 may take long inside; the others then wait for as long as it lives.
+    """Let rank 0 take long inside; at the end the others wait for as long as rank 0 lives.
 
     Args:
-        together: whether all ranks come here; else nobody waits.
+        together: whether all ranks come here; if not, nobody waits.
     """
     if not _peers or not together:
         yield
@@ -219,7 +223,7 @@ def first_alone(together: bool = True) -> Iterator[None]:
 
 
 def _within(limit_s: float, call: Callable[[], object]) -> None:
-    """Wait for a call, but no longer: where rank 0 holds the store and is stopped, it may hang."""
+    """Wait at most `limit_s` for a call: it may hang if rank 0 holds the store and is suspended."""
 
     def quietly() -> None:
         with suppress(RuntimeError):
@@ -230,11 +234,12 @@ def _within(limit_s: float, call: Callable[[], object]) -> None:
     thread.join(limit_s)
 
 
-def _told(
-    heard: dict[int, Said], world: int, own: int, step: int, error: BaseException
+def _lost_error(
+    reports: dict[int, Said], world: int, own: int, step: int, error: BaseException
 ) -> ClsaError:
-    silent = [str(rank) for rank in range(world) if rank not in heard]
-    ended = {rank: said for rank, said in heard.items() if said.code is not None}
+    """The error that says, from the reports of the ranks, why a collective failed."""
+    silent = [str(rank) for rank in range(world) if rank not in reports]
+    ended = {rank: said for rank, said in reports.items() if said.code is not None}
     hint = "the same command resumes it"
     if ended:
         rank, said = next(iter(ended.items()))
@@ -242,17 +247,17 @@ def _told(
             why = f"rank {rank} was stopped by {said.signal or 'a signal'}"
             return StopError(f"stopped at step {step}", why, hint, said.signal)
         code = Exit.IO if said.code in (Exit.OK, Exit.BUG) else Exit(said.code)
-        hint = hint if code in RESUMABLE else "mend what it says"
+        hint = hint if code in RESUMABLE else "fix what it reports"
         return ClsaError(f"lost rank {rank} at step {step}", f"it ended ({said.text})", hint, code)
     if silent:
         what = f"lost rank {', '.join(silent)} of {world} at step {step}"
-        why = f"killed, stopped or without network; rank {own} met: {_short(error)}"
+        why = f"killed, suspended or without network; rank {own} got: {_short(error)}"
         return ClsaError(what, why, hint, Exit.IO)
-    places = ", ".join(f"rank {rank} {said.text}" for rank, said in heard.items())
-    why = f"they do not make the same calls ({places}); rank {own} met: {_short(error)}"
-    return ClsaError(f"the {world} processes parted at step {step}", why, hint, Exit.IO)
+    places = ", ".join(f"rank {rank} {said.text}" for rank, said in reports.items())
+    why = f"they do not make the same calls ({places}); rank {own} got: {_short(error)}"
+    return ClsaError(f"the {world} processes diverged at step {step}", why, hint, Exit.IO)
 
 
 def _short(error: BaseException) -> str:
-    """What a library says, without the place in its own source."""
+    """The first sentence of a library's error, without its place in the source code."""
     return re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". ")[0][:120]

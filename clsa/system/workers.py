@@ -1,4 +1,4 @@
-"""Processes that decode: how many there are, what they listen to, and how their ends are told."""
+"""Worker processes that decode pictures: their number, their signals, reports of failures."""
 
 import atexit
 import ctypes
@@ -27,16 +27,16 @@ from clsa.system.machine import num_cores
 MAX_WORKERS = 8
 TIMEOUT_S = 300
 POLL_S = 1
-FILES, FILES_A_WORKER = 8, 8  # what they took when tried, and a few more
+FILES, FILES_A_WORKER = 8, 8  # measured, plus a few
 KILL_S = 5
 _PR_SET_PDEATHSIG = 1
 
 _failed = threading.Event()
-_line: Tensor | None = None  # in a worker: what it is at
+_line: Tensor | None = None  # in a worker: its line of the board
 
 
 def num_workers(given: int | None) -> int:
-    """Workers of this process: `given`, or else its share of the cores less one, from 1 to 8."""
+    """Workers of this process: `given`, else its share of the cores minus one, from 1 to 8."""
     if given is not None:
         return given
     share = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -44,9 +44,9 @@ def num_workers(given: int | None) -> int:
 
 
 class _Watched(Dataset):
-    """`dataset`, with a board on which each worker notes what it is at.
+    """`dataset`, with a shared board on which each worker notes what it is doing.
 
-    A line a worker: its process, the number it works for, the picture it reads (-1: none).
+    One line per worker: its pid, the number that it computes, the picture it reads (-1: none).
     """
 
     def __init__(self, dataset: Dataset, count: int):
@@ -62,14 +62,14 @@ class _Watched(Dataset):
         try:
             found = self.dataset[number]
         except Exception as error:
-            doing = tuple(_line.tolist())  # it goes on to other batches before this is heard
+            doing = tuple(_line.tolist())  # a copy: it starts other batches before this is read
             return _Raised(info.id, doing, first_line(error), traceback.format_exc())
         _line[1] = _line[2] = -1
         return found
 
 
 class _Raised(NamedTuple):
-    """What a worker hands over instead of a result."""
+    """What a worker returns instead of a result when it fails."""
 
     worker: int
     doing: tuple[int, ...]
@@ -84,9 +84,9 @@ def at(picture: int) -> None:
 
 
 def start(board: Tensor, parent: int, worker: int) -> None:
-    """One thread, deaf to the signals of the process group: only the parent ends a worker.
+    """Set up a worker: one thread, signals of the process group ignored; only the parent ends it.
 
-    On Linux it dies with the parent, whatever ended that one.
+    On Linux the worker dies with the parent, however the parent ends.
     """
     torch.set_num_threads(1)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
@@ -94,7 +94,7 @@ def start(board: Tensor, parent: int, worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was too late to ask
+        if os.getppid() != parent:  # the parent had ended before
             os._exit(1)
     board[worker, 0] = os.getpid()
 
@@ -109,15 +109,15 @@ def results(
 ) -> Iterator[Any]:
     """`dataset[number]` for each of `numbers`, in order, computed by `count` processes (0: here).
 
-    It ends early when this process, alone, is asked to stop while it waits for one.
+    The results end early if a run with one process is asked to stop while it waits for a result.
 
     Args:
-        dataset: its `__getitem__` tells `at` which picture it reads.
-        numbers: what to ask for.
-        count: of processes.
-        prefetch: results that each process is ahead.
-        name: path of a picture, for messages.
-        pinned: hand tensors over in memory that a GPU copies from while the host goes on.
+        dataset: its `__getitem__` calls `at` with the picture that it reads.
+        numbers: the numbers to ask for.
+        count: number of worker processes.
+        prefetch: how many results each process computes in advance.
+        name: gives the path of a picture, for messages.
+        pinned: return tensors in pinned memory, which a GPU copies while the host continues.
 
     Raises:
         ClsaError: 74 when a worker fails or is silent for `TIMEOUT_S`.
@@ -142,9 +142,9 @@ def results(
     crew: list[BaseProcess] = []
     report = functools.partial(_report, crew, watched.board, name)
     watch, end = _Watch(crew, report), functools.partial(_kill, crew)
-    atexit.register(end)  # multiprocessing would wait for one that hangs, deaf to SIGTERM
+    atexit.register(end)  # multiprocessing would wait for a hanging worker, which ignores SIGTERM
     try:
-        with failures(), signals.held_back():  # the workers inherit that
+        with failures(), signals.held_back():  # the workers inherit the blocked signals
             stream = iter(loader)
         del loader
         crew += [each for each in multiprocessing.active_children() if each not in others]
@@ -152,7 +152,7 @@ def results(
         watch.start()
         for place in range(len(numbers)):
             with failures(report):
-                found = _next(stream, place % count, watch)  # DataLoader takes turns
+                found = _next(stream, place % count, watch)  # DataLoader asks the workers in turn
             if found is None:
                 return
             yield found[0]
@@ -162,7 +162,7 @@ def results(
     finally:
         watch.done.set()
         if pinned:
-            stream = None  # a thread may be reading what workers hold: they end by themselves
+            stream = None  # a thread may be reading their memory: let the workers end themselves
         _kill(crew)
         atexit.unregister(end)
 
@@ -170,7 +170,8 @@ def results(
 class _Watch(threading.Thread):
     """Kills the workers when one is silent for too long, or the process is asked to stop.
 
-    The parent may hang itself: it asks the worker for each tensor's memory, without a limit.
+    It is a thread because the parent itself may hang: it waits without a limit for the memory of
+    each tensor of a worker.
     """
 
     def __init__(self, crew: list[BaseProcess], report: "Report"):
@@ -178,7 +179,7 @@ class _Watch(threading.Thread):
         self.crew, self.report, self.done = crew, report, threading.Event()
         self.waiting: tuple[int, float] | None = None
         self.told: str | None = None
-        """Set when it has killed them: who was silent; empty when the process shall stop."""
+        """Set once it has killed the workers: which was silent; empty if the process must stop."""
 
     def run(self) -> None:
         while not self.done.wait(POLL_S / 4):
@@ -195,7 +196,7 @@ class _Watch(threading.Thread):
 
 
 def _next(stream: Iterator[Any], worker: int, watch: _Watch) -> tuple[Any] | None:
-    """The next result, which `worker` owes; None when this process is asked to stop first."""
+    """The next result, to come from `worker`; None if this process is asked to stop first."""
     watch.waiting = worker, time.monotonic()
     while True:
         try:
@@ -220,13 +221,13 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _kill(crew: list[BaseProcess]) -> None:
-    """End workers that are not needed, those too that hang."""
-    _failed.set()  # these deaths are none to tell of
+    """End workers that are no longer needed, even workers that hang."""
+    _failed.set()  # do not report these deaths
     for process in crew:
         process.kill()
     for process in crew:
         process.join(KILL_S)
-        if process.is_alive():  # in a call to the system that no signal ends: it dies after that
+        if process.is_alive():  # in a system call that no signal interrupts: it dies after the call
             multiprocessing.process._children.discard(process)  # pyright: ignore
 
 
@@ -243,8 +244,8 @@ def _report(
     """Which worker failed, how it ended, and what it was reading.
 
     Args:
-        worker: its number where it is known; else the first that has ended.
-        doing: its line of the board, if that is known better than the board knows it.
+        worker: number of the worker that failed; None for the first that has ended.
+        doing: its line of the board when it failed; if empty, the line as it is now.
     """
     codes = {process.pid: process.exitcode for process in crew}
     for line, noted in enumerate(board.tolist()):
@@ -252,24 +253,24 @@ def _report(
         code = codes.get(pid)
         if code is None if worker is None else line != worker:
             continue
-        told = f"worker {line} (pid {pid})"
+        text = f"worker {line} (pid {pid})"
         if code is not None:
-            told += f", killed by {signal.Signals(-code).name}" if code < 0 else f", exit {code}"
+            text += f", killed by {signal.Signals(-code).name}" if code < 0 else f", exit {code}"
         if busy < 0:
-            return f"{told}, between two batches"
+            return f"{text}, between two batches"
         place = name(picture) if picture >= 0 else "no picture yet"
-        return f"{told}, at {place}, batch {busy}"
+        return f"{text}, at {place}, batch {busy}"
     return ""
 
 
 def _error(what: str, why: str) -> ClsaError:
-    step = "run again; if it happens again, look at that picture, or lower --workers"
+    step = "run again; if it happens again, check that picture or lower --workers"
     return ClsaError(f"reading pictures failed: {what}", why, step, Exit.IO)
 
 
 @contextmanager
 def failures(report: Report = lambda: "") -> Iterator[None]:
-    """Turn what DataLoader and the operating system say of workers into a `ClsaError` (74)."""
+    """Turn errors of DataLoader and of the system about workers into a `ClsaError` (74)."""
     try:
         yield
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
@@ -278,13 +279,13 @@ def failures(report: Report = lambda: "") -> Iterator[None]:
         of_workers = few_files or lines[0].startswith("DataLoader")
         if isinstance(error, RuntimeError) and not of_workers:
             raise
-        if isinstance(error.__cause__, ClsaError):  # DataLoader met our `_on_death` as it waited
+        if isinstance(error.__cause__, ClsaError):  # from `_on_death`, while DataLoader waited
             raise error.__cause__ from None
         _failed.set()
-        last = lines[-1].rstrip(". ")  # of a worker's traceback, or all there is
+        last = lines[-1].rstrip(". ")  # of a worker's traceback, or the only line
         why = last or type(error).__name__
-        told = report()
-        what = f"reading pictures failed: {told}" if told else "reading pictures failed"
+        who = report()
+        what = f"reading pictures failed: {who}" if who else "reading pictures failed"
         step = "lower --workers or --batch-size (memory may be short) and run again"
         if few_files:
             why, step = "too many open files", "raise ulimit -n, or set --workers 0"
@@ -292,36 +293,36 @@ def failures(report: Report = lambda: "") -> Iterator[None]:
 
 
 def name_deaths(report: Report = lambda: "") -> None:
-    """Have the death of a worker raise as in `failures`, whatever the parent is doing then.
+    """Let the death of a worker raise as in `failures`, whatever the parent is doing then.
 
-    To be called when workers run: DataLoader's handler of SIGCHLD, wrapped here, raises a
-    RuntimeError in the midst of a training step. Only the first failure raises: the next would
-    disturb whoever reports it.
+    Call this once the workers run: it wraps DataLoader's SIGCHLD handler, which raises a
+    RuntimeError even during a training step. Only the first failure raises: a second one would
+    disturb the report of the first.
     """
     _failed.clear()
-    told = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    if isinstance(told, functools.partial) and told.func is _on_death:
-        told = told.args[0]  # of an earlier loader
-    if threading.current_thread() is threading.main_thread() and callable(told):
-        signal.signal(signal.SIGCHLD, functools.partial(_on_death, told, report))
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if isinstance(handler, functools.partial) and handler.func is _on_death:
+        handler = handler.args[0]  # unwrap that of an earlier loader
+    if threading.current_thread() is threading.main_thread() and callable(handler):
+        signal.signal(signal.SIGCHLD, functools.partial(_on_death, handler, report))
 
 
-def _on_death(told: Callable[..., object], report: Report, number: int, frame: object) -> None:
+def _on_death(handler: Callable[..., object], report: Report, number: int, frame: object) -> None:
     if _failed.is_set():
         return
     with failures(report):
-        told(number, frame)
+        handler(number, frame)
 
 
-@functools.cache  # later the batches of this run lie there themselves
+@functools.cache  # later this run's own batches take room there
 def require_shared_memory(needed: int) -> None:
-    """Refuse at once what would end in a bus error: workers hand batches over in /dev/shm.
+    """Refuse a /dev/shm that is too small: workers pass batches through it and get a bus error.
 
     Args:
-        needed: bytes, for each of this machine's processes.
+        needed: bytes that each process of this machine needs.
 
     Raises:
-        ClsaError: 2 when it has less.
+        ClsaError: 2 when less is free.
     """
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not os.path.isdir("/dev/shm"):
@@ -330,17 +331,19 @@ def require_shared_memory(needed: int) -> None:
     free = status.f_bavail * status.f_frsize
     if needed > free:
         what = f"/dev/shm has {free >> 20} MB, the workers need {needed >> 20} MB"
-        raise ClsaError(what, "batches pass through it", "enlarge it or set workers to 0")
+        raise ClsaError(what, "workers pass batches through it", "enlarge it or set workers to 0")
 
 
 def require_files(count: int) -> None:
-    """Refuse at once what would end amid a batch: workers talk and hand memory over by open files.
+    """Refuse a limit on open files that is too low: workers use them to send messages and memory.
+
+    Without this check the run would fail during a batch.
 
     Args:
-        count: of workers.
+        count: number of workers.
 
     Raises:
-        ClsaError: 2 when this process may not open as many more.
+        ClsaError: 2 when this process may not open that many more files.
     """
     if not os.path.isdir("/proc/self/fd"):
         return
@@ -349,6 +352,6 @@ def require_files(count: int) -> None:
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     free, needed = most - len(os.listdir("/proc/self/fd")), FILES + FILES_A_WORKER * count
     if needed > free:
-        what = f"{most} files may be open, of which {free} are left"
+        what = f"this process may open {most} files, {free} of them are left"
         why = f"{count} workers need {needed}"
         raise ClsaError(what, why, "raise ulimit -n or set workers to 0")

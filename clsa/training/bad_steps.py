@@ -1,23 +1,23 @@
-"""Steps whose loss or gradient is not finite: what they must not move, and when they end a run."""
+"""Steps whose loss or gradient is not finite: how to describe them, and when they end a run."""
 
 from torch import Tensor, nn
 
 from clsa.system.errors import ClsaError, Exit
 
 IN_A_ROW = 25
-# Before any good step the weights are the first ones, and skipping cannot mend what is wrong.
+# Until a good step, the weights are the initial ones, and skipping steps cannot help.
 AT_THE_START = 5
 
 
 def bad_gradients(module: nn.Module) -> list[str]:
-    """Parameters whose gradient is not finite, the last first, as backward reaches them."""
+    """Parameters whose gradient is not finite, from last to first: the order of backward."""
     graded = [(name, param.grad) for name, param in module.named_parameters()]
     bad = [name for name, grad in graded if grad is not None and not grad.isfinite().all()]
     return bad[::-1]
 
 
 def describe_badness(module: nn.Module, loss: Tensor) -> str:
-    """What is not finite on this process, in a few words: the loss, or the gradient of what."""
+    """Say briefly what is not finite in this process: the loss, or which gradients."""
     bad = bad_gradients(module)
     if not loss.isfinite():
         return f"non-finite loss ({float(loss)})" + (f" and gradient in {bad[0]}" if bad else "")
@@ -31,13 +31,13 @@ def require_some_good(step: int, in_a_row: int, reason: str, kept: str) -> None:
     """End the run when skipping does not help.
 
     Args:
-        step: steps done, the skipped ones too.
-        in_a_row: how many of them, the last ones, were bad.
-        reason: what was bad in the last one.
-        kept: where the state before the first of them lies, or an empty string.
+        step: steps done, including skipped ones.
+        in_a_row: how many of the most recent steps were bad in a row.
+        reason: what was bad in the last step.
+        kept: file with the state before the first of these bad steps, or an empty string.
 
     Raises:
-        ClsaError: 76 after `IN_A_ROW` bad steps, or `AT_THE_START` that were the first of the run.
+        ClsaError: 76 after `IN_A_ROW` bad steps, or after `AT_THE_START` at the run's beginning.
     """
     if in_a_row < (AT_THE_START if in_a_row == step else IN_A_ROW):
         return

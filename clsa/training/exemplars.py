@@ -1,4 +1,4 @@
-"""Which pictures of a stage are kept for the later ones (CCSSL)."""
+"""Choose which pictures of a stage are kept for later stages (CCSSL)."""
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ NUM_VIEWS, FIRST_VIEW = 6, 2000
 def choose_exemplars(
     network: Network, source: Source, options: RunOptions, num_clusters: int, device: torch.device
 ) -> Int64[np.ndarray, " m"]:
-    """Of each cluster of a stage the pictures whose views the network tells apart least.
+    """Choose from each cluster of a stage the pictures whose views differ least for the network.
 
-    Clusters are of k-means over unit projections of centre crops; a cluster gives its
-    `continual.exemplars` pictures of least spread sum_v |f_v - norm(mean_v f_v)|^2, over the centre
-    crop and six weak views. There are fewer clusters where they would hold fewer than ten pictures
-    each. Pictures that cannot be read are never chosen.
+    The clusters come from k-means over unit projections of centre crops. Each cluster gives its
+    `continual.exemplars` pictures with the least spread sum_v |f_v - norm(mean_v f_v)|^2, over the
+    centre crop and six weak views. The number of clusters is reduced if they would hold fewer than
+    ten pictures each. Pictures that cannot be read are never chosen.
 
     Returns:
         Their numbers in the source, in order.
@@ -54,7 +54,7 @@ def choose_exemplars(
 
 
 def spread(views: Float[Tensor, "V n D"]) -> Float[Tensor, " n"]:
-    """sum_v |f_v - norm(mean_v f_v)|^2 of each picture: 0 where all its views are alike."""
+    """sum_v |f_v - norm(mean_v f_v)|^2 of each picture: 0 if all its views are equal."""
     centre = F.normalize(views.mean(0), dim=1)
     return (views - centre).square().sum((0, 2))
 
@@ -62,7 +62,7 @@ def spread(views: Float[Tensor, "V n D"]) -> Float[Tensor, " n"]:
 def chosen_of(
     spreads: Float[np.ndarray, " n"], assignment: Int64[np.ndarray, " n"], count: int
 ) -> Int64[np.ndarray, " m"]:
-    """Of each cluster the `count` rows of least spread, all rows in order."""
+    """The `count` rows with the least spread in each cluster, sorted by row number."""
     chosen = []
     for cluster in np.unique(assignment):
         rows = np.flatnonzero(assignment == cluster)

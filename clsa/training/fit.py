@@ -1,4 +1,4 @@
-"""The loop of a run: `fit` goes from step to step, and saves, judges and reports on the way."""
+"""The training loop: `fit` takes the steps, and saves, evaluates and reports between them."""
 
 import time
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ SHEET_ROWS = 6
 
 
 def fit(parts: Parts, run: Run) -> str:
-    """Train from where the state stands to the end of the schedule or the first limit.
+    """Train from the step of the state to the end of the schedule or the first limit.
 
     Returns:
         Why it ended: "finished", "max_steps", "max_minutes", or the name of an alarm or a signal.
@@ -46,13 +46,14 @@ def fit(parts: Parts, run: Run) -> str:
     model = parallel(method, options)
     embed = Projections(source, options.views, run.device, folder.embeddings)
     speaks, marks = dist.rank() == 0, method.landmarks
-    with Journal(folder, state.step, last, run.steps_per_epoch, marks, speaks) as journal:
+    told = (marks, speaks, options.tensorboard)
+    with Journal(folder, state.step, last, run.steps_per_epoch, *told) as journal:
         probe = OnlineProbe(state, source, options, run.device, journal)
         health = Health(method, run.steps_per_epoch, run.warmup_steps, state.step, speaks)
         saver = Saver(state, options, journal)
         epoch, rest = divmod(state.step, run.steps_per_epoch)
         reason = end_reason(state.step, last, run)
-        with suppress(Asked):  # a signal while an epoch is prepared
+        with suppress(Asked):  # a signal came while an epoch was prepared
             if not rest and not reason:
                 prepare(state, run, epoch, embed, journal)
             waiting = time.monotonic()
@@ -71,7 +72,7 @@ def fit(parts: Parts, run: Run) -> str:
                 if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
                     journal.log(state.step, {**stats.numbers(), **health.numbers})
                 if reason or not rest or saver.is_due():
-                    # Clocks differ: a save that is due by time is no point where all ranks meet.
+                    # Clocks differ: when a save is due by time, the ranks do not all get here.
                     with ranks.first_alone(together=bool(reason or not rest)):
                         in_time = stats.seen.stop < signals.SIGNALLED
                         better = in_time and not rest and speaks and probe(epoch)
@@ -92,11 +93,11 @@ def fit(parts: Parts, run: Run) -> str:
 
 
 def settled(batches: Iterator[Crops], model: nn.Module, state: State, run: Run) -> Iterator[Crops]:
-    """`batches`; with more than two processes the gradient of the first one is computed twice.
+    """Yield `batches`; with more than two processes, compute the first gradient once in advance.
 
-    DistributedDataParallel sorts its buckets anew after its first backward. A resumed run would
-    then sum its first step in another order than a run without interruption, which sorted them long
-    ago. So the first gradient is computed once and thrown away.
+    DistributedDataParallel reorders its buckets after its first backward. In a resumed run the
+    first step would be summed in another order than in an uninterrupted run, whose buckets were
+    reordered long before. So the first gradient is computed an extra time and thrown away.
     """
     for place, crops in enumerate(batches):
         if place == 0 and dist.world_size() > 2:
@@ -111,7 +112,7 @@ def settled(batches: Iterator[Crops], model: nn.Module, state: State, run: Run) 
 def react(
     stats: Stats, state: State, saver: Saver, health: Health, journal: Journal, run: Run
 ) -> None:
-    """Keep and report a skipped step; report alarms; either may end the run.
+    """Keep and report a skipped step, and report alarms; both can end the run.
 
     Raises:
         ClsaError: 76 when too many steps in a row were bad.
@@ -127,7 +128,7 @@ def react(
 
 
 def prepare(state: State, run: Run, epoch: int, embed: Projections, journal: Journal) -> None:
-    """Let the method prepare an epoch; its time is logged apart from that of the steps."""
+    """Let the method prepare an epoch; the time for this is logged apart from the steps."""
     begun = time.monotonic()
     found = state.method.before_epoch(epoch, embed)
     if found:
@@ -144,10 +145,10 @@ def prepare(state: State, run: Run, epoch: int, embed: Projections, journal: Jou
 def feed(
     state: State, shown: Source, order: Order, last: int, quarantine: Quarantine, run: Run
 ) -> Iterator[Crops]:
-    """The batches from `state.step` on; loading starts anew where the method's companions change.
+    """The batches from `state.step` on; loading restarts when the method's companions change.
 
-    An epoch is prepared before its first batch is asked for. A process that runs alone gets no
-    more batches after a signal; several processes agree on the end inside a step.
+    The loop prepares an epoch before it takes the epoch's first batch. A process that runs alone
+    gets no more batches after a signal; several processes agree on the end inside a step.
     """
     method, per_epoch, step = state.method, run.steps_per_epoch, state.step
     while step < last:
@@ -167,22 +168,22 @@ def feed(
 
 
 def end_reason(step: int, last: int, run: Run) -> str:
-    """Why there is no step after `step`, or an empty string."""
+    """Why the run ends after `step` steps, or an empty string."""
     if step >= run.num_steps:
         return "finished"
     return "max_steps" if step >= last else ""
 
 
 def draw_views(source: Source, crops: Crops, specs: list[ViewSpec], run: Run, path: Path) -> None:
-    """Write the contact sheet: originals of the first batch with all their views."""
-    few = Crops([crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:]))
+    """Write the contact sheet: pictures of the first batch with all their views."""
+    top = Crops([crop[:SHEET_ROWS] for crop in crops.crops], *(x[:SHEET_ROWS] for x in crops[1:]))
     plain = run._replace(options=run.options.model_copy(update={"compile": False}))
-    drawn = make_views(few, specs, 0, plain).views
+    drawn = make_views(top, specs, 0, plain).views
     size, cpu = run.options.views.size, torch.device("cpu")
     rows = []
-    for numbers, originals in loader.eval_images(source, few.index.numpy(), size, 1.0, cpu):
+    for numbers, originals in loader.eval_images(source, top.index.numpy(), size, 1.0, cpu):
         for number, original in zip(numbers, originals.round().byte(), strict=True):
-            row = int((few.index == number).nonzero()[0])
+            row = int((top.index == number).nonzero()[0])
             rows.append([original, *(view[row] for view in drawn)])
     image = contact_sheet(rows, ["original", *(spec.name for spec in specs)])
     files.write_atomic(path, lambda file: image.save(file, format="PNG"))

@@ -1,4 +1,4 @@
-"""What a staged run still knows: accuracy on every earlier stage, as numbers, table and picture."""
+"""What a staged run still knows: accuracy on every stage so far, as numbers, table and picture."""
 
 import io
 import json
@@ -28,26 +28,26 @@ CELL, LEFT, TOP = 64, 150, 70
 class Forgetting(NamedTuple):
     """Top-1 of weighted 20-NN in percent, after each stage, on the pictures of each stage so far.
 
-    The bank holds the labelled training pictures of the stages so far, so that a later stage has
-    more classes to tell apart: accuracies fall for that reason too, and a baseline falls as well.
+    The bank holds the labelled training pictures of all stages so far. After a later stage there
+    are more classes to distinguish, so accuracies fall for that reason too, also of a baseline.
     """
 
     stages: list[str]
     accuracy: list[list[float]]
-    """accuracy[t][s]: of the encoder after stage t on the queries of stage s <= t."""
+    """accuracy[t][s]: encoder after stage t, on the queries of stage s <= t."""
     random: list[float]
-    """Of the random encoder on the queries of each stage, all stages in the bank."""
+    """Accuracy of the random encoder on the queries of each stage, all stages in the bank."""
     everything: list[float]
-    """On the queries of all stages so far together."""
+    """Accuracy after each stage, on the queries of all stages so far together."""
 
     def average(self, stage: int) -> float:
         """Mean accuracy over the stages so far."""
         return statistics.fmean(self.accuracy[stage])
 
     def forgotten(self) -> float | None:
-        """Mean over the earlier stages of the best accuracy before the last stage, less the last.
+        """Mean over the earlier stages of: best accuracy before the last stage minus the last one.
 
-        In points; None with fewer than two stages (Chaudhry et al. 2018).
+        In percentage points; None with fewer than two stages (Chaudhry et al. 2018).
         """
         *before, last = self.accuracy
         if not before:
@@ -60,7 +60,7 @@ class Forgetting(NamedTuple):
 def judge(
     encoder: nn.Module, parts: list[Split], views: ViewOptions, device: torch.device
 ) -> tuple[list[float], float]:
-    """Accuracy in percent on the queries of each part, and on all, with all banks as one."""
+    """Accuracy in percent on the queries of each part, and of all parts; all banks are joined."""
     num_classes = len(parts[0].bank.classes)
 
     def of(sources: Iterable[Source]) -> list[tuple[Tensor, Tensor]]:
@@ -85,7 +85,7 @@ def judge(
 
 
 def write(folder: Path, found: Forgetting) -> None:
-    """`forgetting.json`, `forgetting.md` and `forgetting.png`."""
+    """Write `forgetting.json`, `forgetting.md` and `forgetting.png`."""
     facts = {
         **found._asdict(),
         "average": [found.average(t) for t in range(len(found.accuracy))],
@@ -99,7 +99,7 @@ def write(folder: Path, found: Forgetting) -> None:
 
 
 def lines_of(found: Forgetting) -> list[list[str]]:
-    """The table: after which stage, accuracy on each, their mean, all together."""
+    """Rows of the table: name of the stage, accuracy on each stage, their mean, all together."""
     count = len(found.stages)
     lines = []
     for t, row in enumerate(found.accuracy):
@@ -113,7 +113,7 @@ def lines_of(found: Forgetting) -> list[list[str]]:
 
 
 def describe(found: Forgetting) -> str:
-    """The two numbers that sum it up."""
+    """Average accuracy and forgetting after the last stage."""
     last = len(found.accuracy) - 1
     average = f"average accuracy {found.average(last):.1f} %"
     lost = found.forgotten()
@@ -126,10 +126,10 @@ def markdown(found: Forgetting) -> str:
     rows = [titles, ["---"] * len(titles), *lines_of(found)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     note = (
-        "Top-1 of weighted 20-NN in percent among the classes of all stages so far. `all`: on all "
-        "their pictures together. Forgetting: mean over the earlier stages of the best accuracy "
-        "before the last stage, less the last. random: the encoder before the first stage, with "
-        "all stages in the bank."
+        "Top-1 of weighted 20-NN in percent among the classes of all stages so far. `all`: on the "
+        "pictures of these stages together. Forgetting: for each earlier stage, the best accuracy "
+        "before the last stage minus that after it; the mean of these. random: the encoder before "
+        "the first stage, with all stages in the bank."
     )
     return f"# Forgetting\n\n{describe(found)}\n\n{table}\n\n{note}\n"
 
@@ -143,7 +143,7 @@ def printed(found: Forgetting) -> Table:
 
 
 def picture(found: Forgetting) -> Image.Image:
-    """A heat map: a row after each stage, a column a stage; dark is accurate."""
+    """A heat map: one row after each stage, one column per stage; dark means accurate."""
     count, text = len(found.stages), ImageFont.load_default(14)
     height = TOP + (len(found.accuracy) + 1) * CELL + 50
     sheet = Image.new("RGB", (max(LEFT + count * CELL, 340) + 20, height), "white")

@@ -1,8 +1,8 @@
-"""What goes wrong in a run whose numbers are all finite, seen while it goes on.
+"""Watch a run whose numbers are all finite, and raise alarms for what goes wrong in it.
 
-Every step gives the loss and the norm of its gradient, which the host has read anyway, and the
-spread of the rows that the method compares; every `LOOK_EVERY` steps these are read and the rows
-looked at. Nothing here changes a run.
+Every step gives the loss and the gradient norm, which the host has read anyway, and the spread of
+the rows that the method compares. Every `LOOK_EVERY` steps, at a "look", the host reads the spreads
+and inspects the rows. Nothing here changes a run.
 """
 
 import math
@@ -33,46 +33,46 @@ from clsa.runs.alarms import (
 )
 
 LOOK_EVERY = 20
-LEAST_ROWS, ROWS = 8, 512  # of this process's batch, that are looked at
-# Looks in a row that must show the same.
+LEAST_ROWS, ROWS = 8, 512  # rows of this process's batch that a look uses
+# Looks in a row that must show the same problem.
 PATIENCE = {BLANK: 1, COLLAPSE: 2, LOW_RANK: 2, LEAK: 2, NO_LAG: 2, NO_LEARNING: 5, FROZEN_QUEUE: 5}
-TIE = 1e-5  # of similarities: rounding
-WINDOW, LEAST = 200, 100  # steps that a spike is measured against
+TIE = 1e-5  # similarities closer than this are equal up to rounding
+WINDOW, LEAST = 200, 100  # past steps that a spike is compared with
 
 
 class Limits(NamedTuple):
-    """Where an alarm begins; healthy runs of 2,000 steps have set it (docs/health.md)."""
+    """Thresholds of the alarms, set from healthy runs of 2,000 steps (docs/health.md)."""
 
     spread: float = 0.05
-    """`feature_spread`: lower is a collapse. 0 of constant rows, near 1 of healthy ones."""
+    """`feature_spread`: lower is a collapse. It is 0 for constant rows, near 1 for healthy ones."""
     rank: float = 1.5
     """RankMe of the centred rows: lower is low rank."""
     rank_share: float = 0.05
-    """The same over the most that is possible."""
+    """RankMe divided by the highest possible rank: lower is low rank."""
     rank_drop: float = 0.1
-    """The same over its peak."""
+    """RankMe divided by its highest value in the run: lower is low rank."""
     chance: float = 0.01
-    """Distance of the loss from chance, as a share of chance: nearer is no learning."""
+    """Distance of the loss from chance, as a share of chance: lower is no learning."""
     top1: float = 0.995
-    """Share of positives that are nearest: more in the first epoch is a leak."""
+    """Share of positives that are nearest: a higher one in the first epoch is a leak."""
     least_rows: int = 256
-    """In the bank, for a leak: among few rows the positive is soon the nearest."""
+    """Least rows in the bank for a leak: among few rows the positive is soon the nearest."""
     deviations: float = 8.0
-    """Robust deviations from the median: more is a spike."""
+    """Robust deviations above the median: more is a spike."""
 
 
 LIMITS = Limits()
 
 
 class Spikes:
-    """A number that was like the last ones until now.
+    """Detects when a number rises far above its values in the last steps.
 
     z = (x - median) / (1.4826 MAD) over the last `WINDOW` steps.
 
     Args:
-        what: the number is, for people.
-        least: deviation, where a flat curve has hardly any.
-        logarithmic: whether its logarithm is judged: the norm of a gradient has a long tail.
+        what: name of the number, for people.
+        least: lower limit of the deviation, since a flat curve has almost none.
+        logarithmic: use the logarithm of the number: gradient norms have a long tail.
     """
 
     def __init__(self, what: str, least: float, logarithmic: bool = False):
@@ -80,7 +80,7 @@ class Spikes:
         self.past: deque[float] = deque(maxlen=WINDOW)
 
     def after(self, value: float) -> Alarm | None:
-        """Take the number of a step; an alarm if it is far above those before."""
+        """Add the number of a step; returns an alarm if it is far above those before."""
         self.past.append(value)
         if len(self.past) <= LEAST:
             return None
@@ -96,17 +96,17 @@ class Spikes:
 
 
 class Health:
-    """Watches a run on the process that tells of it.
+    """Watches the health of a run, on the process that reports.
 
     Args:
-        method: of the run; a hook on its `forward` sees what it returns.
-        steps_per_epoch: in the first of which a leak shows.
-        warmup_steps: before which no loss is expected to fall.
-        step: done so far.
-        watches: whether this process does; on others nothing happens.
+        method: of the run; a hook on its `forward` reads the output.
+        steps_per_epoch: a leak is looked for in the first epoch only.
+        warmup_steps: the loss need not fall before this step.
+        step: steps done so far.
+        watches: whether this process watches; on other processes nothing happens.
 
     Attributes:
-        numbers: what the last look has seen, for the log.
+        numbers: measured at the last look, for the log.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class Health:
         self.steps_per_epoch, self.warmup_steps = steps_per_epoch, warmup_steps
         self.numbers: dict[str, float] = {}
         self.loss, self.norm = Spikes("the loss", 0.02), Spikes("the gradient's norm", 0.25, True)
-        self.quiet_until = 0  # one spike is told of, not each step of it
+        self.quiet_until = 0  # report a spike once, not at each of its steps
         self.spreads: list[Tensor] = []
         self.seen: list[Tensor] = []
         self.peak_rank = 0.0
-        inner = innermost(method)  # what goes around it may have queues that stand for long
+        inner = innermost(method)  # queues of wrappers may rest for long
         self.queues = [child for child in inner.modules() if isinstance(child, KeyQueue)]
         self.sums: list[Tensor] = []
         self.in_row: dict[str, int] = {}
@@ -132,7 +132,7 @@ class Health:
 
     @torch.no_grad()
     def _see(self, _: nn.Module, __: object, output: Output) -> None:
-        """Of the step that is being taken, what the host will read at the next look."""
+        """Forward hook: keep the tensors of this step that the host reads at the next look."""
         comparison = output.comparisons[0]
         rows = comparison.rows()[0].detach()[:ROWS].float()
         self.spreads.append(spread(rows))
@@ -142,7 +142,7 @@ class Health:
                 self.seen = [rows, loss, share_first(comparison)]
 
     def after(self, loss: float, grad_norm: float, is_bad: bool) -> list[Alarm]:
-        """A step is done: the alarms that begin with it; one that was skipped shows nothing."""
+        """Call after each step; returns the alarms that begin with it. Bad steps give none."""
         is_look, self.step = self._is_look(), self.step + 1
         begun: list[Alarm] = []
         if self.watches and not is_bad:
@@ -159,7 +159,7 @@ class Health:
         return begun
 
     def _gathered(self) -> Float[Tensor, "numbers"]:
-        """What has been seen since the last look, in one tensor on the device."""
+        """All numbers kept since the last look, in one tensor on the device."""
         rows, loss, first = self.seen
         signs = [loss, first, self._queue_stands(rows), self._keys_are_queries(rows)]
         return torch.cat([torch.stack([*signs, *self.spreads]), rows.flatten()])
@@ -168,8 +168,8 @@ class Health:
         """The alarms that begin with a look.
 
         Args:
-            gathered: on the CPU.
-            shape: of the rows in it.
+            gathered: as `_gathered` returns it, but on the CPU.
+            shape: shape of the rows at its end.
         """
         numbers, rows = gathered[: -shape.numel()], gathered[-shape.numel() :].view(shape)
         (loss, top1, stands, equal), spreads = numbers[:4].tolist(), numbers[4:].nan_to_num(1.0)
@@ -181,12 +181,12 @@ class Health:
             self.numbers["top1"] = round(top1, 4)
         chance, limits = self.method.landmarks.chance, LIMITS
         low = max(limits.rank, limits.rank_share * full, limits.rank_drop * self.peak_rank)
-        enough = full >= LEAST_ROWS  # of few rows spread and rank tell nothing
+        enough = full >= LEAST_ROWS  # with few rows, spread and rank say nothing
         shows = {
             COLLAPSE: enough and last < limits.spread,
             BLANK: enough and least < limits.spread < spreads.median().item(),
             LOW_RANK: enough and rank < low,
-            # With prototypes a healthy loss may stand there for long.
+            # With prototypes, a healthy loss may stay at chance for long.
             NO_LEARNING: abs(loss - chance) < limits.chance * abs(chance)
             and self.method.has_positives
             and self.step > self.warmup_steps,
@@ -204,14 +204,14 @@ class Health:
         return [alarm(name, **values) for name in shows if self.in_row[name] == PATIENCE[name]]
 
     def _queue_stands(self, like: Tensor) -> Float[Tensor, ""]:
-        """1 where a queue is what it was at the last look, else 0."""
+        """1 if any queue is the same as at the last look, else 0."""
         sums = [queue.rows.sum(dtype=torch.float64) for queue in self.queues]
         before, self.sums = self.sums, sums
         same = [was == now for was, now in zip(before, sums, strict=False)]
         return torch.stack(same).any().to(like) if same else like.new_zeros(())
 
     def _keys_are_queries(self, like: Tensor) -> Float[Tensor, ""]:
-        """1 where the key network has the weights of the query network, else 0."""
+        """1 if the key network has exactly the weights of the query network, else 0."""
         keys = key_network_of(self.method)
         if keys is None:
             return like.new_zeros(())
@@ -220,9 +220,10 @@ class Health:
 
 
 def share_first(comparison: Comparison) -> Float[Tensor, ""]:
-    """Share of queries whose positive is nearer than all else that they see; NaN if none tells.
+    """Share of queries whose positive is nearer than every other candidate; NaN if unknown.
 
-    Ties count against it: of equal rows none is first. In tiles, as the losses.
+    It is unknown without positives, or if the bank is too small. A tie does not count as nearer.
+    The bank is read in tiles, as in the losses.
     """
     _, bank, positive, candidates = comparison
     query = comparison.rows()[0].detach().float()[:ROWS]

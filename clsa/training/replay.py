@@ -1,4 +1,4 @@
-"""A bad step taken again, with everything that it computes looked at for what is not finite."""
+"""Compute a bad step again, and report which of its values are not finite."""
 
 from typing import Any, NamedTuple
 
@@ -22,30 +22,30 @@ from clsa.training.step import Run, agree, gradients, make_views, parallel
 
 
 class Replay(NamedTuple):
-    """A step that a run skipped, and what its computation shows in this process."""
+    """A step that a run skipped, and what this process found when computing it again."""
 
     step: int
     reason: str
-    """Why it was skipped then."""
+    """Why the run skipped it."""
     worlds: tuple[int, int]
-    """How many processes the run had, and this replay."""
+    """Number of processes in the run, and in this replay."""
     others: list[str]
-    """What is not here as it was in the run."""
+    """Settings that differ between the run and this replay."""
     rank: int
-    """Of this process."""
+    """Rank of this process."""
     losses: dict[str, float]
     norm: float
-    """Of the gradient."""
+    """Norm of the gradient."""
     weights: list[str]
     """Weights and buffers that were not finite before the step."""
     views: list[tuple[str, str]]
-    """View and picture of each that is not."""
+    """View and picture of each view that is not finite."""
     outputs: list[str]
-    """Modules whose output is not, in the order of computing."""
+    """Modules whose output is not finite, in the order of computation."""
     gradients: list[str]
-    """Parameters whose gradient is not, as backward reaches them."""
+    """Parameters whose gradient is not finite, in the order of the backward pass."""
     anywhere: tuple[bool, ...]
-    """Whether any process has found: a bad loss or gradient, weights, views, outputs."""
+    """Whether any process found bad values: in loss or gradient, weights, views, outputs."""
 
     @property
     def is_bad(self) -> bool:
@@ -54,24 +54,24 @@ class Replay(NamedTuple):
 
 
 def replay(options: ReplayOptions) -> Replay:
-    """Compute the gradient of a bad step again, from the state, the pictures and draws it had.
+    """Compute the gradient of a bad step again, from the same state, pictures and draws.
 
-    The batch, its order and every draw follow from the run's seed and the step; the state is that
-    before the step, as the step has moved nothing. Run it on as many processes as the run had to
-    see the same sums: batch norm and several losses go over a process's rows.
+    The batch, its order and every draw follow from the run's seed and the step. The saved state is
+    the one before the step, since the step changed nothing. Use as many processes as the run had,
+    to compute the same sums: batch norm and several losses work on the rows of one process.
 
     Raises:
-        ClsaError: 66 when the bundle is not whole; 2 when the pictures are others now.
+        ClsaError: 66 when the bundle is incomplete; 2 when the pictures have changed.
     """
     saved, _ = checkpoint.load_one(options.bundle)
     if "bad" not in saved:
-        why = "a checkpoint, not what a run kept of a bad step"
+        why = "a checkpoint, not the saved state of a bad step"
         raise ClsaError(str(options.bundle), why, "give RUN/bad/step-NNNNNN.ckpt", Exit.NO_INPUT)
     bad = saved["bad"]
     before = RunOptions.parse(read_value(bad["options"]), str(options.bundle))
     changes = {
         "data": before.data.model_copy(update={"data": options.data or before.data.data}),
-        "out": options.bundle.resolve().parent.parent,  # where the run lies now
+        "out": options.bundle.resolve().parent.parent,  # the present folder of the run
         "precision": options.precision or before.precision,
         "device": options.device or before.device,
         "compile": False,  # the graphs would hide the modules
@@ -82,7 +82,7 @@ def replay(options: ReplayOptions) -> Replay:
         parts = assemble(asked, open_source(asked.data.data, "train", asked.data), device)
         if saved["data_digest"] != parts.state.data_digest:
             why = "the pictures are not those of the run"
-            raise ClsaError(asked.data.data, why, "give them by --data")
+            raise ClsaError(asked.data.data, why, "give their path with --data")
         parts.state.take(saved)
         run = Run(asked, device, parts.order.steps_per_epoch, Stop())
         worlds = (bad["world"], dist.world_size())
@@ -95,7 +95,7 @@ def replay(options: ReplayOptions) -> Replay:
 
 
 def _computed(parts: Parts, run: Run) -> dict[str, Any]:
-    """What `Replay` tells of the computation; moves nothing but batch norm's statistics."""
+    """The fields of `Replay` that need the computation; changes only batch norm statistics."""
     method, step = parts.state.method, parts.state.step
     weights = [name for name, value in method.state_dict().items() if not _is_finite(value)]
     (crops,) = loader.batches(
@@ -128,7 +128,7 @@ def _bad_views(views: list[Tensor], crops: Crops, parts: Parts) -> list[tuple[st
 
 
 def _watch(method: Method) -> list[str]:
-    """Names of modules, filled as their outputs are found not to be finite."""
+    """A list that hooks fill with the names of modules whose output is not finite."""
     found: list[str] = []
     names = {module: name for name, module in method.named_modules() if name}
 
@@ -146,16 +146,16 @@ def _is_finite(value: object) -> bool:
 
 
 def describe(shown: Replay) -> str:
-    """What a replay shows, in lines for people; of other processes than the first, their own."""
+    """A replay as text for people; ranks above 0 give only what they found themselves."""
     terms = ", ".join(f"{name} {value:.4g}" for name, value in shown.losses.items())
     state = "not finite again" if shown.is_bad else "finite"
     own = f"process {shown.rank}: " if shown.worlds[1] > 1 else ""
-    lines = [f"{own}here it is {state}: {terms}, norm of the gradient {shown.norm:.4g}"]
+    lines = [f"{own}the replay is {state}: {terms}, norm of the gradient {shown.norm:.4g}"]
     for what, names in (
         ("weights before the step", shown.weights),
         ("views", [f"{view} of {picture}" for view, picture in shown.views]),
-        ("outputs, in the order of computing", shown.outputs),
-        ("gradients, as backward reaches them", shown.gradients),
+        ("outputs, in the order of computation", shown.outputs),
+        ("gradients, in the order of the backward pass", shown.gradients),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -166,19 +166,19 @@ def describe(shown: Replay) -> str:
     lines.append(_verdict(shown.others, *shown.anywhere))
     if shown.worlds[0] != shown.worlds[1]:
         count = shown.worlds[0]
-        lines.append(f"The run had {count} processes: torchrun with as many shows their very sums.")
+        lines.append(f"The run had {count} processes: torchrun with as many repeats its sums.")
     return "\n".join(lines)
 
 
 def _verdict(others: list[str], is_bad: bool, weights: bool, views: bool, outputs: bool) -> str:
     if not is_bad and others:
-        return f"What made it bad then may be what is other here: {', '.join(others)}."
+        return f"The cause may be what differs here: {', '.join(others)}."
     if not is_bad:
-        return "What made it bad then is not in the state, the pictures or the draws."
+        return "The cause is not in the state, the pictures or the draws."
     if weights:
-        return "The weights were broken before: go on from an earlier checkpoint, at a lower rate."
+        return "The weights were bad before the step: use an earlier checkpoint, with a lower rate."
     if views:
-        return "A view is broken: look at these pictures, and tell us."
+        return "A view is not finite: look at these pictures, and report it."
     if outputs:
         return "The network overflows: lower --optim.lr or add --optim.warmup-epochs, in a new run."
-    return "All outputs are finite: the loss or its gradient overflows. Please tell us."
+    return "All outputs are finite: the loss or its gradient overflows. Please report it."

@@ -1,4 +1,4 @@
-"""What a run is made of, and where it stands: all that comes before the first step."""
+"""All that comes before the first step: build the parts of a run, load its newest checkpoint."""
 
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -28,10 +28,10 @@ from clsa.system.signals import Stop
 
 
 class Parts(NamedTuple):
-    """What a run is made of."""
+    """The parts of a run."""
 
     source: Source
-    """The pictures with all their labels: the online probe judges on these."""
+    """The pictures with all their labels, for the online probe."""
     shown: Source
     """The same pictures with only the labels that the method may learn from."""
     held: Names
@@ -45,10 +45,10 @@ class Parts(NamedTuple):
 def set_out(
     options: RunOptions, free: Collection[str]
 ) -> Iterator[tuple[Source, torch.device, Stop]]:
-    """What a run needs from outside: its pictures, its device, and a way to stop it.
+    """Get what a run needs from outside: its pictures, its device, and a way to stop it.
 
-    Its folder is held meanwhile, so that no other run writes there. Nothing is written before
-    options, folder and pictures are known to be good: a mistake costs nothing.
+    The run's folder is held inside, so that no other run writes there. Nothing is written before
+    options, folder and pictures have been checked: a mistake costs nothing.
 
     Args:
         free: names of options that may differ when a run is resumed.
@@ -71,10 +71,11 @@ def assemble(
 ) -> Parts:
     """Build everything that a run needs, at step 0.
 
-    Of the pictures only names and labels are read, and those that an earlier start could not read.
+    It reads only the names and labels of pictures, and tries again those pictures that an earlier
+    start could not read.
 
     Args:
-        num_exemplars: how many pictures, the last ones of `source`, come from earlier stages.
+        num_exemplars: how many pictures at the end of `source` come from earlier stages.
 
     Raises:
         ClsaError: for options that do not fit the pictures or each other.
@@ -92,16 +93,16 @@ def assemble(
     extent = Extent(len(source), len(source.classes), steps, last, shown.labels, num_exemplars)
     method = build_method(options, extent).to(device)
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
-    told = source if options.labels is None else shown
-    given = Given(told, steps, options.accept_data_change)
-    state = State(method, optimizer, told.digest(), folder, given=given)
+    learned = source if options.labels is None else shown
+    given = Given(learned, steps, options.accept_data_change)
+    state = State(method, optimizer, learned.digest(), folder, given=given)
     return Parts(source, shown, held, order, quarantine, state)
 
 
 def take_up(
     parts: Parts, options: RunOptions, device: torch.device, begin: Callable[[State], None]
 ) -> None:
-    """Load the newest checkpoint, if there is one, and make the folder ready for what follows.
+    """Load the newest checkpoint, if there is one, and prepare the folder for training.
 
     Raises:
         ClsaError: 2, 66 or 77 for a checkpoint that does not fit, 73 or 74 for a folder that
@@ -126,7 +127,7 @@ def take_up(
 
 
 def require_same_step(step: int, device: torch.device) -> None:
-    """Raise on every rank unless all resume at the same step (they need one shared folder)."""
+    """Raise on every rank unless all ranks resume at the same step (they need a shared folder)."""
     highest, lowest = dist.all_max(torch.tensor([step, -step], device=device)).tolist()
     if highest != -lowest:
         why = f"the processes found checkpoints of steps {-lowest} and {highest}"
@@ -134,7 +135,7 @@ def require_same_step(step: int, device: torch.device) -> None:
 
 
 def tell_start(options: RunOptions, parts: Parts) -> None:
-    """Say before the first step what a user may not have meant."""
+    """Print, before the first step, notes on options that the user may not have intended."""
     if options.labels is not None:
         held = num_held(options.labels, parts.held)
         print(describe_labels(parts.shown, held), file=sys.stderr)

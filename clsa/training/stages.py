@@ -1,7 +1,7 @@
-"""Pretraining in stages: one run a stage, each going on where the one before it ended.
+"""Pretraining in stages: one run per stage, each continuing from the one before it.
 
-A staged run's folder holds `stage-1`, `stage-2`, ..., which are run folders, and what it knows of
-all: the encoder of the last finished stage, `forgetting.json`, `.md` and `.png`.
+The folder of a staged run holds `stage-1`, `stage-2`, ..., which are run folders, and the results
+of all stages: the encoder of the latest stage, `forgetting.json`, `.md` and `.png`.
 """
 
 import json
@@ -35,11 +35,11 @@ from clsa.training.exemplars import choose_exemplars
 from clsa.training.forgetting import Forgetting
 from clsa.views import rng
 
-STAGE_BITS = 40  # above the seeds that people choose, so that no stage has another run's draws
+STAGE_BITS = 40  # above the seeds that people choose, so no stage has the same draws as another run
 
 
 def pretrain(options: RunOptions) -> Path:
-    """Run, or resume, what `options` describe, in stages if there are any; returns the folder.
+    """Start or resume the run in `options`, in stages if it has any; returns the folder.
 
     Raises:
         ClsaError: as `start.pretrain`.
@@ -54,8 +54,8 @@ def pretrain(options: RunOptions) -> Path:
             why = f"{options.method.name} keeps a row for each picture of one set"
             raise ClsaError("stages", why, "choose another recipe, such as continual-small")
         if options.accept_data_change:
-            why = "what a stage has learned cannot be told from its pictures of before"
-            raise ClsaError("--accept-data-change", why, "restore the pictures, or start anew")
+            why = "what a stage has learned cannot be separated from its earlier pictures"
+            raise ClsaError("--accept-data-change", why, "restore the pictures, or start a new run")
         if options.continual.keep != "nothing":
             require_faiss()
         sources = stage_sources(options)
@@ -67,7 +67,7 @@ def pretrain(options: RunOptions) -> Path:
 def run_stages(
     options: RunOptions, folder: RunFolder, sources: list[Source], device: torch.device, stop: Stop
 ) -> None:
-    """Train every stage that is left, one after the other, and judge each."""
+    """Train the stages that are not finished, one after the other, and evaluate each."""
     if dist.rank() == 0:
         folder.claim(options)
     parts = labelled_parts(sources, options)
@@ -84,15 +84,15 @@ def run_stages(
 
 
 def stage_seed(seed: int, number: int) -> int:
-    """Seed of a stage; the first has the run's own."""
+    """Seed of a stage; the first stage has the seed of the run."""
     return (seed + ((number - 1) << STAGE_BITS)) % (1 << 62)
 
 
 def stage_sources(options: RunOptions) -> list[Source]:
     """The pictures of each stage; all with the same classes.
 
-    `classes:N` parts the classes of --data, in an order drawn from the seed, into N groups whose
-    sizes differ by one at most; pictures without a label are in none.
+    `classes:N` splits the classes of --data, in an order drawn from the seed, into N groups whose
+    sizes differ by at most one; pictures without a label are in no group.
 
     Raises:
         ClsaError: for a stage that cannot be opened, or more groups than classes.
@@ -104,7 +104,7 @@ def stage_sources(options: RunOptions) -> list[Source]:
     present = np.unique(source.labels[source.labels >= 0])
     if not 1 <= count <= len(present):
         why = f"the pictures have {len(present)} classes"
-        raise ClsaError(f"stages classes:{count}", why, "ask for at most one stage a class")
+        raise ClsaError(f"stages classes:{count}", why, "use at most one stage per class")
     order = rng.permutation(options.seed, 0, len(present), rng.STAGES)
     groups = np.array_split(present[order], count)
     left_out = int((source.labels < 0).sum())
@@ -117,7 +117,7 @@ def _sets(options: RunOptions) -> list[Source]:
     wrong = [spec for spec in options.stages if spec.startswith("classes:")]
     if wrong:
         hint = "give classes:N alone, with N a number, or several sets"
-        raise ClsaError(f"stages {wrong[0]}", "not a way to part one set", hint)
+        raise ClsaError(f"stages {wrong[0]}", "not a valid way to split one set", hint)
     sources = [
         opening.open_source(spec, "train", options.data.model_copy(update={"data": spec}))
         for spec in options.stages
@@ -127,33 +127,35 @@ def _sets(options: RunOptions) -> list[Source]:
 
 
 def labelled_parts(sources: list[Source], options: RunOptions) -> list[Split] | None:
-    """What each stage is judged on; None, and a line, where a stage has no labels to speak of.
+    """The pictures to evaluate each stage on; None, with a note, if a stage has too few labels.
 
-    With pictures to evaluate on (`--val`, or the set's own) those of the stage's classes; else the
-    fifth of its labelled pictures that `split` holds out.
+    If there are evaluation pictures (`--val`, or the set's own), the queries are those of the
+    stage's classes; else the fifth of its labelled pictures that `split` holds out.
     """
-    given = opening.val_of(options.data)
-    val = opening.open_val(options.data, sources[0].classes) if given else None
+    has_val = opening.val_of(options.data)
+    val = opening.open_val(options.data, sources[0].classes) if has_val else None
     parts = []
     for source in sources:
         own = np.unique(source.labels[source.labels >= 0])
         shown = None if val is None else val.subset(np.flatnonzero(np.isin(val.labels, own)))
-        few = (source.labels >= 0).sum() < MIN_LABELLED or (shown is not None and not len(shown))
-        if few:
+        too_few = (source.labels >= 0).sum() < MIN_LABELLED or (
+            shown is not None and not len(shown)
+        )
+        if too_few:
             if dist.rank() == 0:
-                print("no forgetting matrix: a stage has no labels to judge on", file=sys.stderr)
+                print("no forgetting matrix: a stage has too few labels", file=sys.stderr)
             return None
         parts.append(split(source, shown, seed=0))
     return parts
 
 
 def _wait(device: torch.device) -> None:
-    """Until every process is here: what one has written, the others may read."""
+    """Wait until every process is here: then all may read what one has written."""
     dist.all_max(torch.zeros(1, device=device))
 
 
 def read_forgetting(out: Path) -> Forgetting:
-    """What `forgetting.json` of a staged run says; nothing yet where there is none."""
+    """Read `forgetting.json` of a staged run; empty if there is no readable one."""
     try:
         facts = json.loads((out / "forgetting.json").read_text("utf-8"))
         return Forgetting(*(facts[name] for name in Forgetting._fields))
@@ -166,8 +168,8 @@ class Stage:
 
     Args:
         options: of the whole run.
-        number: from 1.
-        count: of all stages.
+        number: of this stage, from 1.
+        count: number of stages.
     """
 
     def __init__(self, options: RunOptions, number: int, count: int):
@@ -185,25 +187,25 @@ class Stage:
 
     @property
     def exemplars_file(self) -> Path:
-        """Where the numbers of the kept pictures stand."""
+        """File with the numbers of the kept pictures."""
         return self.options.out / "exemplars.json"
 
     def is_trained(self) -> bool:
-        """Whether its training has come to the end."""
+        """Whether its training is finished."""
         try:
             return json.loads(self.folder.status_file.read_text("utf-8"))["reason"] == "finished"
         except (OSError, ValueError, LookupError):
             return False
 
     def is_finished(self) -> bool:
-        """Whether its exemplars are chosen too."""
+        """Whether its training is finished and, if needed, its exemplars are chosen."""
         chosen = self.exemplars_file.exists() or not self.keeps or self.number == self.count
         return self.is_trained() and chosen
 
     def run(self, sources: list[Source], device: torch.device, stop: Stop) -> bool:
-        """Train it, or go on with it, and choose its exemplars; whether it came to its end."""
+        """Train or resume the stage, and choose exemplars; returns whether training finished."""
         source, shown = sources[self.number - 1], sources
-        if not opening.val_of(self.options.data):  # judging holds some out of each stage
+        if not opening.val_of(self.options.data):  # evaluation holds out some of each stage
             shown = [without_held_out_labels(each) for each in sources]
         kept = [
             shown[place].subset(Stage(self.whole, place + 1, self.count).read_exemplars())
@@ -212,15 +214,15 @@ class Stage:
         num_exemplars = sum(map(len, kept))
         name = f"stage {self.number} of {self.count}"
         if self.is_finished():
-            self._say(f"{name}: done already")
+            self._say(f"{name}: already done")
             self._publish()
             return True
-        told = f", {num_exemplars} exemplars" if num_exemplars else ""
-        self._say(f"{name}: {len(source)} pictures{told}")
+        extra = f", {num_exemplars} exemplars" if num_exemplars else ""
+        self._say(f"{name}: {len(source)} pictures{extra}")
         self.folder.check(self.options)
         pictures = joined([shown[self.number - 1], *kept])
         state = start.train(self.options, pictures, device, stop, self.begin, num_exemplars)
-        _wait(device)  # for what rank 0 writes of the end
+        _wait(device)  # for the status that rank 0 writes at the end
         done = self.is_trained()
         if done and self.keeps and self.number < self.count:
             self._keep(state, source, device)
@@ -228,13 +230,13 @@ class Stage:
         return done
 
     def _publish(self) -> None:
-        """What the whole run says: this stage's encoder, metrics of all stages, how far it is."""
+        """Update the whole run: this stage's encoder, metrics of all stages, the status."""
         later = [Stage(self.whole, n, self.count) for n in range(self.number + 1, self.count + 1)]
         if dist.rank() or any(stage.is_trained() for stage in later):
             return
         encoder, facts = saved_encoder.load_encoder_facts(self.options.out)
         whole = RunFolder(self.whole.out)
-        begun = {"seed": self.whole.seed}  # of the random encoder that is judged beside it
+        begun = {"seed": self.whole.seed}  # of the random encoder it is compared with
         saved_encoder.save_encoder(whole.encoder, encoder, facts.model_copy(update=begun))
         lines, steps = [], 0
         for number in range(1, self.number + 1):
@@ -255,7 +257,7 @@ class Stage:
             print(text, file=sys.stderr, flush=True)
 
     def read_exemplars(self) -> Int64[np.ndarray, " m"]:
-        """Numbers of its kept pictures in its own set."""
+        """Numbers of the kept pictures, counted in the set of this stage."""
         facts = json.loads(self.exemplars_file.read_text("utf-8"))
         return np.array(facts["numbers"], np.int64)
 
@@ -272,13 +274,13 @@ class Stage:
         _wait(device)  # for the file
 
     def begin(self, state: State) -> None:
-        """Start from the end of the stage before: weights, banks and optimiser; not the step."""
+        """Load weights, banks and optimiser from the end of the stage before; not the step."""
         if self.number == 1:
             return
         saved = checkpoint.load_newest(self.before().folder.checkpoints)
         if saved is None:
             what = str(self.before().options.out)
-            raise ClsaError(what, "holds no checkpoint", "start anew", Exit.NO_INPUT)
+            raise ClsaError(what, "holds no checkpoint", "start a new run", Exit.NO_INPUT)
         state.method.load_state_dict(saved.state["method"])
         state.optimizer.load_state_dict(saved.state["optimizer"])
         method = state.method
@@ -291,7 +293,7 @@ class Stage:
                 module.begin((main or module.extra).rows)
 
     def judge(self, parts: list[Split] | None, device: torch.device) -> None:
-        """Accuracy on every stage so far, unless it is known; writes the matrix."""
+        """Measure accuracy on every stage so far, unless it is known, and write the matrix."""
         out = self.whole.out
         found = read_forgetting(out)
         if parts is None or len(found.accuracy) >= self.number:

@@ -1,4 +1,4 @@
-"""A run from its options to its exit code: set it out, take it up, train, finish."""
+"""Run training from options to exit code: build, load the newest checkpoint, train, finish."""
 
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -29,8 +29,8 @@ def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Pa
         free: names of options that may differ when a run is resumed.
 
     Raises:
-        ClsaError: for anything the user can mend; 74 when another process or memory is lost, 75
-            when a signal stopped a run that can be resumed, 76 when bad numbers do not end.
+        ClsaError: for anything that the user can fix; 74 when another process is lost or memory
+            runs out, 75 when a signal stopped a run that can be resumed, 76 when numbers stay bad.
         Asked: when a signal came before anything was written.
     """
     with set_out(options, free) as (source, device, stop):
@@ -49,11 +49,11 @@ def train(
     """Train from the newest checkpoint, or from the start, to the end of the schedule or a limit.
 
     Args:
-        begin: changes the state of a new run before its first step.
-        num_exemplars: how many pictures, the last ones of `source`, come from earlier stages.
+        begin: sets the state of a new run before its first step.
+        num_exemplars: how many pictures at the end of `source` come from earlier stages.
 
     Returns:
-        The state in which it ended.
+        The state at the end.
 
     Raises:
         ClsaError: as `pretrain`.
@@ -75,22 +75,22 @@ def finish(parts: Parts, run: Run, reason: str) -> None:
 
     Raises:
         ClsaError: 76 when an alarm ended it.
-        StopError: when a signal did.
+        StopError: when a signal ended it.
     """
     state, quarantine = parts.state, parts.quarantine
     folder, stop = state.folder, run.stop
     what = f"stopped at step {state.step} of {run.num_steps}"
     if reason in COLLAPSES or reason == signals.ALARM:
-        hint = "its words are above and in metrics.jsonl; in a new --out, change what they say"
+        hint = "follow the alarm's advice (above and in metrics.jsonl) in a run with a new --out"
         raise ClsaError(what, f"alarm: {reason}", hint, Exit.UNHEALTHY)
     if dist.rank() == 0 and state.step:
         write_encoder(state, run.options, folder.encoder)
     if dist.rank() == 0 and quarantine.reasons:
         count = len(quarantine.reasons)
-        told = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
-        print(told, file=sys.stderr)
+        note = f"{count} unreadable pictures were replaced: see quarantine.jsonl"
+        print(note, file=sys.stderr)
     if reason not in ("finished", "max_steps", "max_minutes"):
-        saved = "the state is saved" if state.step else "nothing was to be saved"
+        saved = "the state is saved" if state.step else "there was nothing to save"
         name = REQUEUE if reason == REQUEUE else stop.signal_name
         raise StopError(what, f"{reason}; {saved}", "the same command resumes it", name)
     if dist.rank() == 0:
@@ -99,7 +99,7 @@ def finish(parts: Parts, run: Run, reason: str) -> None:
 
 @contextmanager
 def end_reported(state: State, quarantine: Quarantine) -> Iterator[None]:
-    """Leave `status.json` and `quarantine.jsonl` behind, whatever happens inside."""
+    """Write `status.json` and `quarantine.jsonl`, whatever happens inside."""
     folder = state.folder
     try:
         with ranks.named(lambda: state.step), memory_errors():

@@ -21,7 +21,7 @@ from clsa.training.bad_steps import describe_badness
 from clsa.views import transform
 from clsa.views.specs import ViewSpec
 
-MAX_GRAPHS = 64  # one for each size of view and one for the keys
+MAX_GRAPHS = 64  # compiled graphs: one per view size, and one for the keys
 
 
 class Run(NamedTuple):
@@ -39,12 +39,12 @@ class Run(NamedTuple):
 
     @property
     def warmup_steps(self) -> float:
-        """Steps in which the learning rate rises."""
+        """Steps during which the learning rate rises."""
         return self.steps_per_epoch * self.options.optim.warmup_epochs
 
 
 class Seen(NamedTuple):
-    """What the host reads of the device in a step, the highest of all ranks."""
+    """What the host reads from the device in a step: the maximum over all ranks."""
 
     is_bad: bool
     """Whether a loss or a gradient is not finite."""
@@ -55,13 +55,13 @@ class Seen(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Of one step: what the host has seen, and detached tensors that it reads only when logged."""
+    """One step: what the host has read, and detached tensors that it reads only when logging."""
 
     terms: dict[str, Tensor]
     lr: float
     seen: Seen
     bad: str = ""
-    """What was not finite, where the step was skipped for it."""
+    """What was not finite, if the step was skipped; else empty."""
 
     def numbers(self) -> dict[str, float]:
         """The values for the log."""
@@ -69,7 +69,7 @@ class Stats(NamedTuple):
 
 
 def make_views(crops: Crops, specs: list[ViewSpec], step: int, run: Run) -> Batch:
-    """Pixel operations of every view, on the device; draws from (seed, epoch, index, view)."""
+    """Make every view on the device; its draws follow from (seed, epoch, index, view)."""
     options, epoch = run.options, step // run.steps_per_epoch
     drawn, fused = crops.drawn.numpy(), options.compile and run.device.type == "cuda"
     pixels = [
@@ -87,11 +87,11 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
 
     Args:
         model: `state.method`, or the same inside DistributedDataParallel.
-        state: method, optimiser and step; moved on by one.
+        state: method, optimiser and step; advanced by one step.
         crops: this rank's rows of the batch.
         run: options and device.
 
-    Where loss or gradient is not finite nothing but `state.step` moves, on any rank.
+    If a loss or gradient is not finite on any rank, nothing but `state.step` changes on all ranks.
     """
     options, method, optimizer = run.options, state.method, state.optimizer
     batch = make_views(crops, method.view_specs, state.step, run)
@@ -117,7 +117,7 @@ def train_step(model: nn.Module, state: State, crops: Crops, run: Run) -> Stats:
 def gradients(
     model: nn.Module, batch: Batch, method: Method, run: Run
 ) -> tuple[Output, Float[Tensor, ""], Float[Tensor, ""]]:
-    """Output, loss and norm of the gradient, which lies at the parameters; moves statistics only.
+    """Output, loss and gradient norm; sets the gradients, changes only batch norm statistics.
 
     Args:
         model: `method`, or the same inside DistributedDataParallel.
@@ -142,7 +142,7 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, run: Run) -> float:
 
 
 def agree(loss: Float[Tensor, ""], norm: Float[Tensor, ""], stop: Stop) -> Seen:
-    """The one look of the host at the device in a step: is it good, and is it the last?"""
+    """Read the device once in a step, for all ranks: is the step good, and is it the last?"""
     numbers = torch.stack([loss.detach().float(), norm.float()])
     is_bad = (~numbers.isfinite()).any().float()
     flags = torch.stack([is_bad, torch.full_like(is_bad, stop.level)])
@@ -153,20 +153,20 @@ def agree(loss: Float[Tensor, ""], norm: Float[Tensor, ""], stop: Stop) -> Seen:
 def parallel(method: Method, options: RunOptions) -> nn.Module:
     """`method`, compiled if asked for, inside DistributedDataParallel with several processes.
 
-    Buffers are not broadcast: banks are equal on all ranks by construction, and batch norm's
-    statistics are each rank's own, as in MoCo.
+    Buffers are not broadcast: banks are equal on all ranks by construction, and each rank has its
+    own batch norm statistics, as in MoCo.
     """
     if options.compile:
         from torch._dynamo import config  # slow to import
 
-        # Beyond its limit views run uncompiled and move statistics that compiled ones have saved.
+        # Past the limit views run uncompiled, and change statistics that compiled views have saved.
         config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
         for module in method.modules():
             if isinstance(module, Network):
-                module.encoder.compile(dynamic=False)  # a graph for each size of view
+                module.encoder.compile(dynamic=False)  # a graph for each view size
     if dist.world_size() == 1:
         return method
-    with warnings.catch_warnings():  # the newer name of broadcast_buffers is too new for torch 2.10
+    with warnings.catch_warnings():  # torch 2.10 lacks the new name of broadcast_buffers
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             method, broadcast_buffers=False, gradient_as_bucket_view=True

@@ -1,8 +1,8 @@
-"""What pixels become: jitter, grayscale and blur of weak views, pixel operations of strong views.
+"""Changes pixel values: jitter, grayscale and blur of weak views, pixel operations of strong views.
 
-Weak operations work on floats in [0, 1] and equal torchvision's; strong ones work on uint8 and
-reproduce Pillow's integer arithmetic. Which rows an operation touches is decided by NumPy arrays,
-so no device has to be asked.
+Weak operations take floats in [0, 1] and equal torchvision's. Strong operations take uint8 and
+reproduce Pillow's integer arithmetic. NumPy arrays on the CPU say which rows an operation changes,
+so the host never has to wait for the device.
 """
 
 import functools
@@ -36,8 +36,8 @@ def _shift_hue(
 ) -> Float32[Tensor, "B 3 S S"]:
     """Turn the hue h: each channel becomes v - c clamp(2 - 6 d, 0, 1).
 
-    v is the largest channel, c the range of the channels, and d the distance of h, on a circle of
-    length 1, to the hue opposite the channel (cyan 3/6, magenta 5/6, yellow 7/6).
+    v is the largest channel and c the range of the channels. d is the distance, on a circle of
+    length 1, from h to the hue opposite the channel (cyan 3/6, magenta 5/6, yellow 7/6).
     """
     red, green, blue = images.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
@@ -67,11 +67,12 @@ def jitter(
 
     Args:
         images: in [0, 1].
-        factors: of brightness, contrast and saturation (1: unchanged), and turns of hue (0).
-        order: which of the four comes first, second, third, fourth.
+        factors: brightness, contrast, saturation (1: unchanged), then turns of hue (0: unchanged).
+        order: which of the four operations comes first, second, third, fourth.
         apply: rows to change.
-        fused: turn the hue of every row and keep it where it was drawn, in kernels that
-            torch.compile fuses: far fewer passes over the memory of a GPU, a waste on a CPU.
+        fused: compute both the blend and the hue for every row and keep the one that is due, in
+            kernels that torch.compile fuses. This needs far fewer passes over the memory of a GPU,
+            but wastes time on a CPU.
     """
     if not apply.any():
         return images
@@ -100,7 +101,7 @@ def _dense_jitter(
     weights: Float32[Tensor, "4 3 B 1 1 1"],
     turns: Float32[Tensor, "4 2 B"],
 ) -> Float32[Tensor, "B 3 S S"]:
-    """`jitter` without gathering and scattering; `turns` are whether and how far, a step."""
+    """`jitter` without gather and scatter; `turns`: per step, whether and how far hue is turned."""
     for (f, s, m), (is_hue, turn) in zip(weights, turns, strict=True):
         gray = _gray(images)
         mean = gray.mean((1, 2, 3), keepdim=True)
@@ -118,7 +119,7 @@ def _compiled_jitter() -> Callable[..., Tensor]:
 def grayscale(
     images: Float32[Tensor, "B 3 S S"], apply: Bool[np.ndarray, "B"]
 ) -> Float32[Tensor, "B 3 S S"]:
-    """Rows of `apply` without colour: 0.2989 R + 0.587 G + 0.114 B in every channel."""
+    """Take the colour off the rows of `apply`: 0.2989 R + 0.587 G + 0.114 B in every channel."""
     if not apply.any():
         return images
     rows, chosen = _select(images, apply)
@@ -132,11 +133,11 @@ def blur(
 ) -> Float32[Tensor, "B 3 S S"]:
     """Gaussian blur of the rows of `apply`: G X G^T, 13 taps, borders reflected.
 
-    As matrix products on a GPU, as convolutions elsewhere.
+    Computed by matrix products on a GPU, by convolutions elsewhere.
 
     Args:
         images: at least 7 pixels wide.
-        sigma: standard deviation in pixels, at most 2 (the kernel is cut at three times that).
+        sigma: standard deviation in pixels, at most 2 (the kernel reaches 6 pixels, 3 sigma).
         apply: rows to change.
     """
     if not apply.any():
@@ -145,8 +146,8 @@ def blur(
     reach = np.arange(BLUR_TAPS) - BLUR_TAPS // 2
     taps = np.exp(-0.5 * (reach / sigma[apply, None]) ** 2)
     taps = (taps / taps.sum(1, keepdims=True)).astype(np.float32)
-    # Convolutions take a fifth of the products' time on a CPU at 224 pixels. Products suit a GPU:
-    # kornia's grouped convolutions are published at 17 ms a batch of 256 on an H200.
+    # On a CPU, at 224 pixels, convolutions take a fifth of the time of products. Products suit a
+    # GPU: kornia publishes 17 ms per batch of 256 on an H200 for its grouped convolutions.
     blurred = _blur_by_products if images.is_cuda else _blur_by_convolutions
     return images.index_copy(0, rows, blurred(chosen, taps))
 
@@ -162,7 +163,7 @@ def _blur_by_products(
 
 @functools.cache
 def _spread(size: int, device: torch.device) -> Float32[Tensor, "taps pixels"]:
-    """Where each tap of each row falls, borders reflected: size x size zeros and ones a tap."""
+    """For each tap, a size x size matrix of 0 and 1: the pixel it reads, with reflected borders."""
     half = BLUR_TAPS // 2
     reached = np.abs(np.arange(size) + np.arange(-half, half + 1)[:, None])
     reached = size - 1 - np.abs(size - 1 - reached)
@@ -175,7 +176,7 @@ def _blur_by_convolutions(
 ) -> Float32[Tensor, "B 3 S S"]:
     padded = functional.pad(images, (BLUR_TAPS // 2,) * 4, mode="reflect")
     kernel = upload([taps.repeat(3, axis=0)], images.device)[0][:, None, None]
-    one_each = padded.reshape(1, -1, *padded.shape[2:])  # channel, as every picture has its kernel
+    one_each = padded.reshape(1, -1, *padded.shape[2:])  # each picture has its kernel
     across = functional.conv2d(one_each, kernel, groups=len(kernel))
     return functional.conv2d(across, kernel.mT, groups=len(kernel)).view_as(images)
 
@@ -183,7 +184,7 @@ def _blur_by_convolutions(
 def solarize_half(
     images: Float32[Tensor, "B 3 S S"], apply: Bool[np.ndarray, "B"]
 ) -> Float32[Tensor, "B 3 S S"]:
-    """Rows of `apply`, in [0, 1], with pixels of a half or more inverted (BYOL's second view)."""
+    """Invert pixels of 0.5 or more, in [0, 1], in the rows of `apply` (BYOL's second view)."""
     if not apply.any():
         return images
     rows, chosen = _select(images, apply)
@@ -205,7 +206,7 @@ def auto_contrast(images: UInt8[Tensor, "B 3 S S"]) -> UInt8[Tensor, "B 3 S S"]:
     """Stretch each channel from its own range to 0..255 (Pillow's ImageOps.autocontrast)."""
     low = images.amin((2, 3), keepdim=True).double()
     high = images.amax((2, 3), keepdim=True).double()
-    scale = low.new_full((), 255.0) / (high - low).clamp(min=1)  # a number / x rounds 1 / x first
+    scale = low.new_full((), 255.0) / (high - low).clamp(min=1)  # a float / x rounds 1 / x first
     stretched = (images * scale).add_(-low * scale).clamp_(0, 255).to(torch.uint8)
     return torch.where(high > low, stretched, images)
 
@@ -225,7 +226,7 @@ def equalize(images: UInt8[Tensor, "B 3 S S"]) -> UInt8[Tensor, "B 3 S S"]:
 
 
 def invert(images: UInt8[Tensor, "B 3 S S"]) -> UInt8[Tensor, "B 3 S S"]:
-    """The negative."""
+    """The negative image."""
     return 255 - images
 
 
@@ -293,7 +294,7 @@ def brightness(
 def sharpness(
     images: UInt8[Tensor, "B 3 S S"], factor: Float[Tensor, "B"]
 ) -> UInt8[Tensor, "B 3 S S"]:
-    """Blend with Pillow's SMOOTH, (3x3 sum + 4 centre) / 13 rounded, borders as they are."""
+    """Blend with Pillow's SMOOTH, (3x3 sum + 4 centre) / 13 rounded; the border is unchanged."""
     pixels = images.float()
     rows = (pixels[:, :, :-2] + pixels[:, :, 1:-1]).add_(pixels[:, :, 2:])
     total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])

@@ -1,4 +1,4 @@
-"""Pictures in a grid with titles, to look at."""
+"""Draws pictures in a grid with titles, for people to look at."""
 
 import torch
 from PIL import Image, ImageDraw
@@ -8,12 +8,12 @@ from clsa.views.transform import MEAN, STD
 
 
 def contact_sheet(rows: list[list[Tensor]], titles: list[str], side: int = 96) -> Image.Image:
-    """Pictures in a grid, one row a picture and one column a view, with a title above each column.
+    """Draw a grid with one row per picture, one column per view, and a title above each column.
 
     Args:
-        rows: (3, h, w) images; uint8 as they are, floats as views normalised by `MEAN` and `STD`.
-        titles: one a column.
-        side: of a cell, in pixels.
+        rows: (3, h, w) images: uint8 pixels, or floats normalised by `MEAN` and `STD`.
+        titles: one per column.
+        side: side of a cell in pixels.
     """
     gap, heading = 4, 16
     width, height = len(titles) * (side + gap) + gap, len(rows) * (side + gap) + heading

@@ -1,7 +1,7 @@
-"""Where pixels go: random crops, flips, and the affine operations of the strong pool.
+"""Moves pixels: random crops, flips, the affine operations of the strong pool, and jigsaws.
 
-Parameters are NumPy arrays made on the CPU; images are tensors on any device. A crop is resized by
-two small matrices per image, an affine operation by one gather, so no loop runs over images.
+Parameters are NumPy arrays made on the CPU; images are tensors on any device. Two small matrices
+per image resize a crop, and one gather does an affine operation, so no loop runs over images.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ def crop_boxes(
 ) -> Int64[np.ndarray, "B 4"]:
     """Random crops by the rule of torchvision's RandomResizedCrop, for a whole batch.
 
-    Ten tries of an area (uniform) and an aspect ratio (log-uniform); the first that fits wins, else
-    the largest centred crop of an allowed ratio.
+    Each picture gets ten tries of an area (uniform) and an aspect ratio (log-uniform). The first
+    that fits is taken; if none fits, the largest centred crop of an allowed ratio.
 
     Args:
-        u: uniforms in [0, 1); `NUM_CROP_SLOTS` a picture (areas, ratios, top, left).
-        heights, widths: of the pictures, in pixels.
-        scale: range of the share of the picture's area, in (0, 1].
+        u: uniforms in [0, 1); `NUM_CROP_SLOTS` per picture (areas, ratios, top, left).
+        heights, widths: sizes of the pictures in pixels.
+        scale: range of the crop's share of the picture's area, in (0, 1].
         ratio: range of width / height.
 
     Returns:
-        One (top, left, height, width) a picture, in pixels.
+        One (top, left, height, width) per picture, in pixels.
     """
     height, width = heights[:, None], widths[:, None]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :NUM_TRIES])
@@ -74,10 +74,10 @@ def _resize_matrices(
     size: int,
     full: int,
 ) -> Float32[Tensor, "B size full"]:
-    """Rows of triangle filters that map `full` pixels to the `size` of the crop, left of the image.
+    """Matrices of triangle filters; multiplied by an image, they map `full` pixels to `size`.
 
     Row i has its centre at start + (i + 1/2) length / size and is max(1, length / size) pixels wide
-    to each side; pixels outside the crop weigh nothing, and a row sums to one.
+    to each side. Pixels outside the crop have weight zero, and each row sums to one.
     """
     start, length = start.double()[:, None], length.double()[:, None]
     step = length / size
@@ -98,9 +98,9 @@ def crop(
     size: int,
     flip: Bool[np.ndarray, "B"],
 ) -> Float32[Tensor, "B 3 size size"]:
-    """Cut every image to its box, resize it to a square and mirror it where `flip` says so.
+    """Cut every image to its box, resize it to a square and mirror it if `flip` says so.
 
-    X' = R_h X R_w^T with one pair of matrices an image; equal to
+    X' = R_h X R_w^T with one pair of matrices per image; equal to
     `F.interpolate(..., mode="bilinear", antialias=True)` of the crop.
 
     Args:
@@ -123,10 +123,10 @@ def crop(
 
 
 def reduction_for(boxes: Sequence[Int64[np.ndarray, "4"]], sizes: Sequence[int]) -> int:
-    """How much smaller (1, 2, 4 or 8 times) a picture may be decoded for crops of it.
+    """How many times smaller (1, 2, 4 or 8) a picture may be decoded if only these crops are cut.
 
-    Each crop keeps at least twice as many pixels a side as its view, so that the resize has
-    something to average and an edge moves by a quarter of a view's pixel at most.
+    Each crop keeps at least twice as many pixels per side as its view. The resize then still
+    averages pixels, and rounding moves an edge by at most a quarter of a view's pixel.
 
     Args:
         boxes: (top, left, height, width) of each crop, in pixels of the whole picture.
@@ -146,14 +146,15 @@ def crop_one(
     """The same crop for one picture in a worker: uint8 in and out, within 1 of `crop`.
 
     Args:
-        image: the picture, perhaps smaller than the one that the box was drawn on.
-        box: (top, left, height, width) in pixels of the latter, whose height and width are
-            `drawn_on`; edges are rounded to whole pixels of `image`.
+        image: the picture, possibly decoded smaller than its full size.
+        box: (top, left, height, width) in pixels of the full-size picture, for which it was drawn;
+            edges are rounded to whole pixels of `image`.
         size: side of the result in pixels.
         flip: mirror left and right.
+        drawn_on: height and width of the full-size picture, in pixels.
 
     Returns:
-        Pixels side by side in memory (channels last): a third of the time goes without that.
+        Pixels in channels-last memory, without which a third of the time is lost.
     """
     (top, bottom), (left, right) = (
         _edges(int(start), int(length), full, side)
@@ -166,7 +167,7 @@ def crop_one(
 
 
 def _edges(start: int, length: int, full: int, side: int) -> tuple[int, int]:
-    """First pixel and the one after the last, of `side` pixels that stand for `full`."""
+    """First pixel and the one after the last, when `full` pixels are decoded to `side`."""
     if side == full:
         return start, start + length
     first = min(round(start * side / full), side - 1)
@@ -180,8 +181,8 @@ def affine_coefficients(
 
     Args:
         op: one of `AFFINE_OPS`.
-        magnitude: shear in pixels a pixel, shift in pixels, or counter-clockwise degrees.
-        size: side of the images in pixels; rotation is about their centre.
+        magnitude: shear in pixels per pixel, shift in pixels, or counter-clockwise degrees.
+        size: side of the images in pixels; they rotate about their centre.
     """
     coefficients = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(magnitude), 1))
     if op == "Rotate":
@@ -221,17 +222,18 @@ def affine_nearest(
 def jigsaw(
     images: Float[Tensor, "B 3 S S"], u: Float[Tensor, "B P 3"], grid: int, side: int
 ) -> Float[Tensor, "BP 3 side side"]:
-    """Patches of the cells of a grid, in random order (PIRL, Misra and van der Maaten 2020).
+    """Cut a patch from each cell of a grid, in random order (PIRL, Misra and van der Maaten 2020).
 
-    The cells are squares of S // grid pixels from the top left corner on; pixels beyond the last
-    are not used. Place p of a picture shows the cell whose u[p, 2] is the p-th smallest, by a patch
-    at row floor(u[p, 0] (cell - side + 1)) and column floor(u[p, 1] (cell - side + 1)) of it.
+    The cells are squares of S // grid pixels, counted from the top left corner; pixels beyond the
+    last cell are not used. Place p of the result shows the cell c whose u[c, 2] is the p-th
+    smallest. Its patch starts at row floor(u[p, 0] (cell - side + 1)) and column
+    floor(u[p, 1] (cell - side + 1)) of that cell.
 
     Args:
         images: any pixels.
         u: uniforms in [0, 1), three for each of the P = grid^2 places: row, column, order.
-        grid: cells a side.
-        side: of the patches in pixels, at most S // grid.
+        grid: cells per side.
+        side: side of the patches in pixels, at most S // grid.
 
     Returns:
         The P patches of the first picture, then those of the second, ...; channels last.
@@ -239,7 +241,7 @@ def jigsaw(
     batch, places, _ = u.shape
     cell = images.shape[-1] // grid
     if places != grid**2 or not 0 < side <= cell:
-        raise ValueError(f"{grid}^2 places and patches of 1..{cell} needed, got {places}, {side}")
+        raise ValueError(f"need {grid}^2 places and patches of 1..{cell}, got {places} and {side}")
     shown = u[:, :, 2].argsort(dim=1, stable=True)
     corner = (u[:, :, :2] * (cell - side + 1)).floor().long()
     pixel = torch.arange(side, device=images.device)

@@ -1,4 +1,4 @@
-"""Two pictures mixed into one, and a loss that knows both (CLIM): drawn first, then applied."""
+"""Mixes two pictures into one (CLIM): `draw` decides how, from a counter, and `mix` does it."""
 
 import functools
 from typing import NamedTuple
@@ -11,30 +11,30 @@ from torch import Tensor
 from clsa.options.wrappers import MixtureOptions
 from clsa.views import rng
 
-GRID = 1 << 14  # points of the table that inverts the distribution of shares
+GRID = 1 << 14  # points in the table that inverts the distribution of shares
 
 
 class Mixture(NamedTuple):
     """How each picture of a batch is mixed with its partner."""
 
     share: Float[Tensor, " b"]
-    """lambda: what is left of the picture itself, in [0, 1]."""
+    """lambda, in [0, 1]: how much of the picture itself is left."""
     box: Float[Tensor, "b 4"] | None
-    """CutMix: top, left, bottom and right edge of the partner's part, as shares of the side; None:
+    """CutMix: top, left, bottom and right edge of the partner's part, as shares of the side. None:
     every pixel is averaged."""
 
     def part(self, start: int, end: int) -> "Mixture":
-        """That of these pictures."""
+        """The same for the pictures from `start` to `end` only."""
         box = None if self.box is None else self.box[start:end]
         return Mixture(self.share[start:end], box)
 
 
 @functools.lru_cache(maxsize=8)
 def _lower_half(alpha: float) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """Distribution function of Beta(alpha, alpha), and where in [0, 1/2] it has these values.
+    """Table of the distribution function of Beta(alpha, alpha) on [0, 1/2]: values, then points s.
 
-    With x = s^(1/a) and a = min(alpha, 1) the integrand s^(alpha/a - 1) (1 - x)^(alpha - 1) is
-    bounded for every alpha.
+    A point s stands for x = s^(1/a) with a = min(alpha, 1), because the integrand
+    s^(alpha/a - 1) (1 - x)^(alpha - 1) is then bounded for every alpha.
     """
     power = 1 / min(alpha, 1.0)
     s = np.linspace(0, 0.5 ** (1 / power), GRID)
@@ -47,9 +47,9 @@ def _lower_half(alpha: float) -> tuple[Float64[np.ndarray, " n"], Float64[np.nda
 
 
 def beta_quantile(uniforms: Float64[Tensor, " b"], alpha: float) -> Float64[Tensor, " b"]:
-    """Where Beta(alpha, alpha) has these values of its distribution function, to about 1e-4.
+    """Quantiles of Beta(alpha, alpha): its inverse distribution function, to about 1e-4.
 
-    Its variance is 1 / (4 (2 alpha + 1)); alpha = 1 is the identity.
+    The variance of Beta(alpha, alpha) is 1 / (4 (2 alpha + 1)); alpha = 1 is the identity.
 
     Args:
         uniforms: in [0, 1].
@@ -67,14 +67,14 @@ def beta_quantile(uniforms: Float64[Tensor, " b"], alpha: float) -> Float64[Tens
 def boxed(
     share: Float64[Tensor, " b"], centre: Float64[Tensor, "b 2"], size: int
 ) -> tuple[Float64[Tensor, " b"], Float64[Tensor, "b 4"]]:
-    """CutMix's boxes (Yun et al. 2019), and the shares that they leave.
+    """The boxes of CutMix (Yun et al. 2019), and the share of the picture that each box leaves.
 
-    Sides are size sqrt(1 - lambda), edges are clipped to the picture and rounded to its pixels,
-    then lambda <- 1 - area of the box.
+    The sides of a box are size sqrt(1 - lambda). Its edges are clipped to the picture and rounded
+    to its pixels, then lambda <- 1 - area of the box.
 
     Args:
-        share: lambda before.
-        centre: of the boxes, in [0, 1].
+        share: lambda as drawn.
+        centre: centres of the boxes (row, column), in [0, 1].
         size: side in pixels of the largest view; smaller ones take the same box.
     """
     half = ((1 - share).clamp(min=0).sqrt() / 2)[:, None]
@@ -89,12 +89,12 @@ def draw(
 ) -> Mixture:
     """The mixture of each picture of a step, from (seed, step, index): lambda ~ Beta(alpha, alpha).
 
-    Where nothing is mixed lambda is 1/2: both keys count the same.
+    If pictures are not mixed, lambda is 1/2: both keys count the same.
 
     Args:
         options: how pictures are mixed, and alpha.
-        size: of the largest view, in pixels.
-        index: places in the data set.
+        size: side of the largest view in pixels.
+        index: places of the pictures in the data set.
     """
     slots = torch.arange(3, device=index.device)
     uniforms = rng.uniforms(seed, step, index, rng.MIXTURE, slots)
@@ -110,7 +110,10 @@ def draw(
 def mix(
     images: Float[Tensor, "b 3 S S"], partners: Float[Tensor, "b 3 S S"], mixture: Mixture
 ) -> Float[Tensor, "b 3 S S"]:
-    """M x + (1 - M) x~ with the mask M of all outside the box, else lambda x + (1 - lambda) x~."""
+    """Mix x with its partner x~: M x + (1 - M) x~ with a box, else lambda x + (1 - lambda) x~.
+
+    The mask M is 1 outside the box and 0 inside.
+    """
     if mixture.box is None:
         return torch.lerp(partners, images, mixture.share[:, None, None, None])
     size = images.shape[-1]

@@ -1,8 +1,8 @@
 """Randomness from a counter: every draw is a pure function of (seed, epoch, index, view, slot).
 
-There is no generator and hence no state to save: the same views come out whatever the number of
-workers or processes and wherever a run was resumed. The arithmetic uses only 64-bit integer
-`* + ^ >> &`, which wrap alike in NumPy and in torch, so CPU and CUDA agree to the bit.
+There is no generator, so there is no state to save. The same views come out for any number of
+workers or processes, and wherever a run is resumed. The arithmetic uses only 64-bit integer
+`* + ^ >> &`, which overflow in the same way in NumPy and torch, so CPU and CUDA agree to the bit.
 
 The hash is SplitMix64's finaliser (Steele, Lea, Flood 2014), applied once per absorbed word.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 Ints = TypeVar("Ints", np.ndarray, Tensor)
 
-# Streams that are not views: numbers far above any view of a batch.
+# Streams that are not views: their numbers are far above those of views.
 ORDER, REPLACEMENT, PERMUTATION, HOLDOUT = 1_000_001, 1_000_002, 1_000_003, 1_000_004
 SECOND_PERMUTATION, NEGATIVES, JIGSAW, CLUSTERS = 1_000_005, 1_000_006, 1_000_007, 1_000_008
 FEW_LABELS, CLASSES, STAGES, LOWSHOT = 1_000_009, 1_000_010, 1_000_011, 1_000_012
 POSITIVES, PARTNERS, MIXTURE = 1_000_020, 1_000_021, 1_000_022
-MIXTURE_KEYS = 1_000_100  # the first of several: one for each set of keys
+MIXTURE_KEYS = 1_000_100  # the first of several streams, one for each set of keys
 
 
 def _signed(constant: int) -> int:
@@ -44,7 +44,7 @@ def _mix(x: Ints) -> Ints:
 def hash_bits(seed: int, epoch: int, index: Ints, view: int, slots: Ints) -> Ints:
     """64 hashed bits for every pair of `index` (any shape) and `slots` (S,): shape (..., S), int64.
 
-    `index` and `slots` are int64 arrays or tensors of one kind and on one device.
+    `index` and `slots` are int64, both arrays or both tensors, on one device.
     """
     state = index * 0
     for word in (seed, epoch):

@@ -16,16 +16,16 @@ Scale = tuple[float, float]
 
 
 class ViewSpec(NamedTuple):
-    """One view of every picture of a batch: all that decides its crops and its pixels."""
+    """One view of every picture of a batch: everything that decides its crops and pixels."""
 
     name: str
     """key, weak0, weak1, ..., local0, ..., strong0, ..."""
     size: int
     """Side in pixels."""
     scale: tuple[float, float]
-    """Share of the picture's area that the crop takes."""
+    """Range of the share of the picture's area that a crop takes."""
     view: int
-    """Number of its stream of random numbers."""
+    """Stream of random numbers that it draws from."""
     weak: WeakViews = WeakViews()
     """Jitter, grayscale and flip."""
     blur: float = 0.0
@@ -33,9 +33,9 @@ class ViewSpec(NamedTuple):
     solarize: float = 0.0
     """Probability of solarizing."""
     ops: Operations = Operations(rounds=0)
-    """What follows the weak recipe."""
+    """Operations that follow the weak recipe."""
     centre: float = 0.0
-    """Above 0: no crop by lot but the centre square of this share of the short side."""
+    """Above 0: no random crop, but the centre square with this share of the short side."""
 
 
 def _spec(options: ViewOptions, name: str, size: int, scale: Scale, view: int) -> ViewSpec:
@@ -56,19 +56,19 @@ def weak_specs(
     """The weak views of a step: one of `options.size`, then `weak.sizes`, then `local.sizes`.
 
     Args:
-        keyed: the first is named `key`, as in MoCo.
-        least, most: how many a method takes.
+        keyed: name the first view `key`, as in MoCo.
+        least, most: how many views the method takes; local views count only towards `most`.
 
     Raises:
-        ClsaError: for fewer before the local ones, or more in all.
+        ClsaError: for fewer than `least` views, or more than `most`.
     """
     sizes, local = (options.size, *options.weak.sizes), options.local
     count = len(sizes) + len(local.sizes)
     if len(sizes) < least or count > (most or count):
         wanted = f"{least}" if least == most else f"at least {least}"
-        here = f"here are {len(sizes)} (views.size is one) and {len(local.sizes)} local ones"
-        why = f"this method takes {wanted} weak views of a picture, {here}"
-        raise ClsaError("views.weak.sizes", why, "set it, or views.local.sizes, to match")
+        here = f"there are {len(sizes)} (views.size is one) and {len(local.sizes)} local ones"
+        why = f"this method takes {wanted} weak views of a picture, but {here}"
+        raise ClsaError("views.weak.sizes", why, "change it or views.local.sizes to match")
     named = [
         (f"weak{i - keyed}" if i or not keyed else "key", size) for i, size in enumerate(sizes)
     ]
@@ -83,7 +83,7 @@ def weak_specs(
 
 
 def at_sizes(specs: list[ViewSpec], sizes: Sequence[int]) -> list[ViewSpec]:
-    """The same views, crop and draws, resized to each of the sides in turn (CLIM)."""
+    """The same views with the same crops and draws, repeated at each of these sizes (CLIM)."""
     return [spec._replace(name=f"{spec.name} {s}", size=s) for s in sizes for spec in specs]
 
 
@@ -91,7 +91,7 @@ def strong_specs(options: ViewOptions, strong: StrongOptions, first_view: int) -
     """The strong views of a step: the weak recipe, then `strong`'s operations.
 
     Args:
-        first_view: number of the first one's stream of random numbers.
+        first_view: stream of random numbers of the first strong view; the others follow.
     """
     return [
         _spec(options, f"strong{i}", size, _scale_at(options, size), first_view + i)._replace(
@@ -102,16 +102,16 @@ def strong_specs(options: ViewOptions, strong: StrongOptions, first_view: int) -
 
 
 def centre_spec(options: ViewOptions, view: int) -> ViewSpec:
-    """The centre crop of evaluation as a view of training, without any pixel operation."""
+    """The centre crop of evaluation as a training view, without any pixel operation."""
     plain = WeakViews(jitter_probability=0.0, grayscale=0.0, flip=0.0)
     spec = ViewSpec("anchor", options.size, options.scale, view, plain)
     return spec._replace(centre=options.eval_crop)
 
 
 def strong_eval_spec(options: ViewOptions) -> ViewSpec:
-    """The strong view of evaluation, one for all recipes so that they can be compared.
+    """The strong view of evaluation, the same for all recipes so that they can be compared.
 
-    The defaults of both kinds of view, without blur; only its size is the recipe's.
+    It uses the default weak and strong operations, without blur; only its size is the recipe's.
     """
     spec = ViewSpec("strong-eval", options.size, EVAL_SCALE, STRONG_EVAL_VIEW)
     return spec._replace(ops=Operations())

@@ -1,6 +1,6 @@
-"""Recipes of views: which crops a step needs, what is drawn for each, and the pixels that result.
+"""Draws the crop and the pixel operations of a view, then applies them.
 
-Everything random is drawn first, as NumPy arrays that depend on (seed, epoch, index, view) alone,
+Everything random is drawn first, as NumPy arrays that depend only on (seed, epoch, index, view),
 and then applied to whole batches on the device.
 """
 
@@ -51,8 +51,8 @@ _FULL_STRENGTH = {
     **{op: lambda sign, _: np.full_like(sign, 1.9) for op in _ENHANCE},
 }
 
-# Slots of the counter that a view draws from: crop, flip, 9 of the weak recipe, 4 a round of
-# operations (at most 20 rounds), solarize.
+# Slots of the counter that a view draws from: crop, flip, 9 for the weak recipe, 4 for each round
+# of operations (at most 20 rounds), solarize.
 _FLIP = geometry.NUM_CROP_SLOTS
 _WEAK = _FLIP + 1
 _ROUNDS = _WEAK + 9
@@ -61,7 +61,7 @@ _ORDERS = np.array(list(itertools.permutations(range(4))))
 
 
 class Params(NamedTuple):
-    """All that was drawn for the pixels of one view; one row a picture."""
+    """Everything that is drawn for the pixels of one view; one row per picture."""
 
     jitter: Bool[np.ndarray, "B"]
     factors: Float[np.ndarray, "B 4"]
@@ -71,7 +71,7 @@ class Params(NamedTuple):
     sigma: Float[np.ndarray, "B"]
     solarize: Bool[np.ndarray, "B"]
     ops: Int64[np.ndarray, "B rounds"]
-    """Position in the pool."""
+    """Index of the operation in its pool."""
     applied: Bool[np.ndarray, "B rounds"]
     magnitude: Float[np.ndarray, "B rounds"]
     """In [0, 1); `amount` turns it into pixels, degrees or factors."""
@@ -87,7 +87,7 @@ def crop_params(
     heights: Int64[np.ndarray, "B"],
     widths: Int64[np.ndarray, "B"],
 ) -> tuple[Int64[np.ndarray, "B 4"], Bool[np.ndarray, "B"]]:
-    """Boxes (top, left, height, width in pixels) and flips of one view, for workers and devices."""
+    """Boxes (top, left, height, width in pixels) and flips of one view, for workers and device."""
     if spec.centre:
         return geometry.centre_boxes(heights, widths, spec.centre), np.zeros(len(index), bool)
     u = rng.uniforms(seed, epoch, index, spec.view, np.arange(_FLIP + 1))
@@ -98,8 +98,8 @@ def crop_params(
 def sample(spec: ViewSpec, seed: int, epoch: int, index: Int64[np.ndarray, "B"]) -> Params:
     """Draw the pixel operations of one view: the weak recipe, then the rounds of operations.
 
-    Factors of jitter are uniform in [max(0, 1 - s), 1 + s], turns of hue in [-s, s], for the
-    strengths s of `weak.jitter`; sigma is uniform in [0.1, 2] pixels.
+    Jitter factors are uniform in [max(0, 1 - s), 1 + s] and hue turns in [-s, s], for the strengths
+    s of `weak.jitter`; sigma is uniform in [0.1, 2] pixels.
     """
     weak, ops = spec.weak, spec.ops
     slots = np.append(np.arange(_WEAK, _ROUNDS + 4 * ops.rounds), _SOLARIZE)
@@ -131,14 +131,14 @@ def amount(
     sign: Float[np.ndarray, "B"],
     size: int,
 ) -> Float[np.ndarray, "B"]:
-    """What a drawn magnitude means for an operation.
+    """Turn a drawn magnitude into the amount that an operation takes.
 
-    Official: v = 1..9 with equal probability, as the official code; paper: v uniform in [0, 10);
-    randaugment: full strength, as InfoMin's (timm's magnitude 10; black where it fills with the
-    mean, and translations of 45 %).
+    Pool official: v = 1..9 with equal probability, as in the official code. Pool paper: v uniform
+    in [0, 10). Pool randaugment: full strength, as in InfoMin (timm's magnitude 10; empty
+    pixels are black where timm fills with the mean; translations of 45 %).
 
     Returns:
-        Shear in pixels a pixel, shift in whole pixels, degrees, threshold, bits, or factor.
+        Shear in pixels per pixel, shift in whole pixels, degrees, threshold, bits, or factor.
     """
     if pool == "randaugment":
         return _FULL_STRENGTH.get(op, lambda sign, size: np.zeros_like(sign))(sign, size)
@@ -152,7 +152,7 @@ def amount(
         return sign * 3 * v
     if op == "Solarize":
         return 256 - np.floor(256 * v / 10)
-    if op == "Posterize":  # the paper's range, 4 to 8 bits, has its upper end too
+    if op == "Posterize":  # the paper's range is 4 to 8 bits, 8 included
         return 4 + np.floor((4 if official else 5) * v / 10)
     if op in _ENHANCE:
         return 0.05 + 9 * v / 100
@@ -184,7 +184,7 @@ def _op_groups(
 def apply_ops(
     images: UInt8[Tensor, "B 3 S S"], params: Params, pool: str
 ) -> UInt8[Tensor, "B 3 S S"]:
-    """In each round, every row that drew an operation and applies it is replaced."""
+    """Apply each round in turn: replace the rows whose operation of that round is applied."""
     groups = _op_groups(params, pool, images.shape[-1])
     if not groups:
         return images
@@ -205,12 +205,12 @@ def pixels(
     std: tuple[float, float, float] = STD,
     fused: bool = False,
 ) -> Float32[Tensor, "B 3 S S"]:
-    """Crops with pixels in [0, 255] -> normalised views, by the operations in `params`.
+    """Turn crops with pixels in [0, 255] into normalised views by the operations in `params`.
 
     Order of the official code: jitter, grayscale, blur, solarize, operations on uint8, normalise.
     `fused` as in `color.jitter`.
     """
-    room = crops.new_empty(crops.shape, dtype=torch.float32)  # channel by channel in memory
+    room = crops.new_empty(crops.shape, dtype=torch.float32)  # contiguous channels
     images = torch.div(crops, 255, out=room)
     images = color.jitter(images, params.factors, params.order, params.jitter, fused)
     images = color.grayscale(images, params.gray)

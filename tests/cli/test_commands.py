@@ -1,4 +1,4 @@
-"""The command line: what it says and when, and that bad input loses and writes nothing."""
+"""The command line: its help, its errors, and that bad input writes and loses nothing."""
 
 import ast
 import inspect
@@ -54,7 +54,7 @@ TINY_PYTHON: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 of the embedded drawings in folders of their classes."""
+    """40 of the embedded drawings, in one folder per class."""
     folder = tmp_path_factory.mktemp("drawings")
     with tarfile.open(CLIPART) as tar:
         members = [member for member in tar if member.name.startswith("train/")]
@@ -69,7 +69,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps. To be read only."""
+    """A finished run of two steps; tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     assert main(["pretrain", "--data", str(drawings), "--out", str(out), *TINY]) == 0
     return out
@@ -80,13 +80,13 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command; its exit code, output and errors."""
+    """Runs a command and returns its exit code, stdout and stderr."""
 
     def run(*args: object) -> tuple[int, str, str]:
         capsys.readouterr()
         try:
             code = main([str(arg) for arg in args])
-        except SystemExit as stop:  # tyro's boxes
+        except SystemExit as stop:  # tyro exits after --help and after an error in a box
             assert isinstance(stop.code, int)
             code = stop.code
         out, err = capsys.readouterr()
@@ -96,13 +96,13 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its bytes."""
+    """The bytes of every file below `folder`, by relative path."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def refusal(result: tuple[int, str, str]) -> tuple[int, str]:
-    """Exit code and text of the one line that says what, why and what to do."""
+    """Exit code and text of the error, one line of the form WHAT - WHY - WHAT TO DO."""
     code, out, err = result
     assert out == "" and "Traceback" not in err
     assert re.fullmatch(r"error: .+ - .+ - .+\n", err), err
@@ -155,7 +155,7 @@ KINDS: dict[str, type[Config]] = {
 
 
 def explained(kind: type[Config]) -> Iterator[tuple[str, str]]:
-    """Every option of `kind`, groups opened, with the words below it in the source."""
+    """Every option of `kind` and of its groups, with its docstring in the source."""
     words: dict[str, str] = {}
     for base in [*kind.__bases__, kind]:
         (tree,) = ast.parse(inspect.getsource(base)).body
@@ -267,7 +267,7 @@ def test_texts_named_jpg(command: Command, tmp_path: Path) -> None:
     assert not (out / "encoder.safetensors").exists()
 
 
-def test_a_few_bad_pictures_are_passed_over_and_named(
+def test_a_few_bad_pictures_are_replaced_and_named(
     drawings: Path, command: Command, tmp_path: Path
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / "run"
@@ -276,8 +276,8 @@ def test_a_few_bad_pictures_are_passed_over_and_named(
     cut.write_bytes(cut.read_bytes()[:200])
     (folder / "text.jpg").write_text("no picture")
     options = [*TINY, "--max-steps", "5"]
-    code, told, err = command("pretrain", "--data", folder, "--out", out, *options)
-    assert code == 0 and "clsa evaluate" in told
+    code, printed, err = command("pretrain", "--data", folder, "--out", out, *options)
+    assert code == 0 and "clsa evaluate" in printed
     assert "2 unreadable pictures were replaced: see quarantine.jsonl" in err
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert {line["path"]: line["reason"] for line in lines} == {
@@ -315,7 +315,7 @@ def test_folder_of_another_run(
 def test_folder_of_a_run_on_other_pictures(
     drawings: Path, finished: Path, command: Command, tmp_path: Path
 ) -> None:
-    """The same path with a picture less: the run is refused, and stays as it was."""
+    """One picture fewer at the same path: the run is refused and stays unchanged."""
     folder, out = tmp_path / "in", tmp_path / "run"
     shutil.copytree(drawings, folder)
     assert command("pretrain", "--data", folder, "--out", out, *TINY)[0] == 0
@@ -354,12 +354,12 @@ def test_output_that_cannot_be_a_folder(
         (("--recipe", "clsa-smal"), "recipe clsa-smal - no such recipe - did you mean clsa-small?"),
         (
             ("--method.name", "swav"),
-            "method.name swav - clsa-small is a recipe of moco - choose "
+            "method.name swav - clsa-small is a recipe for moco - choose "
             "another --recipe, perhaps swav-small",
         ),
     ],
 )
-def test_what_this_machine_or_package_has_not(
+def test_options_that_this_machine_or_package_lacks(
     option: tuple[str, ...], words: str, drawings: Path, command: Command, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -367,7 +367,7 @@ def test_what_this_machine_or_package_has_not(
     assert code == Exit.USAGE and words in text and not out.exists()
 
 
-def test_device_cuda_where_there_is_none(
+def test_device_cuda_without_a_gpu(
     drawings: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -487,7 +487,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 # ---- good input
 
 
-def test_what_to_do_next_can_be_done(
+def test_the_printed_next_steps_work(
     drawings: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -562,15 +562,15 @@ def test_packed_pictures_train_the_same_weights(
     try:
         (drawings / "zebra" / "broken.png").write_bytes(b"")
         out = tmp_path / "my pack"
-        code, told, _ = command("pack", "--data", drawings, "--out", out, "--workers", "0")
+        code, printed, _ = command("pack", "--data", drawings, "--out", out, "--workers", "0")
         runs = [tmp_path / "plain", tmp_path / "packed"]
         for data, run in zip((drawings, out), runs, strict=True):
             assert command("pretrain", "--data", data, "--out", run, *TINY)[0] == 0
     finally:
         shutil.rmtree(drawings / "zebra")
-    assert code == 0 and re.match(r"packed 40 pictures, \d\.\d MB in 1 shard\n", told)
-    assert "\nunreadable, so left out: 1 (see '" in told
-    assert f"\nNext: clsa pretrain --data '{out}' --out runs/packed\n" in told
+    assert code == 0 and re.match(r"packed 40 pictures, \d\.\d MB in 1 shard\n", printed)
+    assert "\nleft out as unreadable: 1 (see '" in printed
+    assert f"\nNext: clsa pretrain --data '{out}' --out runs/packed\n" in printed
     plain, packed = (checkpoint.run_digest(run) for run in runs)
     assert plain == packed
 
@@ -578,8 +578,8 @@ def test_packed_pictures_train_the_same_weights(
 def test_packing_again_says_so(drawings: Path, command: Command, tmp_path: Path) -> None:
     args = ("pack", "--data", drawings, "--out", tmp_path / "packed", "--workers", "0")
     assert command(*args)[1].startswith("packed 40 pictures")
-    code, told, err = command(*args)
-    assert code == 0 and told.startswith("packed already: 40 pictures") and err == ""
+    code, printed, err = command(*args)
+    assert code == 0 and printed.startswith("packed already: 40 pictures") and err == ""
     code, text = refusal(command(*args, "--size", "32"))
     assert code == Exit.USAGE and "size: 320 -> 32" in text
     code, text = refusal(command("pack", "--out", tmp_path / "other"))
@@ -633,21 +633,22 @@ def test_unlabelled_pictures_are_judged_on_a_labelled_val(
 def test_an_extended_run_is_on_record_and_the_old_command_refused(
     drawings: Path, command: Command, tmp_path: Path
 ) -> None:
-    out, begun = (
+    out, original = (
         tmp_path / "run",
         ("pretrain", "--data", drawings, "--out", tmp_path / "run", *TINY),
     )
-    assert command(*begun, "--epochs", "1")[0] == 0
-    code, told, err = command("extend", out, "--epochs", "2", "--max-minutes", "5")
-    assert code == 0 and "clsa evaluate" in told
+    assert command(*original, "--epochs", "1")[0] == 0
+    code, printed, err = command("extend", out, "--epochs", "2", "--max-minutes", "5")
+    assert code == 0 and "clsa evaluate" in printed
     assert "note: epochs 1 -> 2 at step 2: rates follow the longer schedule" in err
     assert json.loads((out / "history.jsonl").read_text()) == {"step": 2, "epochs": [1, 2]}
     assert json.loads((out / "status.json").read_text())["step"] == 10
-    code, text = refusal(command(*begun, "--epochs", "1"))
+    code, text = refusal(command(*original, "--epochs", "1"))
     assert code == Exit.USAGE and "holds another run (epochs: 2 -> 1)" in text
-    assert command(*begun, "--epochs", "2")[0] == 0
+    assert command(*original, "--epochs", "2")[0] == 0
     code, text = refusal(command("extend", out, "--epochs", "1"))
-    assert code == Exit.USAGE and text.startswith(f"{out}: --epochs 1 - the run has 2 already - ")
+    assert code == Exit.USAGE
+    assert text.startswith(f"{out}: --epochs 1 - the run already has 2 epochs - ")
     code, text = refusal(command("extend", tmp_path / "nowhere", "--epochs", "1"))
     assert code == Exit.NO_INPUT and "config.yaml" in text
 
@@ -663,7 +664,7 @@ def test_changed_pictures_are_accepted_when_asked_for(
     code, text = refusal(command(*args))
     assert code == Exit.USAGE and "data changed: +0 -1 ~0 (digest " in text
     code, _, err = command(*args, "--accept-data-change")
-    assert code == 0 and "goes on with the weights of step-000002 at step 0, epoch 1" in err
+    assert code == 0 and "continues with the weights of step-000002 at step 0, epoch 1" in err
     assert command(*args)[0] == 0
     staged = (*args, "--stages", "classes:2", "--out", tmp_path / "other", "--accept-data-change")
-    assert "cannot be told from" in refusal(command(*staged))[1]
+    assert "cannot be separated from" in refusal(command(*staged))[1]

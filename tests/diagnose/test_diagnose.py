@@ -101,11 +101,11 @@ def test_numbers_are_written_with_what_they_depend_on(
     assert numbers == run / "diagnostics" / "diagnostics.json"
     assert [Finding(**entry) for entry in facts["findings"]] == findings
     assert facts["temperature"] == 0.2 and facts["recipe"] == "clsa-small" and facts["step"] == 6
-    digests = {each.encoder: each.encoder_digest for each in findings}
-    assert digests["trained"] == digests.digest(saved_encoder.load_encoder(run).state_dict())
+    found = {each.encoder: each.encoder_digest for each in findings}
+    assert found["trained"] == digests.digest(saved_encoder.load_encoder(run).state_dict())
     random = Network(open_run(run).facts.model, seed=0).encoder
-    assert digests["random"] == digests.digest(random.state_dict())
-    assert {"step 3"} == set(digests) - {"random", "trained"}
+    assert found["random"] == digests.digest(random.state_dict())
+    assert {"step 3"} == set(found) - {"random", "trained"}
     assert len(by_name(findings)) == len(findings)  # no name twice
     assert all(each.seed == 0 and each.n > 0 and each.data_digest for each in findings)
     assert all(np.isfinite(each.value) for each in findings)
@@ -126,7 +126,7 @@ def test_the_same_command_gives_the_same_numbers(
 
 
 def test_positives_by_a_slow_loop(run: Path, found: tuple[list[Finding], Path, list[Path]]) -> None:
-    """P+ anew from the views that the counter draws, one query at a time."""
+    """Compute P+ again from the same views, one query at a time."""
     bench = Bench(DiagnoseOptions(run=run, **SMALL))
     trained, specs = bench.snapshots[1], bench.specs()
     assert trained.query is not None and trained.key is not None
@@ -159,7 +159,7 @@ def test_nearest_neighbours_are_those_of_evaluate(
             assert values["neighbours", f"20-NN {kind}", record.encoder] == record.value
 
 
-def test_views_are_the_runs_own_with_draws_of_their_own(run: Path) -> None:
+def test_views_use_the_runs_options_but_separate_draws(run: Path) -> None:
     specs = Bench(DiagnoseOptions(run=run, **SMALL)).specs()
     assert {name: spec.size for name, spec in specs.items()} == {
         "key": 16, "weak": 16, "strong": 16,
@@ -168,13 +168,13 @@ def test_views_are_the_runs_own_with_draws_of_their_own(run: Path) -> None:
     assert len({spec.view for spec in specs.values()}) == 3
 
 
-def test_checkpoints_are_opened_from_the_oldest_on(run: Path) -> None:
+def test_checkpoints_are_opened_oldest_first(run: Path) -> None:
     options = open_run(run).options
     assert options is not None
     assert [name for name, _ in kept_encoders(run, options)] == ["step 3", "step 6"]
 
 
-def test_key_network_is_its_own(run: Path) -> None:
+def test_key_network_is_loaded_separately_from_the_query_network(run: Path) -> None:
     random, trained = open_run(run).snapshots
     assert random.key is random.query and trained.key is not trained.query
     state = checkpoint.load_newest(run / "checkpoints")
@@ -221,7 +221,7 @@ def test_methods_without_keys_without_bank_and_with_labels(
 def test_networks_are_those_of_the_innermost_method(
     recipe: str, over: dict, prefix: str, drawings: Path, tmp_path: Path
 ) -> None:
-    """Not, for one, the teacher of continual pretraining."""
+    """For example, the teacher of continual pretraining must not be taken."""
     small = {
         "recipe": recipe,
         "out": str(tmp_path),
@@ -250,7 +250,7 @@ def test_networks_are_those_of_the_innermost_method(
 # ---- what is left out, and what is refused
 
 
-def test_an_encoder_alone_goes_by_its_features(
+def test_an_encoder_alone_is_diagnosed_by_its_features(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = DiagnoseOptions(run=run / "encoder.safetensors", out=tmp_path, **SMALL)
@@ -307,7 +307,7 @@ def test_mistakes_end_in_one_line(run: Path, drawings: Path, tmp_path: Path) -> 
     assert refusal(lambda: diagnose(taken))[1] == Exit.CANNOT_WRITE
 
 
-def test_a_config_that_is_not_the_checkpoints(run: Path, tmp_path: Path) -> None:
+def test_a_config_that_does_not_match_the_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
     copied = tmp_path / "run"
     (copied / "checkpoints").mkdir(parents=True)
     text = (run / "config.yaml").read_text("utf-8")
@@ -319,7 +319,7 @@ def test_a_config_that_is_not_the_checkpoints(run: Path, tmp_path: Path) -> None
     assert "config.yaml" in text and code == Exit.BAD_DATA
 
 
-def test_the_command_prints_a_table_and_where_all_is(
+def test_the_command_prints_a_table_and_the_names_of_figures(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
@@ -330,7 +330,7 @@ def test_the_command_prints_a_table_and_where_all_is(
     assert "Figures: spread.png, spectrum.png" in out.replace("\n", " ")
 
 
-def test_the_table_has_a_word_for_each_number(
+def test_the_table_has_a_row_for_each_number(
     found: tuple[list[Finding], Path, list[Path]],
 ) -> None:
     console = Console(file=io.StringIO(), width=100)
@@ -342,7 +342,7 @@ def test_the_table_has_a_word_for_each_number(
 # ---- figures
 
 
-def test_figures_take_what_is_odd() -> None:
+def test_figures_accept_unusual_values() -> None:
     same = np.full(5, 0.25)
     curve = Curve("random", same, same)
     wide = Curve("trained", np.geomspace(1e-7, 2e-6, 5), np.geomspace(1e-6, 1, 5))

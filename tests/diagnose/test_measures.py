@@ -1,4 +1,4 @@
-"""Diagnostics as numbers: hand-computed values, slow loops, and what must not change them."""
+"""Measures against hand-computed values and slow loops, and under changes they must ignore."""
 
 import itertools
 import math
@@ -122,11 +122,11 @@ def test_divergence_is_the_loss_less_its_floor(monkeypatch: pytest.MonkeyPatch) 
     [
         (rows(2, 3), rows(4, 2), torch.zeros(2).long(), 0.2, "rows"),
         (rows(2, 3), rows(1, 3), torch.zeros(2).long(), 0.2, "two rows"),
-        (rows(2, 3), rows(4, 3), torch.zeros(3).long(), 0.2, "one positive a query"),
+        (rows(2, 3), rows(4, 3), torch.zeros(3).long(), 0.2, "one positive per query"),
         (rows(2, 3), rows(4, 3), torch.zeros(2).long(), 0.0, "temperature"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_rows_and_temperatures_that_do_not_fit_are_refused(
     queries: Tensor, bank: Tensor, positive: Tensor, temperature: float, why: str
 ) -> None:
     with pytest.raises(ValueError, match=why):
@@ -179,7 +179,7 @@ def test_similarity_of_classes_against_loops() -> None:
     assert intra_class_similarity(5 * features[order], labels[order]) == pytest.approx(expected)
 
 
-def test_one_class_has_no_other() -> None:
+def test_one_class_has_no_between_class_similarity() -> None:
     assert math.isnan(between_class_similarity(rows(3, 2), torch.zeros(3).long()))
     assert intra_class_similarity(rows(3, 2), torch.tensor([-1, -1, 0])) == {}
 

@@ -1,4 +1,4 @@
-"""The effect of each strong operation: what is applied, and what an encoder makes of it."""
+"""Strong operations: what each does to pictures, and how an encoder reacts to it."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_sides_are_drawn_by_picture_and_seed(images: Tensor) -> None:
     assert all(torch.equal(each, left) or torch.equal(each, right) for each in shifted)
     assert 0 < sum(sides) < 6
     few = distort(same[:2], "TranslateX", 9, INDEX[3:5], 0)
-    assert torch.equal(few, shifted[3:5])  # whatever else is in the batch
+    assert torch.equal(few, shifted[3:5])  # it does not depend on the rest of the batch
     others = [distort(same, "TranslateX", 9, INDEX, seed) for seed in range(1, 5)]
     assert any(not torch.equal(shifted, other) for other in others)
 
@@ -122,10 +122,10 @@ def test_stronger_levels_change_pixels_more(images: Tensor) -> None:
         assert cosines[0] == max(cosines) and cosines[-1] == min(cosines), name
 
 
-def test_magnitudes_are_told_with_their_units(images: Tensor) -> None:
-    told = {each.operation: each.text() for each in measure(Mean(), images, INDEX, 0.2, 0)}
-    assert told["Rotate"] == "±27°" and told["Invert"] == "" and told["Posterize"] == "4 bits"
-    assert told["Color"] == "0.14" and told["Solarize"] == "≥26" and told["ShearX"] == "±0.27"
+def test_magnitudes_are_written_with_their_units(images: Tensor) -> None:
+    texts = {each.operation: each.text() for each in measure(Mean(), images, INDEX, 0.2, 0)}
+    assert texts["Rotate"] == "±27°" and texts["Invert"] == "" and texts["Posterize"] == "4 bits"
+    assert texts["Color"] == "0.14" and texts["Solarize"] == "≥26" and texts["ShearX"] == "±0.27"
 
 
 def test_measuring_repeats_and_moves_nothing(images: Tensor) -> None:

@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 drawings in one folder a class."""
+    """60 drawings, in one folder per class."""
     folder = tmp_path_factory.mktemp("drawings")
     taken = dict.fromkeys(CLASSES, 0)
     with tarfile.open(ASSETS / "clipart.tar") as tar:
@@ -61,7 +61,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_run(folder: Path, data: DataOptions) -> None:
-    """An encoder that moved away from its start, saved as a run of seed 7 does."""
+    """Save an encoder that differs from its random start, as a run with seed 7 does."""
     encoder = models.build_encoder(MODEL, seed=7)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -132,7 +132,9 @@ def test_pictures_without_labels_are_refused_with_a_remedy(run: Path, drawings: 
     assert caught.value.code == Exit.BAD_DATA and not (run / "results.json").exists()
 
 
-def test_foreign_classes_are_named(run: Path, drawings: Path, tmp_path: Path) -> None:
+def test_unknown_classes_are_refused_with_the_known_ones(
+    run: Path, drawings: Path, tmp_path: Path
+) -> None:
     for name in ("x", "y"):
         (tmp_path / "val" / name).mkdir(parents=True)
         for path in sorted(drawings.glob("flag/*"))[:2]:
@@ -143,7 +145,7 @@ def test_foreign_classes_are_named(run: Path, drawings: Path, tmp_path: Path) ->
     assert caught.value.code == Exit.BAD_DATA
 
 
-def test_damaged_results_are_told_before_the_work(
+def test_damaged_results_are_reported_before_the_work(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run / "results.json").write_text("[{}]")
@@ -153,7 +155,7 @@ def test_damaged_results_are_told_before_the_work(
     assert caught.value.code == Exit.BAD_DATA and (run / "results.json").read_text() == "[{}]"
 
 
-def test_results_of_the_best_encoder_stand_beside_those_of_the_last(run: Path) -> None:
+def test_results_of_the_best_encoder_are_kept_with_those_of_the_last(run: Path) -> None:
     encoder, facts = saved_encoder.load_encoder_facts(run)
     with torch.no_grad():
         next(encoder.parameters()).mul_(0.5)
@@ -178,7 +180,7 @@ def test_training_never_sees_the_labels_that_judging_holds_out() -> None:
     assert (source.labels == labels).all() and shown.digest() != source.digest()
 
 
-def test_split_prefers_the_sets_own_and_drops_the_unlabelled() -> None:
+def test_split_prefers_the_sets_own_test_pictures_and_drops_unlabelled_ones() -> None:
     images, labels = np.zeros((10, 4, 4, 3), np.uint8), np.array([0, 1, -1, 0, 1, 0, -1, 1, 0, 1])
     train, val = Pictures(images, labels, ["a", "b"]), Pictures(images[:3], labels[:3], ["a", "b"])
     bank, queries, name = split(train, val, seed=0)
@@ -197,13 +199,13 @@ def test_frozen_restores_modes_and_notices_a_moved_buffer() -> None:
     with frozen(model):
         assert not model[0].training and not torch.is_grad_enabled()
     assert model[0].training and not model[1].training and torch.is_grad_enabled()
-    with pytest.raises(ClsaError, match="moved the encoder"), frozen(model):
+    with pytest.raises(ClsaError, match="changed the encoder"), frozen(model):
         model.train()
         model(torch.randn(4, 2))
     assert model[0].training and not model[1].training
 
 
-def test_features_do_not_hang_on_batch_size_and_strong_ones_follow_the_seed(drawings: Path) -> None:
+def test_features_ignore_batch_size_and_strong_ones_follow_the_seed(drawings: Path) -> None:
     source = opening.open_source(str(drawings), "train", DataOptions())
     encoder, rows = models.build_encoder(MODEL, seed=0), np.array([3, 40, 7])
 
@@ -278,7 +280,7 @@ def test_probe_gives_percent_and_keeps_the_train_mode(drawings: Path) -> None:
     assert _spread(7, 3).tolist() == [0, 2, 4] and _spread(3, 7).tolist() == [0, 1, 2]
 
 
-def test_records_replace_their_own_kind(tmp_path: Path) -> None:
+def test_records_replace_those_with_the_same_key(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     old = Record(
         "knn-20", "hash", "", "top1", 50.0, "", None, "random", "val", 10, 9, 0, "e", "e", "d", None
@@ -299,7 +301,7 @@ def test_records_replace_their_own_kind(tmp_path: Path) -> None:
 def launch(
     run: Path, processes: int, protocols: tuple[str, ...], *more: str
 ) -> dict[tuple[str, ...], float]:
-    """Judge by the command under torchrun; every number by what it is of."""
+    """Run the command under torchrun; return every number, keyed by what it measures."""
     words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words += [str(Path(judging.__file__)), "evaluate", str(run), "--device", "cpu"]
     words += ["--workers", "0", "--leaks", "off", "--protocol", *protocols, *more]
@@ -337,9 +339,9 @@ def test_two_processes_find_what_one_finds_on_voc07(run: Path, tmp_path: Path) -
 
 
 def test_two_processes_fine_tune_as_one_does(run: Path) -> None:
-    """Batch norm sums over the processes in another order: the weights differ by rounding.
+    """Batch norm sums over the processes in another order, so the weights differ by rounding.
 
-    At low rates, as a few pictures at high ones amplify rounding from step to step.
+    The rates are low, because with few pictures high rates amplify rounding from step to step.
     """
     weights = []
     for count in (1, 2):
@@ -356,7 +358,7 @@ def test_two_processes_fine_tune_as_one_does(run: Path) -> None:
     assert max(abs(one[key] - two[key]) for key in one) <= 100 / 12 + 1e-9  # one of 12 pictures
 
 
-def test_few_labels_are_the_cards_share_or_the_commands(
+def test_few_labels_follow_the_card_or_the_option(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def judged(**over: Any) -> list[Record]:
@@ -375,10 +377,10 @@ def test_few_labels_are_the_cards_share_or_the_commands(
     assert {r.data_digest for r in share}.isdisjoint({r.data_digest for r in semi})
 
 
-def test_pictures_the_run_learned_from_are_told(
+def test_pictures_the_run_learned_from_are_reported(
     run: Path, drawings: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Half of the evaluation pictures are copies of training pictures, compressed anew."""
+    """Half of the evaluation pictures are copies of training pictures, compressed again."""
     folder = tmp_path / "judged"
     for place, path in enumerate(sorted(drawings.glob("*/*"))):
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -400,7 +402,7 @@ def test_pictures_the_run_learned_from_are_told(
     assert [r.value for r in off] == [r.value for r in records]
 
 
-def test_moved_training_pictures_only_end_the_search_for_leaks(
+def test_without_the_training_pictures_only_the_search_for_leaks_is_skipped(
     run: Path, drawings: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder, facts = saved_encoder.load_encoder_facts(run)
@@ -409,7 +411,7 @@ def test_moved_training_pictures_only_end_the_search_for_leaks(
     data = DataOptions(data=str(drawings))
     records = evaluate(EvaluateOptions(run=run, data=data, protocol=("knn-20",), device="cpu"))
     assert {r.leaked for r in records} == {None}
-    assert "leaks not looked for" in caplog.text and "/nowhere/at/all" in caplog.text
+    assert "cannot search for leaks" in caplog.text and "/nowhere/at/all" in caplog.text
 
 
 def test_without_scikit_learn_the_extra_is_named(
@@ -422,7 +424,7 @@ def test_without_scikit_learn_the_extra_is_named(
     assert {r.protocol for r in read_records(run / "results.json")} == {"knn-20"}  # kept
 
 
-def test_too_few_labels_are_told_before_the_work(run: Path, drawings: Path, tmp_path: Path) -> None:
+def test_too_few_labels_are_reported_at_once(run: Path, drawings: Path, tmp_path: Path) -> None:
     name = next(iter(sorted(drawings.glob("flag/*")))).name
     (tmp_path / "one.txt").write_text(f"flag/{name}\n")
     for protocol in ("knn-20", "logistic", "linear-fast", "lowshot", "finetune"):
@@ -433,7 +435,7 @@ def test_too_few_labels_are_told_before_the_work(run: Path, drawings: Path, tmp_
             evaluate(options)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+def test_a_folder_that_cannot_be_written_is_reported_before_the_work(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
@@ -446,9 +448,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     assert caught.value.code == Exit.CANNOT_WRITE
 
 
-def test_results_of_an_earlier_version_are_told(run: Path) -> None:
+def test_results_of_an_earlier_version_are_reported(run: Path) -> None:
     (run / "results.json").write_text('[{"protocol": "knn", "metric": "top1", "value": 1.0}]')
-    with pytest.raises(ClsaError, match="an earlier version's") as caught:
+    with pytest.raises(ClsaError, match="one of an earlier version") as caught:
         evaluate(EvaluateOptions(run=run, device="cpu"))
     assert caught.value.code == Exit.BAD_DATA
 

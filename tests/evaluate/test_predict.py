@@ -56,7 +56,7 @@ def run(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_head_says_what_it_was_judged_by(run: Path, drawings: Path, tmp_path: Path) -> None:
+def test_every_head_predicts_as_well_as_judged(run: Path, drawings: Path, tmp_path: Path) -> None:
     judged = json.loads((run / "top1.json").read_text())
     assert set(judged) == set(HEADS)
     source = open_source(str(drawings), "val", DataOptions())
@@ -95,7 +95,7 @@ def test_probabilities_are_the_softmax_of_the_layer(run: Path, drawings: Path) -
         assert found[name] == pytest.approx(value, abs=2e-6)
 
 
-def test_csv_of_files_odd_and_broken_ones_too(
+def test_csv_of_files_with_odd_and_broken_ones(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["a, b.png", 'quote".jpg', "gray.png", "broken.jpg"]
@@ -148,17 +148,17 @@ def test_a_head_of_another_encoder_or_no_head_at_all(run: Path, tmp_path: Path) 
     for name in ("linear-clsa", "finetune"):
         data = (run / "heads" / f"{name}.safetensors").read_bytes()
         (other / "heads" / f"{name}.safetensors").write_bytes(data)
-    for name in ("linear-clsa", "finetune"):  # also one that brings its own: it is another run's
+    for name in ("linear-clsa", "finetune"):  # one has its own encoder
         text, code = refusal(lambda name=name: load_head(other, name, encoder))
         assert "another encoder" in text and code == 2
     (other / "heads" / "linear-clsa.safetensors").write_bytes(b"x" * 100)
     text, code = refusal(lambda: load_head(other, "linear-clsa", encoder))
     assert "not a head of clsa" in text and code == 77
     text, code = refusal(lambda: load_head(tmp_path, None, encoder))
-    assert "there is none yet" in text and "clsa evaluate" in text and code == 66
+    assert "no such head is saved yet" in text and "clsa evaluate" in text and code == 66
 
 
-def test_departures_have_heads_of_their_own_and_order_survives_a_copy(
+def test_changed_cards_have_separate_heads_and_a_copy_keeps_their_order(
     run: Path, drawings: Path, tmp_path: Path
 ) -> None:
     copied = tmp_path / "copied"

@@ -1,4 +1,4 @@
-"""Check 9: whatever a checkpoint lacks is named; whatever differs in it changes the digest."""
+"""Check 9: a missing key of a checkpoint is named; a changed value changes the digest."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def perturbed(value: Any) -> Any:
-    """The smallest change of a leaf: one number of a tensor, one letter of a word."""
+    """A leaf with the smallest change: one number of a tensor, or one letter more."""
     if isinstance(value, torch.Tensor):
         changed, first = value.clone(), (0,) * value.ndim
         changed[first] = not value[first] if value.dtype == torch.bool else value[first] + 1
@@ -37,7 +37,7 @@ def perturbed(value: Any) -> Any:
 
 
 def publish(path: Path, state: Any) -> None:
-    """Put `state` in the place of a checkpoint, with a manifest that matches."""
+    """Replace a checkpoint by `state`, with a matching manifest."""
     torch.save(state, path)
     manifest, data = path.with_suffix(".json"), path.read_bytes()
     facts = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
@@ -45,10 +45,10 @@ def publish(path: Path, state: Any) -> None:
 
 
 def keys(pictures: Path, root: Path, limit: int | None) -> tuple[Tally, Tally, Tally]:
-    """Each leaf of a checkpoint left out, changed, and one added beside it.
+    """For each leaf of a checkpoint: leave it out, change it, and add a key next to it.
 
     Args:
-        limit: try so many, drawn with a fixed seed; None: all.
+        limit: number of leaves to try, drawn with a fixed seed; None: all.
     """
     out, dropped, changed, added = root / "run", Tally(), Tally(), Tally()
     run = options(pictures, out, max_steps=2)
@@ -62,7 +62,7 @@ def keys(pictures: Path, root: Path, limit: int | None) -> tuple[Tally, Tally, T
         paths = random.Random(0).sample(paths, limit)
 
     def refused() -> tuple[int, str]:
-        """In this attempt: what a new start comes to, which ends before its first step."""
+        """In this process: the result of a new start, which ends before its first step."""
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             code = tiny.pretrain(run)
@@ -74,12 +74,12 @@ def keys(pictures: Path, root: Path, limit: int | None) -> tuple[Tally, Tally, T
         for key in leaf[:-1]:
             holder = holder[key]
         holder[leaf[-1]] = perturbed(holder[leaf[-1]])
-        changed.note(digests.digest(values) != digest, f"{leaf} changed unseen")
+        changed.note(digests.digest(values) != digest, f"{leaf} changed, same digest")
         del holder[leaf[-1]]
         publish(path, values)
         code, told = refused()
         name = str(leaf[-1]) if isinstance(leaf[-1], str) else "/".join(map(str, leaf[:-1]))
-        missing = "no whole checkpoint" if leaf == ("step",) else "missing key "  # in its name too
+        missing = "no whole checkpoint" if leaf == ("step",) else "missing key "  # in the name too
         right = code == Exit.NO_INPUT and missing in told and name in told and "\n" not in told
         dropped.note(right, f"{leaf} left out: {code}, {told}")
         if isinstance(holder, dict) and leaf[-1] != "step":
@@ -93,8 +93,8 @@ def keys(pictures: Path, root: Path, limit: int | None) -> tuple[Tally, Tally, T
             right = (
                 code == Exit.NO_INPUT and "unexpected key " in told and f"{leaf[-1]}.new" in told
             )
-            added.note(right, f"beside {leaf}: {code}, {told}")
+            added.note(right, f"added next to {leaf}: {code}, {told}")
     publish(path, whole)
     code, told = tiny.attempt(lambda: tiny.pretrain(run), root / "log")
-    dropped.note(code == 0, f"the whole one: {code}, {told}")
+    dropped.note(code == 0, f"the unchanged checkpoint: {code}, {told}")
     return dropped, changed, added

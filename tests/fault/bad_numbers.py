@@ -1,4 +1,4 @@
-"""Check 21: a number that is not finite, at each place, precision and number of processes."""
+"""Check 21: a number that is not finite, at each place, for each precision and process count."""
 
 import json
 import math
@@ -38,7 +38,7 @@ class _NaNBackward(torch.autograd.Function):
 
 
 def inject(place: str, until: int = BAD + 1) -> None:
-    """In an attempt: a bad number at `place` in the steps from `BAD` to before `until`."""
+    """In an attempt: make a bad number at `place` in steps `BAD` to `until` - 1."""
     make_views, forward = step.make_views, MoCo.forward
 
     def views(crops: Any, specs: Any, step: int, run: Any) -> Any:
@@ -62,7 +62,7 @@ def inject(place: str, until: int = BAD + 1) -> None:
 
 
 def watch(place: str, told: Path) -> None:
-    """In an attempt: write whether the bad step has moved anything, and the next has."""
+    """In an attempt: record whether the bad step and the next one changed anything."""
     step_of = fit.train_step
 
     def watched(model: Any, state: State, crops: Any, run: Any) -> Any:
@@ -86,14 +86,14 @@ def _digest(state: State) -> str:
 
 
 def ranks(world: int, body: Callable[[], int], log: Path) -> list[int]:
-    """Exit codes of an attempt in so many processes."""
+    """Exit codes of an attempt in `world` processes."""
     return [tiny.wait(pid, PATIENCE_S) for pid in tiny.start_ranks(world, body, log)]
 
 
 def cases(setup: Setup, root: Path, chosen: list[tuple[str, str, int]]) -> Tally:
-    """Each (place, precision, processes): the step moves nothing, the run goes on, replay shows it.
+    """For each (place, precision, processes): no change, the run continues, replay finds the cause.
 
-    A broken weight stays broken: those runs must end with 76 once their steps are bad 25 times.
+    A broken weight stays broken, so all later steps of those runs are skipped too.
     """
     tally = Tally()
     for place, precision, world in chosen:
@@ -129,10 +129,10 @@ def cases(setup: Setup, root: Path, chosen: list[tuple[str, str, int]]) -> Tally
 
 
 def _missed(place: str, world: int, found: Path) -> str:
-    """What the processes' replays did not name, or named without reason."""
+    """The processes' replays, if they missed the cause or named a wrong one; else empty."""
     replays = [json.loads(Path(f"{found}-{rank}").read_text()) for rank in range(world)]
     last = replays[-1]
-    only_after = not last["outputs"] and bool(last["gradients"])  # the network itself is fine
+    only_after = not last["outputs"] and bool(last["gradients"])  # the network itself is finite
     right = {
         "image": [picture for _, picture in last["views"]] == [last["first"]],
         "loss": only_after and last["loss"] == "not",
@@ -171,7 +171,7 @@ def _replayer(place: str, bundle: Path, found: Path) -> Callable[[], int]:
 
 
 def in_a_row(setup: Setup, root: Path) -> Tally:
-    """Bad steps that do not end, over a new start too: 76, and the message names what to replay."""
+    """Endless bad steps, continued by a new start: 76, and the message names the step to replay."""
     tally = Tally()
     for place, bad in (("gradient", 25), ("loss", 25)):
         tally.tries += 1

@@ -1,4 +1,4 @@
-"""Checks 12 and 13: other pictures, or other options, are refused with what differs."""
+"""Checks 12 and 13: other pictures or options are refused with a message that names the change."""
 
 import contextlib
 import io
@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def pinned(out: Path) -> set[str]:
-    """Digests of the weights of checkpoints to keep, and of the best where they were set aside."""
+    """Digests of the weights of kept checkpoints, and of all that were moved to other folders."""
     found = set()
     for manifest in (out / "checkpoints").rglob("*.json"):
         if json.loads(manifest.read_text())["keep"] or manifest.parent.name != "checkpoints":
@@ -62,7 +62,7 @@ def pinned(out: Path) -> set[str]:
 
 
 def pictures(sources: Path, root: Path, stops: list[int]) -> tuple[Tally, Tally]:
-    """Each change at each stop: refused with its counts; accepted, it begins the epoch anew."""
+    """Each change at each stop: refused with its counts; if accepted, the epoch starts again."""
     refused, accepted = Tally(), Tally()
     whole = root / "whole"
     code, said = tiny.attempt(lambda: tiny.pretrain(options(sources, whole)), root / "log")
@@ -101,19 +101,19 @@ def pictures(sources: Path, root: Path, stops: list[int]) -> tuple[Tally, Tally]
 
 
 def _accept(run: RunOptions, place: Path, stop: int, counts: str) -> tuple[bool, str]:
-    """Go on with the changed pictures, once straight and once killed amid the change-over."""
+    """Continue with the changed pictures: once without a kill, and with kills during the change."""
     per_epoch = 7 if "+16" in counts else EPOCH
     begin, last = stop // EPOCH * per_epoch, LAST // EPOCH * per_epoch
     given = run.model_copy(update={"accept_data_change": True})
     kept, encoder = pinned(run.out), _bytes_of(run.out / "encoder-best.safetensors")
     best = {path.name for path in (run.out / "checkpoints").glob("best-*")}
-    moves = ["move"] if best else []  # there are some after the first epoch
+    moves = ["move"] if best else []  # best checkpoints exist after the first epoch
     cuts = {name: place / name for name in ["save", *moves, "set_aside", "note"]}
     for cut in cuts.values():
         shutil.copytree(run.out, cut)
     code, said = tiny.attempt(lambda: tiny.pretrain(given), place / "log")
     wrong = [] if code == 0 and f"at step {begin}, epoch" in said else [f"{code}: {said[-200:]}"]
-    missing = set(range(stop + 1, begin + 1))  # none was taken under these numbers
+    missing = set(range(stop + 1, begin + 1))  # no step has these numbers
     if set(tiny.losses(run.out)) != set(range(1, last + 1)) - missing:
         wrong.append("steps are missing, or too many")
     noted = RunFolder(run.out).read_history()
@@ -138,9 +138,9 @@ def _accept(run: RunOptions, place: Path, stop: int, counts: str) -> tuple[bool,
             wrong.append(f"{out.name}: a kept or best checkpoint is lost")
         if _bytes_of(out / "encoder-best-before-change-1.safetensors") != encoder:
             wrong.append(f"{out.name}: the best encoder is lost")
-    code, said = tiny.attempt(lambda: tiny.pretrain(run), place / "log")  # for good
+    code, said = tiny.attempt(lambda: tiny.pretrain(run), place / "log")  # stays accepted
     if code or "data changed" in said:
-        wrong.append(f"not for good: {code}, {said[-200:]}")
+        wrong.append(f"the change was not accepted for good: {code}, {said[-200:]}")
     return not wrong, f"{place.name} accepted: {wrong}"
 
 
@@ -149,7 +149,7 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def _die_before(name: str) -> None:
-    """End the process before the change-over's save, its first or only move, its last steps."""
+    """End the process before a stage of the change: save, first move, `set_aside` or `note`."""
 
     def die(*_: Any, **__: Any) -> None:
         os._exit(9)
@@ -162,14 +162,14 @@ def _die_before(name: str) -> None:
 
 
 def _with(options: Any, key: str, value: Any) -> Any:
-    """`options` with another value under a dotted name, unvalidated."""
+    """`options` with another value for a dotted name, without validation."""
     name, _, rest = key.partition(".")
     inner = _with(getattr(options, name), rest, value) if rest else value
     return options.model_copy(update={name: inner})
 
 
 def drift(sources: Path, root: Path) -> tuple[Tally, Tally, Tally]:
-    """Every option of a run changed in turn, fixed and free ones; then typos, unknown keys."""
+    """Change every option of a run in turn, fixed and free; then try typos and unknown keys."""
     fixed, free, names = Tally(), Tally(), Tally()
     out = root / "run"
     run = options(sources, out, max_steps=EPOCH)
@@ -209,7 +209,7 @@ def drift(sources: Path, root: Path) -> tuple[Tally, Tally, Tally]:
 
 
 def _names(run: RunOptions, tally: Tally) -> None:
-    """Names that are none: on the command line, in a file of options, in a run's own file."""
+    """Unknown names of options on the command line, in a given file, in a run's config.yaml."""
     config = run.out / "config.yaml"
     text = config.read_text()
 

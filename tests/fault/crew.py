@@ -1,4 +1,4 @@
-"""Check 18: loader workers that are killed, stopped, break or leave."""
+"""Check 18: loader workers that are killed or stopped, raise an error, or exit."""
 
 import ctypes
 import json
@@ -34,9 +34,9 @@ ENDS: dict[str, tuple[Callable[[], object], str]] = {
 
 
 def _break_once(nth: int, end: Callable[[], object], note: Path) -> None:
-    """In an attempt: the worker that is first to read its n-th picture notes it and comes to grief.
+    """In an attempt: the first worker to read its n-th picture records that and runs `end`.
 
-    The others wait, so that the note tells who it was.
+    A worker that finds the file of this record continues unharmed.
     """
     at, seen = workers.at, 0
 
@@ -55,7 +55,7 @@ def _break_once(nth: int, end: Callable[[], object], note: Path) -> None:
 
 
 def left_of(group: int) -> list[int]:
-    """Processes of a process group that live yet."""
+    """Processes of a process group that are still alive."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
@@ -66,7 +66,7 @@ def left_of(group: int) -> list[int]:
 
 
 def ends(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
-    """Each of `kinds` at a drawn picture, with one to three workers; then a new start."""
+    """Each of `kinds` at a random picture, with one to three workers; then a new start."""
     tally, rng = Tally(), random.Random(seed)
     for number, kind in enumerate(kinds):
         end, told = ENDS[kind]
@@ -109,5 +109,5 @@ def ends(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a child has not ended; it is not reaped."""
+    """Whether a child process is still running; this does not reap it."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None

@@ -1,4 +1,4 @@
-"""Check 4: damaged checkpoints are noticed, told, and passed over; none good ends the run."""
+"""Check 4: damaged checkpoints are noticed, reported and skipped; with no good one the run ends."""
 
 import random
 import shutil
@@ -12,13 +12,13 @@ from tests.fault.tiny import EPOCH, Setup
 
 
 class Tally:
-    """Tries, and what went wrong in them."""
+    """Counts tries and collects what went wrong."""
 
     def __init__(self) -> None:
         self.tries, self.faults = 0, list[str]()
 
     def note(self, is_right: bool, told: str) -> None:
-        """One try."""
+        """Record one try; `told` describes it if it went wrong."""
         self.tries += 1
         if not is_right:
             self.faults.append(told)
@@ -36,7 +36,7 @@ def three_checkpoints(setup: Setup, root: Path) -> Path:
 
 
 def bits(out: Path, flips: int, cuts: int, seed: int) -> Tally:
-    """Single flipped bits and cut tails of the newest checkpoint; bits of its manifest too."""
+    """Flip single bits of the newest checkpoint, cut its end off, and flip bits of its manifest."""
     rng, tally = random.Random(seed), Tally()
     folder = out / "checkpoints"
     path = folder / "step-000018.ckpt"
@@ -65,14 +65,14 @@ def bits(out: Path, flips: int, cuts: int, seed: int) -> Tally:
     for place in range(0, hashed, max(4 * hashed // max(flips, 1), 1)):
         flip(manifest, place)
         saved = checkpoint.load_newest(folder)
-        # A bit of white space changes nothing; whatever is loaded must be right.
+        # A flipped bit in white space may be harmless; whatever is loaded must be correct.
         tally.note(saved is not None and saved.state["step"] in (12, 18), f"manifest bit {place}")
         flip(manifest, place)
     return tally
 
 
 def flip(path: Path, bit: int = 80_002) -> None:
-    """Turn one bit of a file."""
+    """Flip one bit of a file."""
     with open(path, "r+b") as file:
         file.seek(bit // 8)
         byte = file.read(1)[0]
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[Callable[[Path], object], dict[int, str], int]] = {
 
 
 def runs(setup: Setup, root: Path, out: Path, names: list[str]) -> Tally:
-    """A damaged run is started again: one line for each that is passed over, and the same end."""
+    """Start a damaged run again: one line per skipped checkpoint, and the same final result."""
     tally = Tally()
     for number, name in enumerate(names):
         damage, notes, used = CASES[name]

@@ -1,4 +1,4 @@
-"""Check 5: full disks, read-only folders, missing permissions, before the run and in its midst."""
+"""Check 5: full disks, read-only folders, missing permissions, before and during the run."""
 
 import ctypes
 import errno
@@ -23,7 +23,7 @@ from tests.fault.tiny import EPOCH, Setup
 CLONE_NEWNS = 0x20000
 NOBODY = 65534
 SEVERAL_EPOCHS = 6 * EPOCH
-# of one save that failed, in full
+# the full message of a failed save
 MISSED = re.compile(
     r"error: cannot save step \d+ \(.*/checkpoints\) - .+ - "
     r"(previous step (\d+) is intact|no step is saved yet)"
@@ -32,7 +32,7 @@ ROOM = re.compile(r"cannot (save|write) .* - \d+\.\d MB free, \d+\.\d MB needed 
 
 
 class Fault(NamedTuple):
-    """A way in which a folder refuses, what it needs, and how it is undone."""
+    """A way to make writes fail: what the machine needs for it, how to make and undo it."""
 
     need: str
     make: Callable[[Path], object]
@@ -49,7 +49,7 @@ def _limit(size: int) -> Callable[[Path], object]:
 
 
 def _refuse(number: int) -> Callable[[Path], object]:
-    """The quota, or the disk itself, refuses: no such disk is at hand, so the call says it."""
+    """A failure of quota or disk, simulated by an error of os.fsync, for lack of such a disk."""
     fsync = os.fsync
 
     def refused(handle: int) -> None:
@@ -84,7 +84,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def own_mounts() -> None:
-    """In an attempt: mounts from here on are its own and go with it."""
+    """In an attempt: later mounts are private to this process and end with it."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
@@ -92,14 +92,14 @@ def own_mounts() -> None:
 
 
 def be_nobody() -> None:
-    """In an attempt: lose all rights."""
+    """In an attempt: give up all rights of root."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
 
 
 def state_of(out: Path) -> str:
-    """What is wrong with a run folder after a refusal; empty when it can be gone on from."""
+    """What is wrong with a run folder after a failed write; empty if the run can be resumed."""
     damaged = [path.name for path in tiny.manifests(out).values() if not tiny.is_whole(path)]
     newest = tiny.newest_whole(out)
     loaded = checkpoint.load_newest(out / "checkpoints") if newest else None
@@ -109,7 +109,7 @@ def state_of(out: Path) -> str:
 
 
 def on_small_disk(setup: Setup, root: Path, size: int) -> tuple[int, str, str]:
-    """A whole run on a disk of its own of `size` bytes: code, what it said, what is wrong after."""
+    """A whole run on its own disk of `size` bytes: exit code, output, what is wrong afterwards."""
     root.mkdir()
     disk, verdict = root / "disk", root / "verdict"
     disk.mkdir()
@@ -121,7 +121,7 @@ def on_small_disk(setup: Setup, root: Path, size: int) -> tuple[int, str, str]:
         code = tiny.pretrain(_options(setup, out))
         wrong = state_of(out) if out.exists() else ""
         if code == Exit.CANNOT_WRITE and tiny.losses(out):
-            wrong += "; refused after it had begun"
+            wrong += "; refused after the first step"
         if code == 0 and checkpoint.run_digest(out) != _digest(setup):
             wrong += "; another digest"
         verdict.write_text(wrong)
@@ -136,7 +136,7 @@ def _options(setup: Setup, out: Path) -> Any:
 
 
 def _digest(setup: Setup) -> str:
-    """Of a run that stopped after several epochs; made once."""
+    """Digest of a run that stopped after several epochs; computed once."""
     noted = setup.root / "several.json"
     if not noted.exists():
         out = setup.root / "several"
@@ -147,7 +147,7 @@ def _digest(setup: Setup) -> str:
 
 
 def full_disks(setup: Setup, root: Path, sizes: list[float]) -> Tally:
-    """Disks of so many checkpoints: 73 below one, 74 where it fills up, 0 with enough room."""
+    """Disks with room for `sizes` checkpoints: 73 below one, 74 if it fills up, else 0."""
     tally, one = Tally(), setup.save_bytes
     _digest(setup)
     for size in sizes:
@@ -155,7 +155,7 @@ def full_disks(setup: Setup, root: Path, sizes: list[float]) -> Tally:
         allowed = {Exit.CANNOT_WRITE} if size < 1 else {Exit.IO} if size < 3 else {Exit.OK}
         right = code in allowed and not wrong and "Traceback" not in said
         right = right and (code == Exit.OK or bool(ROOM.search(said)))
-        if code == Exit.IO and size > 2.1:  # with a checkpoint before it
+        if code == Exit.IO and size > 2.1:  # an earlier checkpoint exists
             right = right and "is intact" in said
         tally.note(right, f"{size} checkpoints: {code}, {wrong}: {said.splitlines()[-2:]}")
     return tally
@@ -164,11 +164,11 @@ def full_disks(setup: Setup, root: Path, sizes: list[float]) -> Tally:
 def fault_at(
     setup: Setup, root: Path, name: str, saves: int, refusals: int
 ) -> tuple[int, str, str, Path]:
-    """A run whose folder of checkpoints refuses from save number `saves` on.
+    """A run whose folder of checkpoints fails after `saves` saves.
 
     Args:
-        saves: how many succeed; none means that the folder refuses before the run begins.
-        refusals: how many are refused before the folder is mended.
+        saves: how many saves succeed; 0 means that the run folder fails before the run begins.
+        refusals: how many saves fail before the fault is undone.
     """
     root.mkdir()
     out, fault, verdict = root / "run", FAULTS[name], root / "verdict"
@@ -205,7 +205,7 @@ def fault_at(
 
 
 def kinds(setup: Setup, root: Path, cases: list[tuple[int, int]]) -> tuple[Tally, list[str]]:
-    """Every kind of refusal: before the run, for one save, and for good; and those left out."""
+    """Every kind of fault: before the run, for some saves, for good. Also returns missing needs."""
     tally, left_out = Tally(), []
     for name, fault in FAULTS.items():
         if fault.need and not has(fault.need):
@@ -213,7 +213,7 @@ def kinds(setup: Setup, root: Path, cases: list[tuple[int, int]]) -> tuple[Tally
             continue
         for saves, refusals in cases:
             if not saves and name in ("quota", "broken disk"):
-                continue  # only flushing shows these
+                continue  # these only appear at a flush
             place = root / f"{name}-{saves}-{refusals}".replace(" ", "-")
             code, said, wrong, out = fault_at(setup, place, name, saves, refusals)
             missed = MISSED.findall(said)
@@ -231,10 +231,10 @@ def kinds(setup: Setup, root: Path, cases: list[tuple[int, int]]) -> tuple[Tally
 
 
 def writers(setup: Setup, root: Path, parts: int) -> Tally:
-    """The disk fills up when a file is so far written: no half a file, and mended it goes on.
+    """The disk fills up within a file: no half a file stays, and the run resumes with more room.
 
     Args:
-        parts: how many different lengths are tried of the two large files; of the small ones, two.
+        parts: how many lengths to try for each of the two large files; the small files have two.
     """
     tally = Tally()
     lengths = {"step-*.ckpt": setup.save_bytes, "encoder.safetensors": 5_000}
@@ -266,13 +266,13 @@ def writers(setup: Setup, root: Path, parts: int) -> Tally:
 
 
 class Full:
-    """A file on a disk that takes only so many bytes more of it."""
+    """A file on a disk with room for only `room` more bytes."""
 
     def __init__(self, file: IO[bytes], room: int):
         self.file, self.room = file, room
 
     def write(self, data: bytes) -> int:
-        """Part of `data`, then the refusal."""
+        """Write the part of `data` that fits; raise if that is not all."""
         self.file.write(memoryview(data).cast("B")[: self.room])
         self.room -= memoryview(data).nbytes
         if self.room < 0:
@@ -283,5 +283,5 @@ class Full:
         return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """As the file."""
+        """Flush the file."""
         self.file.flush()

@@ -1,4 +1,4 @@
-"""What the checks came to: kept as JSON, one file a part, and told in docs/reliability.md."""
+"""Stores results of checks as JSON, one file per part, and shows them in docs/reliability.md."""
 
 import json
 import os
@@ -22,14 +22,14 @@ class Figure(NamedTuple):
     """What was injected."""
     tries: int
     survived: int
-    """Tries after which all was as promised; of bad savers, those that were caught."""
+    """Tries after which everything was as promised; for bad savers, those that were caught."""
     note: str = ""
     faults: tuple[str, ...] = ()
-    """What went wrong, for whoever runs it; not kept."""
+    """What went wrong; printed, not stored."""
 
     @property
     def bound(self) -> str:
-        """Upper bound of the failure rate at 95 %: 3/n when nothing failed and n tells anything."""
+        """Upper bound of the failure rate at 95 %: 3/n; empty after a failure or if n < `FEW`."""
         if self.survived < self.tries or self.tries < FEW:
             return ""
         return f"{300 / self.tries:.1f} %"
@@ -41,11 +41,11 @@ class Figure(NamedTuple):
 
 
 def keep(part: str, figures: list[Figure], seconds: float, is_whole: bool = True) -> None:
-    """Keep the figures of a part, and tell them.
+    """Store the figures of a part and update the page.
 
     Args:
-        seconds: that they took.
-        is_whole: whether they are all of the part; else the others stay as they were kept.
+        seconds: duration of the checks.
+        is_whole: whether these are all figures of the part; if not, the other stored ones stay.
     """
     rows = [figure._asdict() for figure in figures]
     for row in rows:
@@ -70,7 +70,7 @@ def keep(part: str, figures: list[Figure], seconds: float, is_whole: bool = True
 
 
 def tell() -> None:
-    """Rewrite the table of docs/reliability.md from what is kept of all parts."""
+    """Rewrite the table of docs/reliability.md from the stored figures of all parts."""
     text = DOCS.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
@@ -78,7 +78,7 @@ def tell() -> None:
 
 
 def table() -> str:
-    """Markdown of every part's figures."""
+    """The figures of all parts as Markdown."""
     lines = [
         "| check | fault injected | tries | as promised | failure rate below (95 %) | note |",
         "|---:|---|---:|---:|---:|---|",
@@ -95,6 +95,6 @@ def table() -> str:
         missing = "; ".join(f"{need} ({NEEDS[need]})" for need in facts["cannot"]) or "nothing"
         told.append(
             f"Part {path.stem}: {facts['date']}, {facts['minutes']} minutes on {facts['cores']} "
-            f"cores. This machine could not do: {missing}."
+            f"cores. Missing on this machine: {missing}."
         )
     return "\n".join([*lines, "", *told]) + "\n"

@@ -1,4 +1,4 @@
-"""What every part does with its checks: some of them side by side, each in a process, and told."""
+"""Runs the checks of a part, several at a time, each in its own process, and reports them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.fault.machine import NEEDS, cannot, has
 from tests.fault.tiny import Setup
 
 Check = Callable[[Setup, Path, bool], list[Figure]]
-"""Where to work, and whether it may take long -> the rows of the table."""
+"""(setup, folder to work in, whether it is the long lane) -> the rows of the table."""
 
 
 def figure_of(number: int, fault: str, tally: Tally, note: str = "") -> Figure:
@@ -30,7 +30,7 @@ def figure_of(number: int, fault: str, tally: Tally, note: str = "") -> Figure:
 def run(checks: dict[str, Check], is_long: bool, jobs: int, names: list[str]) -> list[Figure]:
     """The figures of the checks, `jobs` of them at a time."""
     root = Path(tempfile.mkdtemp(prefix="clsa-fault-"))
-    root.chmod(0o755)  # one check reads the pictures as somebody else
+    root.chmod(0o755)  # one check reads the pictures as another user
     try:
         setup, running, waiting = tiny.set_up(root), dict[int, str](), list(names)
         while running or waiting:
@@ -81,7 +81,7 @@ def main(part: str, checks: dict[str, Check], args: list[str]) -> int:
         Path(values["--json"]).write_text(json.dumps([figures, unnamed]))
     for need in unnamed:
         what = f"this machine lacks {need}: {NEEDS[need]}"
-        print(f"error: {what} - checks need it - name it in CLSA_CANNOT", file=sys.stderr)
+        print(f"error: {what} - checks need it - list it in CLSA_CANNOT", file=sys.stderr)
     print(f"{time.monotonic() - begun:.0f} s")
     failed = [figure for figure in figures if figure.survived < figure.tries or figure.faults]
     return int(bool(failed) or bool(unnamed and os.environ.get("CI")))

@@ -1,4 +1,4 @@
-"""Check 19: a small /dev/shm, few files, little address space, one core."""
+"""Check 19: a small /dev/shm, few open files, little address space, one core."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def _try(setup: Setup, out: Path, limit: Callable[[], object], **over: Any) -> t
 
 
 def small_shm(setup: Setup, root: Path, count: int) -> Tally:
-    """/dev/shm of 1 MB: refused in a line where several processes of a machine need more."""
+    """/dev/shm of 1 MB: one line refuses the run if the processes of the machine need more."""
     tally = Tally()
 
     def small() -> None:
@@ -39,7 +39,7 @@ def small_shm(setup: Setup, root: Path, count: int) -> Tally:
 
     for number in range(count):
         workers = {"workers": 1 + number % 3}
-        # 2 views of 16 pixels take 24 kB a batch, those of 64 pixels 393 kB.
+        # A batch of 2 views takes 24 kB at 16 pixels, 393 kB at 64 pixels.
         large = {"views": {"size": 64, "weak": {"sizes": (64,)}}, "data": workers}
         for name, limit, over, enough in (
             ("large", small, large, False),
@@ -59,7 +59,7 @@ def small_shm(setup: Setup, root: Path, count: int) -> Tally:
 
 
 def few_files(setup: Setup, root: Path, count: int) -> Tally:
-    """`ulimit -n`: the run comes to its end, or says in one line what it lacks."""
+    """`ulimit -n`: the run finishes, or one line says what is missing."""
     tally = Tally()
     for number in range(count):
         most, out = (64, 48, 32, 24, 20)[number % 5], root / f"files-{number}"
@@ -77,7 +77,7 @@ def few_files(setup: Setup, root: Path, count: int) -> Tally:
 
 
 def little_memory(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """`ulimit -v` on the real command: it ends in one line, at whatever moment memory is short."""
+    """`ulimit -v` on the real command: it ends with one line, whenever memory runs out."""
     tally, rng = Tally(), random.Random(seed)
     for number in range(count):
         kilobytes = rng.randrange(300_000, 3_000_000)
@@ -91,7 +91,7 @@ def little_memory(setup: Setup, root: Path, count: int, seed: int) -> Tally:
 
 
 def one_core(setup: Setup, root: Path, count: int) -> Tally:
-    """One core, workers by default: the same run."""
+    """One core and the default number of workers: the run is the same."""
     tally = Tally()
     for number in range(count):
         out = root / f"core-{number}"

@@ -1,31 +1,31 @@
-"""What this machine can do for the checks; what it cannot must be named, or CI fails."""
+"""What the checks need from this machine; if something is missing and not listed, CI fails."""
 
 import functools
 import os
 import shutil
 import subprocess
 
-# Named here (or, comma-separated, in CLSA_CANNOT): the checks that need them are left out, and
-# docs/reliability.md says so. Each is one of NEEDS.
+# Keys of NEEDS that this machine lacks; CLSA_CANNOT may list more, separated by commas. Checks that
+# need them are left out, and docs/reliability.md says so.
 CANNOT: tuple[str, ...] = ()
 
 NEEDS = {
     "mount": "a private mount namespace with a tmpfs (root): full disks, read-only folders",
     "chattr": "chattr +i (root, ext4): files that cannot be deleted",
     "nobody": "changing to another user (root): folders without permission",
-    "strace": "strace: system calls; audit hooks of Python stand in for it",
+    "strace": "strace: recording of system calls; without it, audit hooks of Python record them",
 }
 
 
 def cannot() -> list[str]:
-    """What is named as missing on this machine."""
+    """The needs that are listed as missing on this machine."""
     given = os.environ.get("CLSA_CANNOT", "")
     return sorted({*CANNOT, *filter(None, given.split(","))})
 
 
 @functools.cache
 def has(need: str) -> bool:
-    """Whether this machine can do `need`, one of NEEDS."""
+    """Whether this machine provides `need`, a key of NEEDS."""
     if need in cannot():
         return False
     if need == "strace":

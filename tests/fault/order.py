@@ -1,4 +1,4 @@
-"""Check 3: what a power cut would leave, by the order of the system calls of a run."""
+"""Check 3: what a power cut would leave, derived from the order of a run's system calls."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.fault.machine import has
 from tests.fault.tiny import Setup
 
 CALLS = "openat,write,fsync,rename,renameat,renameat2,unlink,unlinkat"
-STREAMS = ("metrics.jsonl", "tensorboard", ".in-use")  # appended to, or only of use while it runs
+STREAMS = ("metrics.jsonl", "tensorboard", ".in-use")  # appended to, or only used during a run
 ENTRY = "import sys; from tests.fault import order; sys.exit(order.traced(*sys.argv[1:]))"
 
 
@@ -21,34 +21,34 @@ class Event(NamedTuple):
     """One successful system call below the run folder."""
 
     call: str
-    """make (exclusively), open (any other way to write), write, fsync, rename or unlink."""
+    """make (exclusive open), open (any other open to write), write, fsync, rename or unlink."""
     path: str
     to: str = ""
 
 
 def order_faults(events: list[Event], out: Path) -> tuple[list[str], list[str]]:
-    """Files that appeared in a run folder, and what was wrong with how they did."""
+    """The files published in a run folder, and what was wrong with the order of calls."""
     wrong, published = [], []
     for place, event in enumerate(events):
         name = event.path.removeprefix(f"{out}/")
         if event.call == "open" and not name.startswith(STREAMS):
-            wrong.append(f"{name}: written under its own name")
+            wrong.append(f"{name}: written directly under its final name")
         if event.call == "unlink" and name.startswith("checkpoints/") and ".tmp-" not in name:
             synced = _last(events[:place], "fsync", f"{out}/checkpoints")
             if synced < _last(events[:place], "rename", f"{out}/checkpoints", folder=True):
-                wrong.append(f"{name}: pruned before its successor was on the disk")
+                wrong.append(f"{name}: pruned before its successor was flushed to the disk")
         if event.call != "rename":
             continue
         before = [each.call for each in events[:place] if each.path == event.path]
         if before[:1] != ["make"] or before[-1:] != ["fsync"] or "write" not in before:
-            wrong.append(f"{name}: {before[:1] + before[-2:]} before its renaming")
+            wrong.append(f"{name}: {before[:1] + before[-2:]} before it was renamed")
         folder, to = str(Path(event.to).parent), event.to.removeprefix(f"{out}/")
         after = [each.call for each in events[place + 1 :] if each.path == folder]
         if after[:1] != ["fsync"]:
             wrong.append(f"{to}: its folder is not flushed")
         is_manifest = to.startswith("checkpoints/") and to.endswith(".json")
         if is_manifest and f"{to[:-5]}.ckpt" not in published:
-            wrong.append(f"{to}: the manifest is there before its data")
+            wrong.append(f"{to}: the manifest was published before its data")
         published.append(to)
     return published, wrong
 
@@ -63,13 +63,13 @@ def _last(events: list[Event], call: str, path: str, folder: bool = False) -> in
 
 
 def traced(pictures: str, out: str) -> int:
-    """A short run with a save at each epoch, three of which are pruned."""
+    """A short run that saves at each epoch and prunes three of the checkpoints."""
     over = {"max_steps": 30, "save_minutes": 15, "keep_every": 0}
     return tiny.pretrain(tiny.options(Path(pictures), Path(out), **over))
 
 
 def by_strace(setup: Setup, root: Path) -> tuple[list[Event], Path]:
-    """Events of a run under strace, in a process of its own."""
+    """Events of a run under strace, in its own process."""
     out, trace = root / "strace-run", root / "trace"
     command = ["strace", "-f", "-y", "-qq", "-e", f"trace={CALLS}", "-o", str(trace)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -82,7 +82,7 @@ def by_strace(setup: Setup, root: Path) -> tuple[list[Event], Path]:
 
 
 def _joined(lines: list[str]) -> Iterator[str]:
-    """Calls that another thread's cut in two, made whole where they end."""
+    """Join calls that strace split in two because another thread's call came between."""
     begun: dict[str, str] = {}
     for line in lines:
         pid = line.partition(" ")[0]
@@ -113,7 +113,7 @@ def _parsed(line: str, out: str) -> Event | None:
 
 
 def by_hooks(setup: Setup, root: Path) -> tuple[list[Event], Path]:
-    """The same from inside Python, where there is no strace: audit events and os.fsync."""
+    """The same events recorded inside Python, without strace: audit events and os.fsync."""
     out, noted = root / "hooked-run", root / "events"
 
     def body() -> int:
@@ -162,7 +162,7 @@ WRITERS = {
 
 
 def check(setup: Setup, root: Path) -> tuple[str, int, list[str]]:
-    """How it was watched, how many writers were, and what was wrong."""
+    """How the calls were recorded, the number of writers, and what was wrong."""
     with_strace = has("strace")
     events, out = (by_strace if with_strace else by_hooks)(setup, root)
     published, wrong = order_faults(events, out)

@@ -1,4 +1,4 @@
-"""Checks 1 to 7: checkpoints. `python -m tests.fault.part_a long` keeps the figures."""
+"""Checks 1 to 7: checkpoints. `python -m tests.fault.part_a long` stores the figures."""
 
 import shutil
 import sys
@@ -11,23 +11,25 @@ from tests.fault.lane import Check, figure_of
 from tests.fault.machine import has
 from tests.fault.tiny import Setup
 
-STORM_S = 600.0  # a long storm ends then, whatever it has come to
+STORM_S = 600.0  # a long storm ends after this time, even with fewer kills
 
 
 def _lacking(*needs: str) -> str:
-    """A note on what this machine lacks, and whether that was said before."""
+    """A note on which of `needs` this machine lacks."""
     return ", ".join(f"without {need}" for need in needs if not has(need))
 
 
 def kill_storm(workers: int) -> Check:
-    """Check 1 with so many loader processes."""
+    """Check 1 with `workers` loader processes."""
 
     def check(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
         kills = 200 if is_long else (4 if workers else 10)
         until = time.monotonic() + STORM_S
         found = storm.storm(setup, root, kills, seed=workers, workers=workers, until=until)
         faults = list(found.faults)
-        if found.is_void() if is_long else found.is_void(storm.INSIDE / 2):  # few kills vary more
+        if (
+            found.is_void() if is_long else found.is_void(storm.INSIDE / 2)
+        ):  # with few kills the share varies more
             faults.append(f"void: only {found.inside} of {found.kills} kills hit a save")
         note = f"{found.inside} inside a save, {found.finished} runs ended"
         survived = max(found.kills - len(faults), 0)

@@ -1,4 +1,4 @@
-"""Checks 8 to 13: resume to the bit. `python -m tests.fault.part_b long` keeps the figures."""
+"""Checks 8 to 13: exact resume. `python -m tests.fault.part_b long` stores the figures."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ def stops(precision: str) -> Check:
     def check(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
         names, count = list(resumes.STOPS), len(resumes.VARIANTS)
         cases = [(precision, name, variant) for name in names for variant in range(count)]
-        if not is_long:  # every stop and every variant once; of bf16 a third
+        if not is_long:  # every stop and every variant once; in bf16 only a third of them
             cases = [(precision, name, place) for place, name in enumerate(names)]
             cases = cases if precision == "fp32" else cases[4:]
         found = resumes.stops(resumes.classed(root / "pictures"), root, cases)
@@ -27,7 +27,7 @@ def stops(precision: str) -> Check:
 
 
 def inexact(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
-    """Check 8 on runs that do not resume exactly."""
+    """Check 8 on runs that do not resume exactly, which it must detect."""
     found = resumes.mutants(resumes.classed(root / "pictures"), root)
     what = f"a bad resume ({', '.join(resumes.MUTANTS)}): found out"
     return [figure_of(8, what, found)]
@@ -73,7 +73,7 @@ def pictures(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     """Check 12."""
     stops = [4, 12, 15] if is_long else [9]
     refused, accepted = changes.pictures(resumes.classed(root / "pictures"), root, stops)
-    note = "accepted: straight, and killed amid it"
+    note = "accepted: without a kill, and killed during it"
     return [
         figure_of(12, "other pictures: " + ", ".join(changes.CHANGES), refused),
         figure_of(12, "the same with --accept-data-change", accepted, note),
@@ -81,7 +81,7 @@ def pictures(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 
 
 def drift(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
-    """Check 13: as many tries in both lanes, as each is quick."""
+    """Check 13: the same tries in the short and the long lane, since each is quick."""
     fixed, free, names = changes.drift(resumes.classed(root / "pictures"), root)
     return [
         figure_of(13, "another value of an option that decides the run: 2 and what differs", fixed),

@@ -45,7 +45,7 @@ def peers(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
     forked = ranks.losses(setup, setup.at("ranks"), kinds, seed=0)
     what = f"of 2 or 4 processes one {', '.join(dict.fromkeys(kinds))}"
     rows = [figure_of(16, what, forked)]
-    if is_long:  # else check 17 is the one with torchrun
+    if is_long:  # in the short lane only check 17 uses torchrun
         launched = ranks.launched(setup, setup.at("launched"), list(ranks.ENDS))
         rows.append(figure_of(16, "the same under torchrun", launched))
     return rows
@@ -82,7 +82,7 @@ def resources(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
 
 
 def endurance(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
-    """Check 20; a few starts and stops where there is little time."""
+    """Check 20; the short lane has only a few starts and stops."""
     stops = soak.cycles(setup, setup.at("cycles"), soak.CYCLES if is_long else 4, seed=0)
     rows = [figure_of(20, "starts and stops, every fourth by kill -9", stops)]
     if is_long:

@@ -1,4 +1,4 @@
-"""Checks 21 to 23: numbers and health. `python -m tests.fault.part_d long` keeps the figures."""
+"""Checks 21 to 23: numbers and health. `python -m tests.fault.part_d long` stores the figures."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ SEEDS = [0, 1, 2, 3, 4]
 
 
 def not_finite(world: int) -> Check:
-    """Check 21 with so many processes."""
+    """Check 21 with `world` processes."""
 
     def check(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
         places = [*bad_numbers.PLACES, *([bad_numbers.ONE_RANK] if world > 1 else [])]
@@ -43,7 +43,7 @@ def sickening(number: int, kinds: dict[str, sick.Sickness], name: str) -> Check:
 
 
 def healthy(half: int) -> Check:
-    """The healthy runs of checks 22 and 23, every other one."""
+    """Every other one of the healthy runs of checks 22 and 23."""
 
     def check(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
         runs = sick.HEALTHY[half::2]
@@ -56,7 +56,7 @@ def healthy(half: int) -> Check:
 
 
 def stopping(setup: Setup, root: Path, is_long: bool) -> list[Figure]:
-    """The end of check 23."""
+    """Last part of check 23: --stop-on-collapse."""
     found = sick.stopping(setup, root, sick.FROM if is_long else 40)
     return [figure_of(23, "last layer zeroed, with and without --stop-on-collapse", found)]
 

@@ -1,4 +1,4 @@
-"""Checks 14 and 15: signals at any moment, SLURM's queue, a second Ctrl-C."""
+"""Checks 14 and 15: signals at any moment, requeueing by SLURM, a second Ctrl-C."""
 
 import json
 import os
@@ -31,11 +31,11 @@ LIMIT_S = 10.0
 AHEAD_S = 0.05
 
 Body = Callable[[Path], object]
-"""In an attempt: have a file made when a moment has come."""
+"""In an attempt: patch the code so that a file appears when a certain moment is reached."""
 
 
 def mark(owner: Any, name: str, nth: int = 1, after: bool = False) -> Body:
-    """A moment: the n-th call of a function, or its return."""
+    """The moment of the n-th call of a function, or of its return."""
 
     def patch(path: Path) -> None:
         call, calls = getattr(owner, name), 0
@@ -56,7 +56,7 @@ def mark(owner: Any, name: str, nth: int = 1, after: bool = False) -> Body:
 
 
 def _slow_pictures(path: Path) -> None:
-    """The first batch takes for ever."""
+    """The first batch never arrives."""
 
     def stuck(*_: Any) -> None:
         path.touch()
@@ -66,7 +66,7 @@ def _slow_pictures(path: Path) -> None:
 
 
 def _long_preparation(path: Path) -> None:
-    """The third epoch is prepared for long: the whole set is embedded again and again."""
+    """The preparation of the third epoch takes long: it embeds the whole set again and again."""
 
     def prepare(self: MoCo, epoch: int, embed: Any) -> dict[str, float]:
         if epoch == 2:
@@ -79,7 +79,7 @@ def _long_preparation(path: Path) -> None:
 
 
 def _refused_save(path: Path) -> None:
-    """The same, after the disk has refused the save of the epoch before."""
+    """A long preparation, after a failed save at the end of the previous epoch."""
     save = State.save
 
     def refused(self: State, keep: bool, best: bool) -> None:
@@ -92,12 +92,12 @@ def _refused_save(path: Path) -> None:
 
 
 def _long_probe(path: Path) -> None:
-    """An online probe takes long."""
+    """The online probe takes long."""
     probe_everything(path.touch, times=10_000)
 
 
 def probe_everything(begun: Callable[[], object], times: int) -> None:
-    """In an attempt: the online probe looks at the whole set so many times; its labels are none."""
+    """In an attempt: the online probe embeds the whole set `times` times and needs no labels."""
     init = online_probe.OnlineProbe.__init__
 
     def begin(self: online_probe.OnlineProbe, state: Any, source: Any, *rest: Any) -> None:
@@ -116,7 +116,7 @@ def probe_everything(begun: Callable[[], object], times: int) -> None:
 
 
 def phases(rng: random.Random) -> dict[str, tuple[Body, dict[str, Any]]]:
-    """Moments of a run and the options they need; the steps are drawn."""
+    """Moments of a run and the options they need; steps and saves are random."""
     step = rng.randrange(2, STEPS - 1)
     return {
         "refused save": (_refused_save, {}),
@@ -133,10 +133,10 @@ def phases(rng: random.Random) -> dict[str, tuple[Body, dict[str, Any]]]:
 def send(
     run: Callable[[], int], body: Body, root: Path, numbers: list[int], delay: float
 ) -> tuple[int, float, str]:
-    """Start a run, send signals to its group at the moment that `body` marks.
+    """Start a run and send signals to its process group at the moment that `body` marks.
 
     Returns:
-        Exit code, seconds from the first signal to the end, what it said.
+        Exit code, seconds from the first signal to the end, output.
     """
     moment, log = root / "moment", root / "log"
     moment.unlink(missing_ok=True)
@@ -144,7 +144,9 @@ def send(
 
     def attempt() -> int:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)  # what a shell's background job ignores
+            signal.signal(
+                number, signal.SIG_DFL
+            )  # a shell makes background jobs ignore some signals
         signals.leave_at_once()
         body(moment)
         return run()
@@ -164,7 +166,7 @@ def send(
 
 
 def is_left_in_order(out: Path, code: int, said: str) -> str:
-    """What is wrong after an end by a signal; empty when nothing is."""
+    """What is wrong after a signal ended the run; empty if nothing is."""
     wrong = [] if code == Exit.PREEMPTED else [f"code {code}"]
     status = json.loads((out / "status.json").read_text()) if out.exists() else None
     if status and (status["code"], status["resumable"]) != (Exit.PREEMPTED, True):
@@ -178,7 +180,7 @@ def is_left_in_order(out: Path, code: int, said: str) -> str:
 
 
 def terms(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """SIGTERM to the group at moments of all kinds, a second one 5 ms later; then a new start."""
+    """SIGTERM at every kind of moment, half of them twice, 5 ms apart; then a new start."""
     tally, rng = Tally(), random.Random(seed)
     for number in range(count):
         kinds = phases(rng)
@@ -209,7 +211,7 @@ def _resumed(setup: Setup, out: Path, place: Path) -> str:
 
 
 def imports(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """SIGTERM to the real command while it imports, from its first line of Python on."""
+    """SIGTERM to the real command during its imports, any time after its first line of Python."""
     tally, rng = Tally(), random.Random(seed)
     command = [sys.executable, "-m", "clsa", "pretrain", "--data", str(setup.pictures)]
     for number in range(count):
@@ -234,7 +236,7 @@ def imports(setup: Setup, root: Path, count: int, seed: int) -> Tally:
 
 
 def _catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler of its own for a signal (Linux)."""
+    """Whether a process has installed a handler for a signal (Linux)."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt"):
@@ -265,7 +267,7 @@ KINDS: dict[str, tuple[list[int], dict[str, str], str, str, str]] = {
 
 
 def others(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
-    """Each of `kinds` at a drawn step or save, with a false scontrol; then a new start."""
+    """Each of `kinds` at a random step or save, with a fake scontrol; then a new start."""
     tally, rng = Tally(), random.Random(seed)
     for number, kind in enumerate(kinds):
         numbers, env, answer, asked, told = KINDS[kind]
@@ -295,7 +297,7 @@ def others(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
         calls = scontrol.with_suffix(".calls")
         heard = calls.read_text() if calls.exists() else ""
         if heard != (f"requeue\n{asked}\n--\n" if asked and answer else ""):
-            wrong += f", scontrol heard {heard!r}"
+            wrong += f", scontrol got {heard!r}"
         if told not in said or seconds > LIMIT_S:
             wrong += f", {seconds:.1f} s, said {said[-200:]}"
         wrong += _resumed(setup, out, place)

@@ -1,4 +1,4 @@
-"""Check 6: deleting old checkpoints never takes the last good one, and never ends a run."""
+"""Check 6: deleting old checkpoints never removes the last good one and never ends a run."""
 
 import os
 import random
@@ -13,11 +13,11 @@ from tests.fault.damage import Tally, flip
 from tests.fault.machine import has
 from tests.fault.tiny import EPOCH, Setup
 
-MOST = checkpoint.NUM_KEPT + 2  # kept, the one gone on from, the one being written
+MOST = checkpoint.NUM_KEPT + 2  # kept, resumed from, being written
 
 
 def watch_deletions(out: Path, noted: Path, most: int = MOST) -> None:
-    """In an attempt: note a deletion that leaves no good checkpoint, or comes late."""
+    """In an attempt: record a wrong deletion: it leaves no good checkpoint or comes too late."""
     resumed = tiny.newest_whole(out)
 
     def hook(name: str, args: tuple[Any, ...]) -> None:
@@ -37,7 +37,7 @@ def watch_deletions(out: Path, noted: Path, most: int = MOST) -> None:
 
 
 def kills(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """Kills between the publishing of a checkpoint and the end of the pruning after it."""
+    """Kill between publishing a checkpoint and the end of the pruning that follows."""
     rng, tally, out, noted = random.Random(seed), Tally(), root / "run", root / "noted"
     runs = 0
     while tally.tries < count:
@@ -72,7 +72,7 @@ def kills(setup: Setup, root: Path, count: int, seed: int) -> Tally:
 
 
 def damaged(setup: Setup, root: Path) -> Tally:
-    """The newest two are damaged: the run goes on from the third, saves between, and is killed.
+    """With the newest two damaged, the run resumes from the third, with stops and new saves.
 
     The third stays until the end, and the damaged ones do not count among the newest.
     """
@@ -85,7 +85,7 @@ def damaged(setup: Setup, root: Path) -> Tally:
         flip(out / f"checkpoints/step-{step:06d}.ckpt")
 
     def body(steps: int | None) -> int:
-        watch_deletions(out, noted, most=3 + MOST)  # three are pinned
+        watch_deletions(out, noted, most=3 + MOST)  # three are marked to keep
         return tiny.pretrain(tiny.options(setup.pictures, out, max_steps=steps, save_minutes=15))
 
     for steps, left in ((8, 8), (10, 10), (None, 120)):
@@ -93,12 +93,12 @@ def damaged(setup: Setup, root: Path) -> Tally:
         wrong = noted.read_text() if noted.exists() else ""
         right = code == 0 and not wrong and tiny.newest_whole(out) == left
         tally.note(right, f"up to {steps}: {code}, {wrong}: {said.splitlines()[-2:]}")
-    tally.note(tiny.is_same(setup, out), "another end")
+    tally.note(tiny.is_same(setup, out), "another result")
     return tally
 
 
 def refused(setup: Setup, root: Path) -> Tally:
-    """A checkpoint that cannot be deleted is told of, and the run comes to its end."""
+    """A checkpoint that cannot be deleted is reported, and the run finishes."""
     tally, out = Tally(), root / "run"
 
     def body() -> int:

@@ -1,4 +1,4 @@
-"""Check 7: one run a folder; what a killed run left is taken over."""
+"""Check 7: a folder has one run at a time; what a killed run left is taken over."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ TAKEN = "is taken over from pid"
 
 
 def without_locks() -> None:
-    """In an attempt: a file system that has no locks."""
+    """In an attempt: simulate a file system without locks."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -38,7 +38,7 @@ def _start(setup: Setup, out: Path, log: Path, locks: bool, workers: int = 0) ->
 
 
 def race(setup: Setup, root: Path, count: int, locks: bool) -> Tally:
-    """Two starts at once on one folder: one runs to its end, the other is told who does."""
+    """Two starts at once on one folder: one finishes, the other names the pid of the first."""
     tally = Tally()
     for number in range(count):
         out, logs = root / f"run-{number}", [root / f"log-{number}-{i}" for i in (0, 1)]
@@ -55,7 +55,7 @@ def race(setup: Setup, root: Path, count: int, locks: bool) -> Tally:
 
 
 def stale(setup: Setup, root: Path, count: int, locks: bool) -> Tally:
-    """After kill -9 of the main process alone, the next start takes over and says so."""
+    """After kill -9 of a run, the next start takes over its lock and says so."""
     tally = Tally()
     for number in range(count):
         out, log = root / f"run-{number}", root / f"log-{number}"

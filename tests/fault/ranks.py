@@ -1,4 +1,4 @@
-"""Checks 16 and 17: of several processes one is lost; torchrun starts them anew in place."""
+"""Checks 16 and 17: one of several processes is lost; torchrun restarts them in place."""
 
 import json
 import os
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _skip() -> None:
-    """One collective call less, as a bug would have it."""
+    """Skip one collective call, as a bug might."""
     all_max = dist.all_max
 
     def skipped(value: Any) -> Any:
@@ -53,13 +53,13 @@ LOST = {
     "kill -9": "lost rank {victim}",
     "raises": "lost rank {victim}.*ValueError: a bug on one rank",
     "SIGSTOP": "lost rank {victim}",
-    "skips a collective": "(lost rank|processes parted at step)",
+    "skips a collective": "(lost rank|processes diverged at step)",
     "exits 0": "lost rank {victim}",
 }
 
 
 def come_to_grief(rank: int, step: int, kind: str) -> None:
-    """In an attempt: this rank fails in this way before this step."""
+    """In an attempt: make `rank` fail in the way `kind` before `step`."""
     take = fit.train_step
 
     def watched(model: Any, state: Any, *rest: Any) -> Any:
@@ -71,12 +71,12 @@ def come_to_grief(rank: int, step: int, kind: str) -> None:
 
 
 def options(pictures: Path, out: Path, **over: Any) -> Any:
-    """A shorter run, in which every process waits for a few seconds only."""
+    """Options of a shorter run in which a process waits for others only a few seconds."""
     return tiny.options(pictures, out, max_steps=LAST, wait_minutes=WAIT_S / 60, **over)
 
 
 def start(run: Any, world: int, log: Path, before: Callable[[], object]) -> list[int]:
-    """Ranks of a run, which do something before it; their pids."""
+    """Start the ranks of a run, each calling `before` first; return their pids."""
 
     def body() -> int:
         before()
@@ -86,7 +86,7 @@ def start(run: Any, world: int, log: Path, before: Callable[[], object]) -> list
 
 
 def whole(setup: Setup, root: Path, world: int) -> tuple[str, dict[int, float]]:
-    """What an uninterrupted run of so many ranks comes to."""
+    """Digest and losses of an uninterrupted run of `world` ranks."""
     out = root / f"whole-{world}"
     pids = start(options(setup.pictures, out), world, root / f"whole-{world}", lambda: None)
     codes = [tiny.wait(pid) for pid in pids]
@@ -96,7 +96,7 @@ def whole(setup: Setup, root: Path, world: int) -> tuple[str, dict[int, float]]:
 
 
 def losses(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
-    """Each of `kinds` on a drawn rank of two to four at a drawn step; then a new start."""
+    """Each of `kinds` on a random rank of two or four, at a random step; then a new start."""
     tally, rng = Tally(), random.Random(seed)
     expected = dict[int, tuple[str, dict[int, float]]]()
     for number, kind in enumerate(kinds):
@@ -119,7 +119,7 @@ def losses(setup: Setup, root: Path, kinds: list[str], seed: int) -> Tally:
         }
         seconds = time.monotonic() - began
         if kind == "SIGSTOP":
-            tiny.kill(pids[victim])  # what torchrun does then
+            tiny.kill(pids[victim])  # as torchrun does in this case
         said = [
             log.with_name(f"{log.name}.{rank}").read_text(errors="replace") for rank in range(world)
         ]
@@ -154,7 +154,7 @@ def _wrong(out: Path, kind: str, victim: int, codes: dict[int, int], said: list[
 
 
 def torchrun(pictures: Path, out: Path, once: Path, kind: str, restarts: int) -> tuple[int, str]:
-    """The real launcher; one of two ranks comes to grief unless the file `once` stands."""
+    """Run the real launcher; one of two ranks fails unless the file `once` exists."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         f"--max-restarts={restarts}", "--shutdown-timeout", "10", "-m", "tests.fault.ranks",
@@ -166,7 +166,7 @@ def torchrun(pictures: Path, out: Path, once: Path, kind: str, restarts: int) ->
 
 
 def launched(setup: Setup, root: Path, kinds: list[str]) -> Tally:
-    """The job as a whole under torchrun: it ends non-zero in time, rank and cause are told."""
+    """A whole job under torchrun: it ends in time, non-zero, and reports rank and cause."""
     tally = Tally()
     for number, kind in enumerate(kinds):
         out, once = root / f"run-{number}", root / f"once-{number}"
@@ -183,7 +183,7 @@ def launched(setup: Setup, root: Path, kinds: list[str]) -> Tally:
 
 
 def restarts(setup: Setup, root: Path, count: int) -> Tally:
-    """`torchrun --max-restarts`: after kill -9 of a rank the first restart goes on to the end."""
+    """`torchrun --max-restarts`: after kill -9 of a rank the first restart finishes the run."""
     tally, expected = Tally(), whole(setup, root, 2)
     for number in range(count):
         out, once = root / f"run-{number}", root / f"once-{number}"
@@ -195,7 +195,7 @@ def restarts(setup: Setup, root: Path, count: int) -> Tally:
 
 
 def main(pictures: str, out: str, once: str, kind: str) -> int:
-    """A rank that torchrun has started."""
+    """Run one rank, started by torchrun."""
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     print(f"attempt {attempt} of the ranks", flush=True)
     if not Path(once).exists():

@@ -1,4 +1,4 @@
-"""Checks 8 and 10: stopped anywhere, a run goes on as if it had not been; the seed decides."""
+"""Checks 8 and 10: a stop anywhere does not change a run; the same seed gives the same run."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ NOTE = "note: bitwise equality not promised: "
 
 
 def classed(root: Path) -> Path:
-    """The tiny pictures in two classes, so that there is something to probe."""
+    """The tiny pictures in two classes, so that the probe has labels."""
     tiny.make_pictures(root)
     (root / "all").rename(root / "a")
     (root / "b").mkdir()
@@ -46,20 +46,20 @@ def classed(root: Path) -> Path:
 
 
 def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
-    """18 steps with weak and strong views, saved at stops and epochs only."""
+    """18 steps with weak and strong views, saved only at stops and ends of epochs."""
     given = {"recipe": "clsa-small", "epochs": EPOCHS, "save_minutes": 15, **over}
     return tiny.options(pictures, out, strong={"sizes": (16,)}, **given)
 
 
 def scramble(seed: int) -> None:
-    """Leave no global generator as it was."""
+    """Change the state of every global generator."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
 def _global_generator() -> None:
-    """Jitter is drawn from a generator of the process, which nothing saves."""
+    """A bad resume: a global generator, which no checkpoint saves, draws the jitter."""
     sample = transform.sample
 
     def drawn(spec: ViewSpec, seed: int, epoch: int, index: Any) -> transform.Params:
@@ -69,7 +69,8 @@ def _global_generator() -> None:
 
 
 def _order_anew() -> None:
-    """Each start begins the epoch's order at its first picture, as loaders without a state do."""
+    """A bad resume: each start begins the epoch's order at its first picture, as loaders
+    without a saved state do."""
     indices, first = Order.indices, list[int]()
 
     def taken(self: Order, step: int) -> Any:
@@ -86,7 +87,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
 
 
 def mutants(pictures: Path, root: Path) -> Tally:
-    """Runs that do not resume exactly: both must be found out."""
+    """Runs that do not resume exactly: the check must detect both kinds."""
     tally = Tally()
     for name, mutate in MUTANTS.items():
         logs = [
@@ -94,7 +95,7 @@ def mutants(pictures: Path, root: Path) -> Tally:
             for k, stops in enumerate(([], [9]))
         ]
         whole, cut = map(seen.read, logs)
-        tally.note(whole.steps != cut.steps and whole.drawn != cut.drawn, f"{name}: not seen")
+        tally.note(whole.steps != cut.steps and whole.drawn != cut.drawn, f"{name}: not detected")
     return tally
 
 
@@ -106,7 +107,7 @@ def stopped(
     variant: tuple[int, Any],
     mutate: Callable[[], None] = lambda: None,
 ) -> tuple[list[str], Path, Path]:
-    """A run stopped by a signal at each of `stops`: what went wrong, its folder, what it saw."""
+    """A run stopped by a signal at each of `stops`: what went wrong, its folder, its log."""
     root.mkdir()
     (probe_every, workers), out, log, wrong = variant, root / "run", root / "seen", []
     turns = itertools.cycle(workers)
@@ -130,7 +131,7 @@ def stopped(
 
 
 def stops(pictures: Path, root: Path, cases: list[tuple[str, str, int]]) -> Tally:
-    """Each case (precision, name of the stops, number of the variant) beside a whole run."""
+    """Compare each case (precision, name of the stops, variant) with an uninterrupted run."""
     tally, whole = Tally(), dict[str, tuple[str, seen.Seen, dict[int, float]]]()
     for precision in sorted({precision for precision, *_ in cases}):
         wrong, out, log = stopped(pictures, root / precision, precision, [], VARIANTS[0])
@@ -144,7 +145,7 @@ def stops(pictures: Path, root: Path, cases: list[tuple[str, str, int]]) -> Tall
         found = seen.read(log)
         wrong += found.faults[:1]
         if found.steps != log_of_whole.steps:
-            wrong.append("other pictures or losses, or some twice")
+            wrong.append("other pictures or losses, or some steps twice")
         if found.drawn != log_of_whole.drawn:
             wrong.append("other crops or jitter")
         if checkpoint.run_digest(out) != digest or tiny.losses(out) != losses:
@@ -157,7 +158,7 @@ def stops(pictures: Path, root: Path, cases: list[tuple[str, str, int]]) -> Tall
 
 
 def seeds(pictures: Path, root: Path, count: int) -> Tally:
-    """The same seed over and over, then as many others."""
+    """The same seed `count` times, then `count` other seeds."""
     tally, digests = Tally(), list[str]()
     for number in range(2 * count):
         out, seed = root / f"seed-{number}", max(0, number - count + 1)
@@ -175,7 +176,7 @@ def seeds(pictures: Path, root: Path, count: int) -> Tally:
 
 
 def environments(pictures: Path, root: Path) -> Tally:
-    """Other threads, another torch, another processor: one line tells; the same: none does."""
+    """One line reports other threads, torch or processor; with the same there is no line."""
     tally, out = Tally(), root / "run"
 
     def go_on(stop: int, threads: int) -> list[str]:
@@ -193,7 +194,7 @@ def environments(pictures: Path, root: Path) -> Tally:
         facts["environment"] |= over
         path.write_text(json.dumps(facts))
 
-    tally.note(go_on(2, 1) == [] == go_on(4, 1), "the same is told of")
+    tally.note(go_on(2, 1) == [] == go_on(4, 1), "a note without a difference")
     tally.note(go_on(6, 2) == ["threads 1 -> 2"], "more threads")
     tally.note(go_on(7, 1) == ["threads 2 -> 1"], "fewer threads")
     forge(torch="2.0.1")

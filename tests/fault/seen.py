@@ -1,4 +1,4 @@
-"""What a run has seen, picture by picture: written down by the harness, inside an attempt."""
+"""Records, inside an attempt, what a run has seen of each picture."""
 
 import json
 import os
@@ -18,23 +18,23 @@ class Seen(NamedTuple):
     """The log of one run, over all its starts and processes."""
 
     steps: dict[int, list[list[list[Any]]]]
-    """Of each step, in the order in which it was taken, once a process: rank, numbers of the
+    """For each step, in the order of training, one entry per process: rank, numbers of the
     pictures, numbers that their views are drawn from, loss."""
     drawn: dict[tuple[Any, ...], Any]
     """Box and flip of a crop (key: "cut", epoch, view, picture), jitter and operations ("pixels",
     ...)."""
     faults: list[str]
-    """What was drawn twice, and not the same."""
+    """Draws that were repeated with another result."""
 
     def order(self) -> dict[int, list[int]]:
-        """Pictures of the global batch of each step; of the last start that took it."""
+        """Pictures of the global batch of each step, in the order of ranks."""
         return {
             step: [number for row in sorted(rows) for number in row[1]]
             for step, rows in self.steps.items()
         }
 
     def losses(self) -> dict[int, float]:
-        """Of each step, the mean over the processes."""
+        """The loss of each step: mean over the processes."""
         return {
             step: sum(float(row[3]) for row in rows) / len(rows)  # pyright: ignore
             for step, rows in self.steps.items()
@@ -42,10 +42,10 @@ class Seen(NamedTuple):
 
 
 def watch(log: Path, stop_at: Collection[int] = ()) -> None:
-    """Write what is cut, drawn and learned from to `log`; loader workers, forked later, do too.
+    """Write every crop, draw and step to `log`; loader workers, forked later, also write.
 
     Args:
-        stop_at: a signal to stop comes in the midst of the step that makes so many.
+        stop_at: numbers of steps; a signal to stop comes at the beginning of each.
     """
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     cuts, sample, step_of = crops.Plan.cuts, transform.sample, fit.train_step
@@ -85,12 +85,12 @@ def watch(log: Path, stop_at: Collection[int] = ()) -> None:
 
 
 def read(log: Path) -> Seen:
-    """What `watch` wrote."""
+    """Read the log that `watch` wrote."""
     seen = Seen({}, {}, [])
     for line in log.read_text().splitlines():
         key, told = json.loads(line)
         if key[0] == "step":
             seen.steps.setdefault(key[1], []).append(told)
         elif seen.drawn.setdefault(tuple(key), told) != told:
-            seen.faults.append(f"{key} drawn anew, and not the same")
+            seen.faults.append(f"{key} drawn again, with another result")
     return seen

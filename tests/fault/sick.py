@@ -1,4 +1,4 @@
-"""Checks 22 and 23: runs that sicken are told of soon and by name, healthy ones never."""
+"""Checks 22 and 23: a sick run raises the right alarm soon, a healthy run raises none."""
 
 import json
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from tests.fault.damage import Tally
 from tests.fault.tiny import Setup
 
 CHANNELS = (3, 16, 32, 64)
-FROM = 300  # step at which a run sickens
+FROM = 300  # step at which a run becomes sick
 HEALTHY_STEPS = 2000
 PATIENCE_S = 1200.0
-# The limits were set on seed 0 (and 1 of the first two); these runs had no say in them. SwAV is not
-# among them: at this size its loss stands at chance to the end, which is not healthy.
+# The limits of the alarms were set on seed 0 (and 1 for the first two recipes), not on these runs.
+# SwAV is left out: at this size its loss stays at chance level to the end, which is not healthy.
 HEALTHY = [
     ("moco-v2-small", 7), ("clsa-small", 7), ("simclr-small", 7), ("byol-small", 7),
     ("infomin-small", 7), ("dino-resnet-small", 7), ("adco-small", 7), ("simsiam-small", 7),
@@ -35,22 +35,22 @@ HEALTHY = [
 
 
 class Sickness(NamedTuple):
-    """What is done to a run, and how it must be called."""
+    """A fault in a run, and the alarm that must follow."""
 
     begin: Callable[[int], None]
-    """In an attempt: make the run sicken from this step on."""
+    """In an attempt: make the run sick from this step on."""
     names: set[str]
     within: int
-    """Steps."""
+    """Steps until the alarm, at most."""
     at_once: bool = False
-    """From the first step on."""
+    """Whether the fault begins with the first step."""
     over: dict[str, Any] | None = None
     ends: tuple[int, ...] = (0,)
-    """Exit codes."""
+    """Allowed exit codes."""
 
 
 def options(out: Path, recipe: str, seed: int, steps: int, **over: Any) -> RunOptions:
-    """A run on the embedded drawings, 64 a step."""
+    """Options of a run on the embedded drawings, 64 per step."""
     small: dict[str, Any] = {
         "recipe": recipe,
         "data": {"data": "clipart"},
@@ -70,7 +70,7 @@ def options(out: Path, recipe: str, seed: int, steps: int, **over: Any) -> RunOp
 
 
 def alarms(root: Path, name: str, run: RunOptions, sicken: Callable[[], None]) -> tuple[int, str]:
-    """Exit code of a run, and what it said."""
+    """Exit code and output of a run."""
 
     def body() -> int:
         sicken()
@@ -85,7 +85,7 @@ def told(out: Path) -> list[tuple[int, str]]:
     return [(line["step"], line["alarm"]) for line in lines if "alarm" in line]
 
 
-# ---- what is done to runs
+# ---- faults
 
 
 def _each_step(change: Callable[[State], None], first: int, last: int | None = None) -> None:
@@ -150,7 +150,7 @@ def _one_direction(first: int) -> None:
         if current[0] < first:
             return rows
         one = torch.nn.functional.normalize(torch.ones_like(rows[:1]), dim=1)
-        along = (rows - rows.mean(0)) @ one.T  # to either end
+        along = (rows - rows.mean(0)) @ one.T  # positive or negative
         return torch.nn.functional.normalize(along * one + 1e-5 * rows, dim=1)
 
     Network.forward = flat
@@ -208,7 +208,7 @@ COLLAPSES = {
 def sicken(
     root: Path, name: str, sickness: Sickness, seeds: list[int], first: int
 ) -> tuple[Tally, set[str]]:
-    """Runs of several seeds: the alarm must come in time, have its name, and none before.
+    """Sick runs of several seeds: the right alarm must come in time, and no alarm before the fault.
 
     Returns:
         The tally, and the names of all alarms.
@@ -231,7 +231,7 @@ def sicken(
 
 
 def healthy(root: Path, runs: list[tuple[str, int]], steps: int) -> Tally:
-    """Runs in which nothing is wrong: no alarm."""
+    """Healthy runs: no alarm may come."""
     tally = Tally()
     for recipe, seed in runs:
         out = root / f"{recipe}-{seed}"
@@ -242,7 +242,7 @@ def healthy(root: Path, runs: list[tuple[str, int]], steps: int) -> Tally:
 
 
 def stopping(setup: Setup, root: Path, first: int) -> Tally:
-    """Only with --stop-on-collapse does an alarm end the run, with 76; the state is saved."""
+    """An alarm ends the run, with 76 and a saved state, only with --stop-on-collapse."""
     tally = Tally()
     for stops in (False, True):
         out = root / f"stops-{stops}"

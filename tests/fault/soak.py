@@ -1,4 +1,4 @@
-"""Check 20: nothing grows over thousands of steps, nothing is left after many starts and stops."""
+"""Check 20: no resource grows over thousands of steps or stays after many starts and stops."""
 
 import os
 import random
@@ -23,7 +23,7 @@ CYCLES = 20
 
 
 def _note_resources(path: Path) -> None:
-    """In an attempt: every 50 steps resident kB, open files, threads, /dev/shm entries."""
+    """In an attempt: record resident kB, open files, threads, /dev/shm entries every 50 steps."""
     take, own = fit.train_step, os.getpid()
 
     def noted(model: Any, state: Any, *rest: Any) -> Any:
@@ -39,7 +39,7 @@ def _note_resources(path: Path) -> None:
 
 
 def long_run(setup: Setup, root: Path) -> tuple[Tally, str]:
-    """3,000 steps with saves every six and a look at the whole set after each epoch."""
+    """3,000 steps with a save every six, and a probe of the whole set after each epoch."""
     tally, out, notes = Tally(), root / "run", root / "notes"
     over = {"epochs": STEPS // EPOCH, "data": {"workers": 2}, "probe_every": 1, "log_every": 10}
 
@@ -63,7 +63,7 @@ def long_run(setup: Setup, root: Path) -> tuple[Tally, str]:
 
 
 def cycles(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """One run, stopped many times, each fourth time by kill -9 of the main process alone."""
+    """One run, stopped many times, every fourth time by kill -9 of the main process only."""
     tally, rng, out = Tally(), random.Random(seed), root / "run"
     before = set(os.listdir("/dev/shm"))
     for number in range(count):
@@ -94,5 +94,5 @@ def cycles(setup: Setup, root: Path, count: int, seed: int) -> Tally:
     code, said = tiny.attempt(
         lambda: tiny.pretrain(tiny.options(setup.pictures, out)), root / "log"
     )
-    tally.note(code == 0 and tiny.is_same(setup, out), f"at last: {code}, {said[-300:]}")
+    tally.note(code == 0 and tiny.is_same(setup, out), f"final start: {code}, {said[-300:]}")
     return tally

@@ -1,4 +1,4 @@
-"""Checks 14 and 15 with two processes: a signal to one of them, or to both."""
+"""Checks 14 and 15 with two processes: a signal to one of them or to both."""
 
 import itertools
 import json
@@ -91,7 +91,7 @@ MOMENTS = {"begin": _at_begin, "step": _in_step, "preparation": _in_preparation,
 
 
 def cases(count: int) -> list[tuple[int, tuple[int, ...], str]]:
-    """Signal, who hears it, where: so many, those that differ most first."""
+    """`count` cases (signal, ranks that get it, moment), those that differ most first."""
     every = list(itertools.product(SIGNALS, HEARERS, MOMENTS))
     first: list[Any] = [
         (signal.SIGUSR1, (1,), "preparation"),
@@ -103,7 +103,7 @@ def cases(count: int) -> list[tuple[int, tuple[int, ...], str]]:
 
 
 def stops(setup: Setup, root: Path, count: int, seed: int) -> Tally:
-    """Each case with a false scontrol that takes a second; then a new start."""
+    """Each case with a fake scontrol that takes a second; then a new start."""
     tally, rng, expected = Tally(), random.Random(seed), ranks.whole(setup, root, WORLD)
     for number, (signum, hearers, place) in enumerate(cases(count)):
         out, log, at = root / f"run-{number}", root / f"log-{number}", root / f"at-{number}"
@@ -139,7 +139,7 @@ def stops(setup: Setup, root: Path, count: int, seed: int) -> Tally:
         path = out / "status.json"
         status = json.loads(path.read_text()) if path.exists() else {}
         if place == "begin":
-            wrong += ["something is left"] if out.exists() else []
+            wrong += ["the run folder was left"] if out.exists() else []
         elif (status.get("code"), status.get("resumable")) != (Exit.PREEMPTED, True):
             wrong.append(f"status {status}")
         if status.get("step", 0) != tiny.newest_whole(out):
@@ -147,7 +147,7 @@ def stops(setup: Setup, root: Path, count: int, seed: int) -> Tally:
         calls = scontrol.with_suffix(".calls")
         heard = calls.read_text() if calls.exists() else ""
         if heard != ("requeue\n777\n--\n" if signum == signal.SIGUSR1 else ""):
-            wrong.append(f"scontrol heard {heard!r}")
+            wrong.append(f"scontrol got {heard!r}")
         if len(left) == WORLD and left[0] - left[1] > 1:
             wrong.append(f"rank 1 left {left[0] - left[1]:.1f} s before rank 0")
         again = [tiny.wait(pid) for pid in ranks.start(run, WORLD, log, lambda: None)]
@@ -159,7 +159,7 @@ def stops(setup: Setup, root: Path, count: int, seed: int) -> Tally:
 
 
 def launched(setup: Setup, root: Path, count: int) -> Tally:
-    """USR1 to torchrun itself, with the options that README gives, amid a run of two processes."""
+    """USR1 to torchrun itself, with the options from README, during a run of two processes."""
     tally, readme = Tally(), (ranks.ROOT / "README.md").read_text("utf-8")
     told = re.findall(r"`(--(?:signals-to-handle|shutdown-timeout) \S+?)`", readme)
     for number in range(count):
@@ -188,5 +188,5 @@ def launched(setup: Setup, root: Path, count: int) -> Tally:
         saved = status.get("step", 0) == tiny.newest_whole(out) > 0
         is_right = saved and (status["code"], status["resumable"]) == (Exit.PREEMPTED, True)
         is_right = is_right and heard == "requeue\n777\n--\n" and len(told) == 2
-        tally.note(is_right, f"{told}: {status}, scontrol heard {heard!r}, {said[-300:]}")
+        tally.note(is_right, f"{told}: {status}, scontrol got {heard!r}, {said[-300:]}")
     return tally

@@ -20,17 +20,17 @@ from tests.fault import tiny
 from tests.fault.tiny import EPOCH, Setup
 
 AIM_S = 0.05
-INSIDE = 0.4  # share of kills that must hit a save, or a storm proves nothing
+INSIDE = 0.4  # share of kills that must hit a save; below it, a storm proves nothing
 
 
 class Storm(NamedTuple):
-    """What a storm of kills came to."""
+    """The result of a storm of kills."""
 
     kills: int
     inside: int
-    """Kills that cut a save off."""
+    """Kills that interrupted a save."""
     finished: int
-    """Runs that came to their end."""
+    """Runs that finished."""
     faults: list[str]
 
     def is_void(self, share: float = INSIDE) -> bool:
@@ -48,16 +48,16 @@ def storm(
     first_fault: bool = False,
     until: float = float("inf"),
 ) -> Storm:
-    """Kill and resume until so many kills are done and the last run has come to its end.
+    """Kill and resume until `kills` kills are done and the last run has finished.
 
     Args:
-        setup: pictures, and what a whole run comes to.
-        root: for the run folders.
-        kills: how many.
-        seed: of times and aims.
-        workers: processes that decode.
-        mutate: makes the saver of every attempt a bad one.
-        first_fault: stop there.
+        setup: pictures, and the results of an uninterrupted run.
+        root: parent of the run folders.
+        kills: number of kills.
+        seed: seed of the random times and aims.
+        workers: number of loader processes.
+        mutate: called in every attempt, to make its saver a bad one.
+        first_fault: whether to stop at the first fault.
         until: time (monotonic) at which to stop early.
     """
     rng, faults, done, inside, finished = random.Random(seed), [], 0, 0, 0
@@ -77,7 +77,7 @@ def storm(
 
         pid = tiny.start(body, log)
         if done >= kills or time.monotonic() > until:
-            code = tiny.wait(pid)  # the last run may end in peace
+            code = tiny.wait(pid)  # the last run may finish
         elif done % 2:
             code = _kill_in_a_save(pid, out, rng)
         else:
@@ -106,9 +106,9 @@ def storm(
 
 
 def _what_is_wrong(out: Path) -> list[str]:
-    """What a kill must not leave: a manifest without its data, more than an epoch lost."""
+    """Wrong states after a kill: a manifest without its data, or more than an epoch lost."""
     wrong = [
-        f"{path.name} stands without its data"
+        f"{path.name} is there without its data"
         for path in tiny.manifests(out).values()
         if not tiny.is_whole(path)
     ]
@@ -117,7 +117,7 @@ def _what_is_wrong(out: Path) -> list[str]:
 
 
 def _kill_after(pid: int, seconds: float) -> int | None:
-    """Kill at a random time; the exit code when it ended first."""
+    """Kill after `seconds`; return the exit code if the run ended first."""
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
         if (code := tiny.ended(pid)) is not None:
@@ -128,7 +128,7 @@ def _kill_after(pid: int, seconds: float) -> int | None:
 
 
 def _kill_in_a_save(pid: int, out: Path, rng: random.Random) -> int | None:
-    """Kill 0 to 50 ms after one of the next saves begins; the exit code when it ended first."""
+    """Kill 0 to 50 ms after one of the next saves begins; the exit code if the run ended first."""
     skip, folder = rng.randrange(3), out / "checkpoints"
     known = _data(folder)
     while (code := tiny.ended(pid)) is None:
@@ -145,7 +145,7 @@ def _kill_in_a_save(pid: int, out: Path, rng: random.Random) -> int | None:
 
 
 def _data(folder: Path) -> set[str]:
-    """Steps of which some data is there, whole or not."""
+    """Names of the steps with a checkpoint file, complete or not."""
     names = os.listdir(folder) if folder.is_dir() else []
     return {name.lstrip(".").partition(".")[0] for name in names if ".ckpt" in name}
 
@@ -184,7 +184,7 @@ def _manifest_first() -> None:
 
 
 def _without(part: str) -> Callable[[], None]:
-    """Resume without what belongs to `part`, as if it had not been saved."""
+    """Resume without the state of `part`, as if it had not been saved."""
 
     def mutate() -> None:
         resume = State.resume

@@ -1,4 +1,4 @@
-"""The checks themselves: an order of system calls that is wrong is seen, figures are told."""
+"""Tests of the checks: a wrong order of system calls is detected, figures reach the page."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ PRUNED = [Event("unlink", f"{FOLDER}/step-000006{end}") for end in (".json", ".c
 GOOD = [*DATA, *MANIFEST, *PRUNED, Event("open", "/run/metrics.jsonl")]
 
 
-def test_the_right_order_is_right() -> None:
+def test_the_right_order_is_accepted() -> None:
     published, wrong = order_faults(GOOD, OUT)
     assert published == ["checkpoints/step-000012.ckpt", "checkpoints/step-000012.json"]
     assert wrong == []
@@ -34,21 +34,23 @@ def test_the_right_order_is_right() -> None:
 @pytest.mark.parametrize(
     ("events", "told"),
     [
-        ([*(e for e in DATA if e.call != "fsync"), *MANIFEST], "before its renaming"),
-        ([*DATA[:3], DATA[4], DATA[3], DATA[5], *MANIFEST], "before its renaming"),
-        ([Event("open", DATA[0].path), *DATA[1:], *MANIFEST], "under its own name"),
-        ([*DATA[:2], DATA[3], DATA[2], *DATA[4:], *MANIFEST], "before its renaming"),
-        ([*MANIFEST, *DATA], "the manifest is there before its data"),
-        ([*DATA, *MANIFEST[:-1], *PRUNED], "pruned before its successor was on the disk"),
+        ([*(e for e in DATA if e.call != "fsync"), *MANIFEST], "before it was renamed"),
+        ([*DATA[:3], DATA[4], DATA[3], DATA[5], *MANIFEST], "before it was renamed"),
+        ([Event("open", DATA[0].path), *DATA[1:], *MANIFEST], "under its final name"),
+        ([*DATA[:2], DATA[3], DATA[2], *DATA[4:], *MANIFEST], "before it was renamed"),
+        ([*MANIFEST, *DATA], "the manifest was published before its data"),
+        ([*DATA, *MANIFEST[:-1], *PRUNED], "pruned before its successor was flushed to the disk"),
         ([*DATA, *MANIFEST[:-1]], "its folder is not flushed"),
-        ([*GOOD, Event("open", f"{FOLDER}/step-000018.ckpt")], "under its own name"),
+        ([*GOOD, Event("open", f"{FOLDER}/step-000018.ckpt")], "under its final name"),
     ],
 )
-def test_a_wrong_order_is_seen(events: list[Event], told: str) -> None:
+def test_a_wrong_order_is_detected(events: list[Event], told: str) -> None:
     assert any(told in each for each in order_faults(events, OUT)[1])
 
 
-def test_figures_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_stored_and_shown_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     docs = tmp_path / "reliability.md"
     docs.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
     monkeypatch.setattr(figures, "DOCS", docs)
@@ -72,7 +74,7 @@ def test_figures_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(rows[1]) == "check 4 bits: 9 of 10; 1 faults: bit 3"
 
 
-def test_what_was_seen_is_put_together_and_compared(tmp_path: Path) -> None:
+def test_logs_of_seen_pictures_are_merged_and_compared(tmp_path: Path) -> None:
     log = tmp_path / "seen"
     lines = [
         [["cut", 0, 1, 7], [[0, 0, 9, 9], True]],
@@ -89,6 +91,6 @@ def test_what_was_seen_is_put_together_and_compared(tmp_path: Path) -> None:
     assert len(seen.read(log).faults) == 1
 
 
-def test_every_kind_of_value_has_another() -> None:
+def test_other_gives_a_different_value_of_every_kind() -> None:
     for value in (True, False, 3, 0.5, "moco", None, (1, 2), (), Path("a")):
         assert tiny.other(value) != value

@@ -1,4 +1,4 @@
-"""The short lane: every check of every part with few tries."""
+"""The short lane: every check of every part, with few tries."""
 
 import json
 import os
@@ -16,7 +16,7 @@ PARTS = {"a": range(1, 8), "b": range(8, 14), "c": range(14, 21), "d": range(21,
 @pytest.mark.timeout(SECONDS + 30)
 @pytest.mark.parametrize("part", PARTS)
 def test_short_lane(part: str, tmp_path: Path) -> None:
-    """In a process of its own, which has run no thread before it forks."""
+    """Run the part in its own process, which has started no thread before it forks."""
     found = tmp_path / "figures.json"
     command = [sys.executable, "-m", f"tests.fault.part_{part}", "short", "--json", str(found)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -27,4 +27,4 @@ def test_short_lane(part: str, tmp_path: Path) -> None:
     figures, unnamed = json.loads(found.read_text())
     assert {row[0] for row in figures} == set(PARTS[part])
     if unnamed:
-        pytest.skip(f"not all was tried: this machine lacks {', '.join(unnamed)}")
+        pytest.skip(f"some checks were left out: this machine lacks {', '.join(unnamed)}")

@@ -1,4 +1,4 @@
-"""A run that takes seconds, what it should come to, and attempts at it that can be killed."""
+"""A run that takes seconds, its expected result, and processes ("attempts") that run it."""
 
 import hashlib
 import itertools
@@ -38,16 +38,16 @@ _SCANDIR, _LISTDIR = os.scandir, os.listdir
 
 
 class Setup(NamedTuple):
-    """Where a check works, on which pictures, and what a whole run comes to."""
+    """The folder and pictures of a check, and the results of an uninterrupted run."""
 
     root: Path
     pictures: Path
     digest: str
     losses: dict[int, float]
     seconds: float
-    """That it takes."""
+    """Duration of the uninterrupted run."""
     save_bytes: int
-    """Of one checkpoint."""
+    """Size of one checkpoint."""
 
     def at(self, name: str) -> Path:
         """A new folder for a check."""
@@ -67,7 +67,7 @@ def make_pictures(root: Path) -> Path:
 
 
 def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
-    """120 steps of 16 pictures, saved every few steps and at every sixth."""
+    """Options of 120 steps of 16 pictures, saved every few steps and at every sixth."""
     tiny = {
         "recipe": "moco-v2-small",
         "data": {"data": str(pictures), "workers": 0, "resident_limit": 1e-6},
@@ -91,7 +91,7 @@ def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
 
 
 def shrink_encoder(channels: tuple[int, ...] = (3, 8, 16)) -> None:
-    """In an attempt: an encoder whose step takes milliseconds, whatever the options say."""
+    """In an attempt: use an encoder whose step takes milliseconds, whatever the options say."""
 
     def create(*_: Any) -> nn.Module:
         layers: list[nn.Module] = []
@@ -105,7 +105,7 @@ def shrink_encoder(channels: tuple[int, ...] = (3, 8, 16)) -> None:
 
 
 class _Shuffled:
-    """What os.scandir returns, in another order."""
+    """The result of os.scandir, in another order."""
 
     def __init__(self, path: Any):
         with _SCANDIR(path) as found:
@@ -124,18 +124,18 @@ class _Shuffled:
 
 
 def shuffle_listings() -> None:
-    """The system lists folders in another order from here on."""
+    """From now on, list folders in another order."""
     os.scandir = _Shuffled  # pyright: ignore[reportAttributeAccessIssue]
     os.listdir = lambda path=".": _LISTDIR(path)[::-1]  # pyright: ignore
 
 
 def restore_listings() -> None:
-    """And as it did before."""
+    """List folders in the usual order again."""
     os.scandir, os.listdir = _SCANDIR, _LISTDIR
 
 
 def other(value: Any) -> Any:
-    """Another value of an option's kind."""
+    """A different value of the same kind, for an option."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
@@ -146,7 +146,7 @@ def other(value: Any) -> Any:
 
 
 def pretrain(run: RunOptions, channels: tuple[int, ...] = (3, 8, 16)) -> int:
-    """What the command line does with these options: the exit code, an error on one line."""
+    """Do what the command line does: print an error on one line and return the exit code."""
     shrink_encoder(channels)
     try:
         stages.pretrain(run)
@@ -163,11 +163,11 @@ def pretrain(run: RunOptions, channels: tuple[int, ...] = (3, 8, 16)) -> int:
 
 
 def start(body: Callable[[], int], log: Path) -> int:
-    """Fork an attempt into its own process group; what it says goes to `log`. Returns its pid."""
+    """Fork an attempt into its own process group, with output to `log`; return its pid."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        with suppress(OSError):  # it has done so itself, or has ended
+        with suppress(OSError):  # the child has already done this, or has ended
             os.setpgid(pid, pid)
         return pid
     code = 1
@@ -187,10 +187,10 @@ def start(body: Callable[[], int], log: Path) -> int:
 
 
 def start_ranks(world: int, body: Callable[[], int], log: Path) -> list[int]:
-    """Fork the processes of one attempt, as torchrun would start them; each has a log. Their pids.
+    """Fork the processes of one attempt as torchrun would start them; return their pids.
 
     Args:
-        log: that of rank 0 ends in .0.
+        log: rank N writes its output to this path plus `.N`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -211,20 +211,20 @@ def start_ranks(world: int, body: Callable[[], int], log: Path) -> list[int]:
 
 
 def ended(pid: int) -> int | None:
-    """Exit code of an attempt (a signal is negative); None while it runs."""
+    """Exit code of an attempt (negative for a signal); None while it runs."""
     done, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
 
 def kill(pid: int) -> None:
-    """SIGKILL to an attempt's whole group, loader workers too."""
+    """Send SIGKILL to an attempt's whole group, including loader workers."""
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 def wait(pid: int, seconds: float = PATIENCE_S) -> int:
-    """Exit code of an attempt that ends by itself; -9 when it does not."""
+    """Wait for an attempt and return its exit code; after `seconds`, kill it and return -9."""
     give_up = time.monotonic() + seconds
     while (code := ended(pid)) is None:
         if time.monotonic() > give_up:
@@ -235,17 +235,17 @@ def wait(pid: int, seconds: float = PATIENCE_S) -> int:
 
 
 def attempt(body: Callable[[], int], log: Path, seconds: float = PATIENCE_S) -> tuple[int, str]:
-    """Exit code of an attempt that ends by itself, and what it said."""
+    """Run an attempt to its end; return its exit code and output."""
     log.unlink(missing_ok=True)
     code = wait(start(body, log), seconds)
     return code, log.read_text(errors="replace")
 
 
-# ---- what is on the disk, read without the code under test
+# ---- the contents of the disk, read without the code under test
 
 
 def is_whole(manifest: Path) -> bool:
-    """Whether a manifest's checkpoint is the one that it tells of."""
+    """Whether a manifest's checkpoint exists and has the hash in the manifest."""
     try:
         facts = json.loads(manifest.read_bytes())
         data = manifest.with_suffix(".ckpt").read_bytes()
@@ -255,13 +255,13 @@ def is_whole(manifest: Path) -> bool:
 
 
 def manifests(out: Path) -> dict[int, Path]:
-    """Manifests of a run folder's checkpoints by step."""
+    """Manifests of a run folder's checkpoints, by step."""
     found = (out / "checkpoints").glob("step-*.json")
     return {int(path.stem[5:]): path for path in sorted(found)}
 
 
 def newest_whole(out: Path) -> int:
-    """Step of the newest checkpoint that verifies; 0 when there is none."""
+    """Step of the newest checkpoint that matches its manifest; 0 if there is none."""
     return max((step for step, path in manifests(out).items() if is_whole(path)), default=0)
 
 
@@ -281,13 +281,13 @@ def losses(out: Path) -> dict[int, float]:
         for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n") and b"\0" not in line:
                 values = json.loads(line)
-                if "loss" in values:  # not of a step that was skipped
+                if "loss" in values:  # a skipped step has none
                     found[values["step"]] = values["loss"]
     return found
 
 
 def note_resumed(path: Path) -> None:
-    """In an attempt: write the step that it goes on from to `path`."""
+    """In an attempt: write the step from which it resumes to `path`."""
     resume = State.resume
 
     def noted(self: State) -> list[str]:
@@ -299,7 +299,7 @@ def note_resumed(path: Path) -> None:
 
 
 def set_up(root: Path) -> Setup:
-    """Pictures, and what an uninterrupted run on them comes to."""
+    """Make the pictures and run on them without interruption."""
     pictures, out = make_pictures(root / "pictures"), root / "whole"
     begun = time.monotonic()
     code, said = attempt(lambda: pretrain(options(pictures, out)), root / "whole.log")
@@ -311,5 +311,5 @@ def set_up(root: Path) -> Setup:
 
 
 def is_same(setup: Setup, out: Path) -> bool:
-    """Whether a finished run is the uninterrupted one, to the bit and in every loss."""
+    """Whether a finished run equals the uninterrupted one, to the bit and in every loss."""
     return checkpoint.run_digest(out) == setup.digest and losses(out) == setup.losses

@@ -1,4 +1,4 @@
-"""Check 11: a run goes on in another number of processes (gloo), on the same pictures."""
+"""Check 11: a run resumes with another number of processes (gloo), on the same pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ from tests.fault.resumes import NOTE
 
 CHANGES = [(1, 2), (2, 1), (2, 4), (4, 1)]
 STOP, LAST = 4, 24
-CLOSE = 1e-5  # relative, of a loss
-HOW = "processes {} -> {}; batch norm's statistics are each process's own"
+CLOSE = 1e-5  # largest relative difference of a loss
+HOW = "processes {} -> {}; each process has its own batch norm statistics"
 
 
 def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
-    """24 steps, of which 20 come after the stop."""
+    """Options of 24 steps, 20 of them after the stop."""
     given = {"epochs": 4, "save_minutes": 15, "precision": "fp32", **over}
     return tiny.options(pictures, out, model={"norm_groups": 4}, **given)
 
 
 def without_batch_norm() -> None:
-    """In an attempt: an encoder whose rows do not see each other, so that processes agree."""
+    """In an attempt: use an encoder without batch norm, so that process counts do not matter."""
 
     def create(*_: Any) -> nn.Module:
         layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU()]
@@ -39,7 +39,7 @@ def without_batch_norm() -> None:
 
 
 def in_processes(world: int, run: RunOptions, root: Path, log: Path) -> tuple[list[int], str]:
-    """A start in so many processes, as torchrun makes them: exit codes, and what they said."""
+    """A start in `world` processes, like torchrun's: exit codes and output."""
     said = root / "said"
     for path in root.glob("said.*"):
         path.unlink()
@@ -61,7 +61,7 @@ def state_of(out: Path) -> dict[str, torch.Tensor]:
 
 
 def changes(pictures: Path, root: Path, seeds: int, pairs: list[tuple[int, int]]) -> Tally:
-    """Each pair of worlds with each seed, beside one process that went through."""
+    """Each pair of process counts with each seed, compared with an uninterrupted single process."""
     tally = Tally()
     for seed in range(seeds):
         place = root / f"seed-{seed}"
@@ -80,7 +80,7 @@ def changes(pictures: Path, root: Path, seeds: int, pairs: list[tuple[int, int]]
             wrong = [] if not any(codes + more) else [f"{codes}, {more}: {(first + said)[-300:]}"]
             found = seen.read(log)
             if found.order() != one.order() or found.drawn != one.drawn or found.faults:
-                wrong.append("other pictures, some lost or twice, or cut otherwise")
+                wrong.append("other pictures or crops, or some lost or twice")
             losses, expected = found.losses(), one.losses()
             gaps = [abs(losses.get(n, 0) / loss - 1) for n, loss in expected.items()]
             if max(gaps) > CLOSE or len(losses) != LAST:
@@ -89,13 +89,13 @@ def changes(pictures: Path, root: Path, seeds: int, pairs: list[tuple[int, int]]
             if not all(torch.allclose(ends[k], theirs[k], 1e-3, 1e-5) for k in theirs):
                 wrong.append("weights or queue differ")
             if said.count(NOTE) != 1 or NOTE + HOW.format(before, after) not in said:
-                wrong.append("not told, or more than once")
+                wrong.append("no note, or more than one")
             tally.note(not wrong, f"{before} -> {after}, seed {seed}: {wrong}")
     return tally
 
 
 def indivisible(pictures: Path, root: Path) -> Tally:
-    """A batch of 16 for three processes: refused by all, and the run stays as it is."""
+    """A batch of 16 for three processes: all refuse it, and the run stays unchanged."""
     tally, out, log = Tally(), root / "run", root / "seen"
     codes, said = in_processes(2, options(pictures, out, max_steps=STOP), root, log)
     before = checkpoint.run_digest(out)

@@ -1,10 +1,10 @@
-"""Our losses beside those of lightly 1.6, written by other people from the same papers.
+"""Our losses compared with those of lightly 1.6, written by other people from the same papers.
 
-Where lightly's number is another one, the test says why, and checks the relation:
+If lightly's number differs from ours, the test says why and checks how the two are related:
 BYOL and SimSiam share one lightly class, the mean negative cosine c of one direction: BYOL's loss
-is 4 + 2 (c_a + c_b) and SimSiam's (c_a + c_b) / 2. MoCo's positive is a column apart in lightly and
-a bank row here. lightly raises DINO's teacher temperature at every epoch, we at every step.
-lightly's `loss` needs nothing of Lightning.
+is 4 + 2 (c_a + c_b) and SimSiam's (c_a + c_b) / 2. MoCo's positive is a separate column in lightly
+and a bank row here. lightly raises DINO's teacher temperature at every epoch, we at every step.
+lightly's `loss` module needs no Lightning.
 """
 
 import subprocess
@@ -37,7 +37,7 @@ def rows_of(*shape: int, seed: int = 0) -> Tensor:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Normalised once more: lightly does, so that its gradients are tangent to the sphere."""
+    """Normalise once more, as lightly does, so that gradients are tangent to the sphere."""
     return F.normalize(rows, dim=1)
 
 
@@ -57,7 +57,7 @@ def queries_of(method: Method, batch: Batch) -> list[Tensor]:
 
 
 def frozen(recipe: str, **method: Any) -> Method:
-    """In eval mode, so that a view's projection does not depend on how often it is taken."""
+    """In eval mode, so that a view's projection does not depend on how often it is computed."""
     return build_method(tiny(recipe, method=method), EXTENT).eval()
 
 
@@ -93,7 +93,7 @@ def test_regression(seed: int) -> None:
 
 def test_byol_method() -> None:
     method, cosine = frozen("byol"), NegativeCosineSimilarity()
-    train(method, 1)  # so that the target network is another one
+    train(method, 1)  # so that the target network differs
     batch, target = batch_of(method, 1), method.get_submodule("key_network")
     first, second = batch.views
     a, b = (method.get_submodule("predictor")(method.network.project(v)) for v in batch.views)
@@ -117,10 +117,10 @@ def test_simsiam_method() -> None:
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_moco_with_a_queue(seed: int, temperature: float) -> None:
-    """Step for step: both queues start alike and take the keys after use, oldest out first.
+    """Step for step: both queues start equal, take the keys after use and drop the oldest first.
 
-    The queue is a multiple of the batch: past its end lightly drops the rest of a batch, and ours
-    wraps around.
+    The queue length is a multiple of the batch: past its end lightly drops the rest of a batch,
+    while ours wraps around.
     """
     theirs, queue = NTXentLoss(temperature, (24, 16)), KeyQueue(24, 16, seed)
     theirs.memory_bank.bank = queue.rows.clone()
@@ -135,7 +135,7 @@ def test_moco_with_a_queue(seed: int, temperature: float) -> None:
 
 
 def test_moco_past_the_end_of_the_queue() -> None:
-    """The reason for equal multiples above: 8 keys into the last 4 places of 12."""
+    """Why the test above uses a multiple of the batch: 8 keys go into the last 4 places of 12."""
     theirs, queue = NTXentLoss(0.2, (12, 16)), KeyQueue(12, 16, 0)
     theirs.memory_bank.bank = queue.rows.clone()
     for step in range(2):
@@ -235,7 +235,7 @@ def test_dino_method() -> None:
 
 
 def test_dinos_temperatures_meet_where_an_epoch_begins() -> None:
-    """Theirs is at the last temperature in the last epoch of W, ours after W: W - 1 is theirs."""
+    """lightly reaches the last temperature in warm-up epoch W, we after it: our W - 1 is its W."""
     theirs = DINOLoss(10, 0.04, 0.07, 4).teacher_temp_schedule
     method = frozen("dino", teacher_warmup_epochs=3.0)
     assert isinstance(method, DINO)

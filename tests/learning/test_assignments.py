@@ -31,7 +31,7 @@ def matrix(rows: list[list[float]]) -> Tensor:
      (0.5, [[0.645656, 0.354344], [0.354344, 0.645656]])],
 )  # fmt: skip
 def test_sinkhorn_of_two_pictures_by_hand(epsilon: float, wanted: list[list[float]]) -> None:
-    """methods 3.6: both prefer prototype 0, and balance gives the second picture the other."""
+    """methods 3.6: both pictures prefer prototype 0; balancing gives the second one the other."""
     scores = matrix([[0.9, 0.1], [0.6, 0.4]])
     got = sinkhorn(scores, epsilon, 3)
     torch.testing.assert_close(got, matrix(wanted), atol=1e-6, rtol=0)
@@ -51,7 +51,7 @@ def test_sinkhorn_equals_a_float64_loop(epsilon: float, iterations: int) -> None
 
 def test_every_picture_is_assigned_once_and_every_prototype_gets_its_share() -> None:
     scores = scores_of(12, 4)
-    scores[:, 0] += 1.5  # everybody's choice
+    scores[:, 0] += 1.5  # all pictures prefer it
     few, many = sinkhorn(scores, 0.05, 3), sinkhorn(scores, 0.05, 1000)
     for codes in (few, many):
         torch.testing.assert_close(codes.sum(1), torch.ones(12).double(), atol=1e-12, rtol=0)
@@ -69,9 +69,9 @@ def test_equal_pictures_are_spread_evenly_whatever_they_prefer() -> None:
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 1e3])
 def test_no_epsilon_overflows_or_empties_a_prototype(epsilon: float) -> None:
-    """exp(1 / 1e-6) is no float, and exp(-1 / 1e-6) would leave a prototype's sum at zero."""
+    """exp(1 / 1e-6) overflows, and exp(-1 / 1e-6) would leave a prototype's sum at zero."""
     scores = scores_of(7, 4).float()
-    scores[:, 0] = -1  # nobody's choice
+    scores[:, 0] = -1  # no picture prefers it
     codes = sinkhorn(scores, epsilon, 3)
     assert codes.isfinite().all()
     torch.testing.assert_close(codes.sum(1), torch.ones(7), atol=1e-5, rtol=0)
@@ -91,7 +91,7 @@ def test_assignments_carry_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("epsilon", "iterations"), [(0.0, 3), (-1.0, 3), (0.05, 0)])
-def test_sinkhorn_refuses_what_makes_no_sense(epsilon: float, iterations: int) -> None:
+def test_sinkhorn_refuses_invalid_arguments(epsilon: float, iterations: int) -> None:
     with pytest.raises(ValueError, match="positive epsilon and iterations"):
         sinkhorn(scores_of(2, 2), epsilon, iterations)
 
@@ -106,7 +106,7 @@ def test_sharpened_equals_a_float64_loop(temperature: float) -> None:
     torch.testing.assert_close(sharpened(scores, center, temperature), wanted, atol=1e-12, rtol=0)
 
 
-def test_the_centre_takes_off_what_all_pictures_share() -> None:
+def test_the_centre_removes_what_all_pictures_share() -> None:
     shared = scores_of(1, 6)
     got = sharpened(shared.expand(5, 6), shared[0], 0.04)
     torch.testing.assert_close(got, torch.ones(5, 6).double() / 6, atol=1e-12, rtol=0)
@@ -139,7 +139,7 @@ def test_a_uniform_student_of_a_uniform_teacher_loses_the_log_of_the_prototypes(
 
 
 def test_gradient_is_the_difference_of_predicted_and_assigned() -> None:
-    """d L / d s_v = (n_v p - sum_a t_a) / (T B pairs), n_v the targets that view v predicts."""
+    """d L / d s_v = (n_v p - sum_a t_a) / (T B pairs), n_v the number of targets for view v."""
     scores = [scores_of(5, 6, seed=seed).requires_grad_() for seed in range(4)]
     targets = [sinkhorn(each).requires_grad_() for each in scores[:2]]
     swapped_prediction(targets, scores, 0.1).backward()

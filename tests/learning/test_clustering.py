@@ -54,7 +54,7 @@ def test_two_points_at_distance_one() -> None:
     assert phi[0] == pytest.approx(1 / math.log(12)) == pytest.approx(0.402430, abs=1e-6)
 
 
-def test_raw_concentrations_equal_the_loop_and_lonely_pictures_take_the_largest() -> None:
+def test_raw_concentrations_equal_the_loop_and_clusters_of_one_take_the_largest() -> None:
     draw = np.random.default_rng(0)
     distances, assignment = draw.random(60), draw.integers(0, 6, 60)
     assignment[assignment == 2], assignment[7] = 3, 2  # cluster 2 has one row, cluster 6 none
@@ -68,7 +68,7 @@ def test_concentrations_are_clipped_and_have_the_temperature_as_mean() -> None:
     raw = np.arange(1.0, 12.0)
     phi = concentrations(raw, 0.2)
     assert phi.mean() == pytest.approx(0.2)
-    clipped = np.clip(raw, 2, 10)  # of eleven numbers the second and the last but one
+    clipped = np.clip(raw, 2, 10)  # the 2nd and 10th of eleven numbers
     np.testing.assert_allclose(phi, 0.2 * clipped / clipped.mean())
     np.testing.assert_allclose(concentrations(np.full(4, 3.0), 0.2), 0.2)
 

@@ -34,7 +34,7 @@ def test_estimate_equals_a_float64_loop(temperature: float) -> None:
 
 
 @pytest.mark.parametrize(("count", "value"), [(4096, 9.317888), (1, 2 * math.log(2))])
-def test_probabilities_as_of_noise_give_the_hand_computed_value(count: int, value: float) -> None:
+def test_probabilities_of_noise_give_the_hand_computed_value(count: int, value: float) -> None:
     """methods 3.8: P = 1/n everywhere gives ln(1 + m) + m ln((m + 1) / m)."""
     query, rows = torch.tensor([[0.0, 1, 0, 0]] * 3), torch.tensor([[1.0, 0, 0, 0]])
     own, sampled = rows.expand(3, 4), rows.expand(count, 4)
@@ -61,7 +61,7 @@ def test_many_negatives_approach_the_softmax() -> None:
     query = unit(4, 6, seed=1).requires_grad_()
     (wanted,) = torch.autograd.grad(info_nce(query, rows, torch.arange(4), 0.5), query)
     errors = []
-    for rounds in (10, 1000):  # every row equally often: no noise of a draw
+    for rounds in (10, 1000):  # every row equally often: no sampling noise
         sampled, total = rows.repeat(rounds, 1), torch.zeros(())
         lse = (query.detach() @ rows.T / 0.5).logsumexp(1)
         for i in range(4):  # each query with its own Z

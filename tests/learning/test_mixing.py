@@ -159,6 +159,6 @@ def test_lambda_one_is_the_plain_contrast_and_the_loss_is_linear_in_lambda() -> 
     torch.testing.assert_close(grad, wanted)
 
 
-def test_tables_are_of_numpy_alone() -> None:
+def test_quantiles_are_float64() -> None:
     u = torch.from_numpy(np.random.default_rng(0).uniform(size=100))
     assert beta_quantile(u, 2.0).dtype == torch.float64

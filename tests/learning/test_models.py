@@ -84,7 +84,7 @@ def test_vectors_are_normalised_in_groups_too() -> None:
     torch.testing.assert_close(module(rows), wanted)
 
 
-def test_which_norm_stands_in_for_which() -> None:
+def test_each_norm_is_replaced_by_its_counterpart() -> None:
     for num_groups, kinds in ((1, SHARED), (4, GROUPED)):
         module = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm2d(2), BatchNormAct2d(2))
         group_norms(module, num_groups)
@@ -95,7 +95,7 @@ def test_which_norm_stands_in_for_which() -> None:
 
 
 def _norms() -> dict[str, tuple[nn.Sequential, Tensor]]:
-    """Modules of each kind of norm, and what the whole batch of 8 gives them."""
+    """Modules of each kind of norm, each with its input for the whole batch of 8."""
 
     def rows(*shape: int) -> Tensor:
         drawn = torch.randn(8, *shape, generator=torch.Generator().manual_seed(3))
@@ -111,7 +111,7 @@ def _norms() -> dict[str, tuple[nn.Sequential, Tensor]]:
     }
     for module, _ in made.values():
         for name, param in module.named_parameters():
-            if param.ndim == 1:  # scales and shifts that do something
+            if param.ndim == 1:  # so that scales and shifts matter
                 seed = sum(map(ord, name))
                 drawn = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
                 param.data += 0.3 * drawn
@@ -141,7 +141,7 @@ def _share(rank: int, world: int, rendezvous: str, out: str) -> None:
         result[name] = _passes(module, given, slice(count * rank, count * rank + count))
         for gradient in result[name]["gradients"].values():
             gradient.copy_(dist.all_sum(gradient))
-    halves = nn.Sequential(nn.BatchNorm2d(6))  # as many groups as processes: one each
+    halves = nn.Sequential(nn.BatchNorm2d(6))  # as many groups as processes: one for each
     group_norms(halves, world)
     given = _norms()["2d"][1]
     result["halves"] = {"outputs": halves(given[count * rank : count * rank + count]).detach()}
@@ -151,14 +151,14 @@ def _share(rank: int, world: int, rendezvous: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes of four rows found."""
+    """Results of two processes with four rows each."""
     out = tmp_path_factory.mktemp("shares")
     spawn(_share, (2, str(out / "rendezvous"), str(out)), nprocs=2)
     return [torch.load(out / f"{rank}", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["1d", "2d", "act", "all", "all-scaled"])
-def test_norms_over_two_processes_are_plain_ones_of_the_whole_batch(
+def test_norms_over_two_processes_equal_plain_norms_of_the_whole_batch(
     kind: str, shares: list[dict[str, Any]]
 ) -> None:
     module, given = _norms()[kind]
@@ -177,7 +177,7 @@ def test_norms_over_two_processes_are_plain_ones_of_the_whole_batch(
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_as_many_groups_as_processes_are_each_ones_own(shares: list[dict[str, Any]]) -> None:
+def test_with_as_many_groups_as_processes_each_has_its_own(shares: list[dict[str, Any]]) -> None:
     given = _norms()["2d"][1]
     for rank, share in enumerate(shares):
         plain = nn.BatchNorm2d(6)
@@ -207,7 +207,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Sequential], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_are_made_of(name: str) -> None:
+def test_heads_have_these_layers(name: str) -> None:
     head = HEADS[name][0]()
     assert [type(module).__name__ for module in head] == HEADS[name][1]
     rows = torch.randn(6, 5)
@@ -218,7 +218,7 @@ def test_heads_are_made_of(name: str) -> None:
 
 
 def test_the_last_norm_has_scale_and_shift_as_the_papers_say() -> None:
-    """SimSiam and MoCo v3 neither, SimCLR a scale; the hidden ones have both."""
+    """SimSiam and MoCo v3 neither, SimCLR a scale; hidden norms have both."""
     torch.manual_seed(0)
     rows = torch.randn(16, 5)
     heads = (mlp((5, 8, 3), "all"), False), (mlp((5, 8, 3), "all-scaled"), True)
@@ -276,7 +276,7 @@ def test_the_small_transformer_takes_views_of_several_sizes() -> None:
         assert encoder(torch.randn(2, 3, size, size)).shape == (2, 192)
 
 
-def test_small_encoder_is_what_it_says() -> None:
+def test_small_encoder_has_the_documented_layers() -> None:
     encoder = build_encoder(ModelOptions(encoder=SMALL), seed=0)
     stem = encoder.get_submodule("conv1")
     assert isinstance(stem, nn.Conv2d)
@@ -365,7 +365,7 @@ def test_momentum_copy_follows_the_closed_form() -> None:
 
 
 def test_keys_come_back_in_order_and_their_groups_hold_other_images() -> None:
-    """With frozen statistics the permutation must not be seen at all; with live ones it must."""
+    """The permutation must not change keys with frozen statistics, but must with live ones."""
     options = ModelOptions(encoder=SMALL, projector_hidden=32, projector_dim=16, norm_groups=4)
     network = momentum_copy(Network(options, seed=0))
     images = torch.randn(16, 3, 16, 16)
@@ -390,7 +390,7 @@ def test_the_two_views_of_a_symmetric_step_are_shuffled_apart() -> None:
 
 
 def test_no_encoder_draws_from_a_global_generator() -> None:
-    """timm's Swin comes with stochastic depth, which no seed of ours would reach."""
+    """timm's Swin has stochastic depth, which would draw from a generator that we do not seed."""
     options = ModelOptions(encoder="swin_tiny_patch4_window7_224", projector_hidden=32)
     network, images = Network(options, seed=0), torch.randn(2, 3, 224, 224)
     torch.manual_seed(1)

@@ -56,7 +56,7 @@ def slow_positives(rows: np.ndarray, rule: str, num: int, clusters: Any) -> list
 
 
 @pytest.mark.parametrize("rule", ["center-wise", "cluster-mean", "knn+k-means", "knn"])
-def test_rules_equal_the_slow_ones(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_equal_slow_loops(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = features_of()
     monkeypatch.setattr(clustering, "BLOCK", 50)  # several blocks
     seen = []
@@ -113,14 +113,13 @@ def test_the_fill_rule_takes_the_nearest_of_the_others() -> None:
     all_six = np.ones((1, 6), bool)
     all_six[0, 5] = False
     two = options_of(num_positives=2, fill="nearest")
-    assert kept(all_six, near, own, lots, two).tolist() == [[3, 4]]  # by lot, not the nearest
+    assert kept(all_six, near, own, lots, two).tolist() == [[3, 4]]  # by the draws, not the nearest
 
 
 def test_k_means_draws_from_the_cluster_alone_and_random_from_all() -> None:
     rows = features_of(200)
     options = options_of("k-means", num_positives=40)
     found = find(rows, options, 0, 0).positives
-    # the same k-means: its seed is hashed from (seed, epoch)
     assert (found != np.arange(200)[:, None]).all()
     groups = [set(line) | {i} for i, line in enumerate(found.tolist())]
     for i, line in enumerate(found.tolist()):
@@ -133,7 +132,7 @@ def test_k_means_draws_from_the_cluster_alone_and_random_from_all() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_unreadable_pictures_are_their_own_and_nobodys(rule: str) -> None:
+def test_unreadable_pictures_are_positives_of_themselves_only(rule: str) -> None:
     rows = features_of()
     rows[[0, 17, 119]] = 0
     found = find(rows, options_of(rule, fill="nearest", num_positives=4), 0, 0).positives
@@ -143,7 +142,7 @@ def test_unreadable_pictures_are_their_own_and_nobodys(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_draws_are_of_seed_and_epoch_and_float16_will_do(rule: str) -> None:
+def test_draws_depend_on_seed_and_epoch_and_float16_is_accepted(rule: str) -> None:
     rows, options = features_of(), options_of(rule, num_positives=3, fill="nearest")
     first = find(rows, options, 0, 5).positives
     assert np.array_equal(first, find(rows, options, 0, 5).positives)
@@ -190,7 +189,7 @@ def test_partners_are_drawn_anew_each_epoch_with_views_of_their_own() -> None:
     assert seen == {0: {1, 2, 3}, 1: {1}, 2: {5}, 3: {0, 5}, 4: {0, 1, 2}, 5: {4, 3}}
 
 
-def test_nothing_stands_beside_a_batch_before_the_first_refresh() -> None:
+def test_there_are_no_partners_before_the_first_refresh() -> None:
     neighbours = Neighbours(120, options_of(), seed=0)
     assert neighbours.partners(4) is None
     numbers = neighbours.fit(lambda: torch.from_numpy(features_of()), 0)

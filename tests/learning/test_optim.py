@@ -108,7 +108,7 @@ def test_a_cosine_ends_at_the_final_rate() -> None:
     assert warm[4:] == pytest.approx([0.2 + 0.8 * half_cosine(step / 8) for step in range(8)])
 
 
-def test_from_here_to_there_along_a_cosine() -> None:
+def test_along_cosine_by_hand() -> None:
     ends = [along_cosine(0.996, 1.0, share) for share in (0, 0.25, 0.5, 0.75, 1)]
     hand = [0.996, 0.996 + 0.004 * (1 - math.sqrt(0.5)) / 2, 0.998]
     assert ends[:3] == pytest.approx(hand, abs=1e-12)
@@ -131,7 +131,7 @@ def test_momentum_and_weight_decay_are_constant_or_follow_a_cosine() -> None:
 
 
 class Tiny(nn.Module):
-    """A matrix, a kernel, two vectors, a scalar-like norm weight, and one that is not trained."""
+    """A matrix, a kernel, two vectors, a scalar-like norm weight, and one frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_lars_against_a_loop(trust: float, clip: bool, vectors: bool) -> None:
 
 
 def test_a_clipped_layer_never_steps_further_than_plain_sgd() -> None:
-    """trust ||p|| / ||g|| is 60 for a gradient of a hundredth, and 0.6 for one of one."""
+    """trust ||p|| / ||g|| is 60 for a gradient of 0.01, and 0.6 for a gradient of 1."""
     for length, factor in ((0.01, 1.0), (1.0, 0.3)):
         param = nn.Parameter(torch.full((2, 2), 3.0))
         optimizer = LARS([param], lr=2.0, weight_decay=0.0, trust=0.1, clip=True)
@@ -230,7 +230,7 @@ def test_lars_moves_by_the_trusted_share_and_survives_zeros() -> None:
     assert torch.equal(unused.detach(), torch.ones(2, 2))
 
 
-def test_lars_state_comes_back() -> None:
+def test_lars_state_is_restored() -> None:
     def run(halt: bool) -> Tensor:
         model = Tiny()
         optimizer = build_optimizer(model, OptimOptions(name="lars"))
@@ -323,14 +323,14 @@ def test_modules_of_fixed_rate_keep_the_peak(name: Any) -> None:
     optimizer = build_optimizer(model, options, fixed_rate=(model.predictor,))
     set_lr(optimizer, 0.25, peak=2.0, weight_decay=0.5)
     names = {param: at for at, param in model.named_parameters()}
-    told = {
+    settings = {
         names[param]: (group["lr"], group["weight_decay"])
         for group in optimizer.param_groups
         for param in group["params"]
     }
     trained = {at for param, at in names.items() if param.requires_grad}
-    assert set(told) == trained and sum(len(g["params"]) for g in optimizer.param_groups) == 10
-    for at, (rate, decay) in told.items():
+    assert set(settings) == trained and sum(len(g["params"]) for g in optimizer.param_groups) == 10
+    for at, (rate, decay) in settings.items():
         assert rate == (2.0 if at.startswith("predictor") else 0.25), at
         assert decay == (0.0 if at.endswith(("bias", "norm")) else 0.5), at
     set_lr(optimizer, 0.125)

@@ -78,7 +78,7 @@ def _one_rank(rank: int, world: int, store: str, out: str) -> None:
 
 
 def _weighted(mine: slice) -> dict[str, Tensor]:
-    """Loss, and gradient of a weight that all rows share, as DistributedDataParallel averages."""
+    """Loss and gradient of a shared weight, averaged over ranks as DistributedDataParallel does."""
     weight = unit(4, 4, seed=2).requires_grad_()
     first, second = (unit(6, 4, seed=seed)[mine] @ weight for seed in (0, 1))
     loss = nt_xent(first, second, 0.3)
@@ -87,7 +87,7 @@ def _weighted(mine: slice) -> dict[str, Tensor]:
     return {"loss": mean[0], "gradient": mean[1:]}
 
 
-def test_nt_xent_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+def test_nt_xent_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
     spawn(_one_rank, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     alone = _weighted(slice(None))
     for rank in (0, 1):

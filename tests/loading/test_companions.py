@@ -1,4 +1,4 @@
-"""Pictures that stand in a batch after those of the order: which rows, and what views they get."""
+"""Companions: pictures appended to each batch after those of the order; their rows and views."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ STREAMED, RESIDENT = DataOptions(resident_limit=1e-9, workers=0), DataOptions()
 
 
 class Twins(Companions):
-    """The first pictures of the step once more, each twice."""
+    """Appends the first pictures of the step again, each twice."""
 
     def __init__(self, count: int):
         self.count = count
@@ -62,11 +62,11 @@ def test_companions_follow_the_pictures_of_the_order(photographs: Folder) -> Non
         assert batch.drawn.tolist() == [*first, *range(11 + 6 * step, 17 + 6 * step)]
         assert batch.labels.tolist() == (batch.index % 3).tolist()
         for crops, before in zip(batch.crops, alone.crops, strict=True):
-            assert torch.equal(crops[:4], before)  # they change nothing of the others
-            assert not torch.equal(crops[4], crops[5])  # twice in a batch, two crops
+            assert torch.equal(crops[:4], before)  # companions do not change the others
+            assert not torch.equal(crops[4], crops[5])  # two crops of one picture
 
 
-def test_a_set_on_the_device_gives_the_same(photographs: Folder) -> None:
+def test_a_resident_set_gives_the_same_batches(photographs: Folder) -> None:
     streamed, resident = (
         collect(photographs, options, Twins(4)) for options in (STREAMED, RESIDENT)
     )
@@ -93,7 +93,7 @@ def test_each_process_takes_its_share_of_both(
     crops = [share.crops[0] for share in shares]
     joined = torch.cat([*(part[:2] for part in crops), *(part[2:] for part in crops)])
     assert torch.equal(joined, whole.crops[0])
-    with pytest.raises(ClsaError, match="pictures beside each batch 5 - not divisible among 2"):
+    with pytest.raises(ClsaError, match="pictures added to each batch 5 - not divisible among 2"):
         collect(photographs, STREAMED, Twins(5))
 
 

@@ -1,4 +1,4 @@
-"""Runs with few labels from end to end: what they see, how they resume, how they are judged."""
+"""Runs with few labels from end to end: what they see, how they resume, how they are evaluated."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def whole(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pretrain(options(drawings, tmp_path_factory.mktemp("whole") / "run"))
 
 
-def test_labels_that_judging_holds_out_are_never_seen(
+def test_labels_held_out_for_evaluation_are_never_seen(
     drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[np.ndarray] = []
@@ -81,7 +81,7 @@ def test_the_run_learns_from_both_terms_and_says_how_many_labels(
 
 
 @pytest.mark.parametrize("limits", [(3, 11, None)])
-def test_resume_is_bitwise_also_where_the_labels_end(
+def test_resume_is_bitwise_also_after_suncet_ends(
     limits: tuple[int | None, ...], drawings: Path, tmp_path: Path
 ) -> None:
     once = {"suncet": {"epochs": 1}}
@@ -116,7 +116,7 @@ def test_labelled_pictures_that_cannot_be_read_have_no_class(
     names = [
         parts.bank.ids[i] for c in range(4) for i in np.flatnonzero(parts.bank.labels == c)[:2]
     ]
-    for name in (names[0], names[2]):  # of two classes, which leaves one picture in each
+    for name in (names[0], names[2]):  # from two classes, so each keeps one picture
         (root / name).write_bytes(b"no picture")
     (tmp_path / "few.txt").write_text("\n".join(names))
     over = {
@@ -131,7 +131,7 @@ def test_labelled_pictures_that_cannot_be_read_have_no_class(
     assert all(np.isfinite(line["suncet"]) for line in lines if "loss" in line)
 
 
-def test_a_list_serves_training_and_judging_alike(
+def test_one_list_serves_training_and_evaluation(
     drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = open_source(str(drawings), "train", DataOptions())
@@ -141,13 +141,13 @@ def test_a_list_serves_training_and_judging_alike(
     parts = split(source, None, seed=0)
     known = [name for name in names if name in set(parts.bank.ids)]
     run = pretrain(options(drawings, tmp_path / "run", labels=str(few), max_steps=1))
-    told = f"labels: {len(known)} pictures of 6 classes; judging holds out"
-    assert f"{told} {len(names) - len(known)} of the list" in capsys.readouterr().err
+    told = f"labels: {len(known)} pictures of 6 classes; held out for evaluation:"
+    assert f"{told} {len(names) - len(known)} more of the list" in capsys.readouterr().err
     assert set(with_few_bank_labels(parts, str(few), seed=0).bank.ids) == set(known)
     assert evaluate(EvaluateOptions(run=run, labels=str(few), protocol=("knn-20",), random=False))
 
 
-def test_judging_learns_from_the_runs_own_labels(whole: Path, drawings: Path) -> None:
+def test_evaluation_learns_from_the_labels_of_the_run(whole: Path, drawings: Path) -> None:
     source = open_source(str(drawings), "train", DataOptions())
     parts = split(source, None, seed=0)
     few = with_few_bank_labels(parts, "25%", seed=0)

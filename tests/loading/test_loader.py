@@ -102,7 +102,7 @@ def test_every_picture_appears_once_an_epoch(photographs: Folder) -> None:
 # ---- paths
 
 
-def test_batches_hold_what_was_asked_for(photographs: Folder) -> None:
+def test_batches_have_the_requested_views(photographs: Folder) -> None:
     (batch,) = collect(photographs, 0, 1)
     assert [tuple(view.shape) for view in batch.crops] == [(4, 3, s.size, s.size) for s in SPECS]
     assert all(view.dtype == torch.uint8 for view in batch.crops)
@@ -225,7 +225,7 @@ def test_processes_share_a_batch_in_rank_order(
     ]
     if options.resident_size is None:
         assert_equal(joined, whole)
-    else:  # matrix products of other batch sizes may round otherwise
+    else:  # matrix products of other batch sizes may round differently
         for got, expected in zip(joined, whole, strict=True):
             assert torch.equal(got.index, expected.index)
             for x, y in zip(got.crops, expected.crops, strict=True):
@@ -283,7 +283,7 @@ def test_an_abandoned_pass_ends_its_workers(photographs: Folder) -> None:
     assert not children() - before
 
 
-def test_a_killed_worker_ends_in_words(photographs: Folder) -> None:
+def test_a_killed_worker_gives_a_one_line_error(photographs: Folder) -> None:
     before = children()
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 1})
@@ -298,7 +298,7 @@ def test_a_killed_worker_ends_in_words(photographs: Folder) -> None:
     assert caught.value.code == Exit.IO and "--workers" in text and "\n" not in text
 
 
-def test_a_hanging_worker_ends_in_words(
+def test_a_hanging_worker_gives_a_one_line_error(
     photographs: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "TIMEOUT_S", 1)
@@ -322,17 +322,17 @@ def test_an_idle_worker_has_no_deadline(
     assert len(list(running)) == 4
 
 
-def test_what_workers_are_not_to_blame_for_stays_itself() -> None:
+def test_errors_from_elsewhere_are_not_blamed_on_workers() -> None:
     for error in (RuntimeError("CUDA out of memory"), ValueError("DataLoader")):
         with pytest.raises(type(error)), workers.failures():
             raise error
-    told = "Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback\nMemoryError"
+    text = "Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback\nMemoryError"
     workers.name_deaths()
-    for error in (MemoryError(told), MemoryError()):
+    for error in (MemoryError(text), MemoryError()):
         with pytest.raises(ClsaError, match="- MemoryError -"), workers.failures():
             raise error
-    told_again = partial(pytest.fail, "a second failure was told")
-    workers._on_death(told_again, lambda: "", signal.SIGCHLD, None)
+    second_report = partial(pytest.fail, "a second failure was reported")
+    workers._on_death(second_report, lambda: "", signal.SIGCHLD, None)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_workers_are_the_share_of_the_cores_less_one(
     assert [workers.num_workers(given) for given in (0, 3, 12)] == [0, 3, 12]
 
 
-def test_too_little_shared_memory_is_said_before_the_first_step(photographs: Folder) -> None:
+def test_too_little_shared_memory_is_reported_before_the_first_step(photographs: Folder) -> None:
     huge = [ViewSpec("key", 2_000_000, (0.2, 1.0), 0)]
     order = Order(len(photographs), 4, seed=3)
     options = STREAMED.model_copy(update={"workers": 1})
@@ -417,7 +417,7 @@ def test_too_many_bad_pictures_end_the_run(equal_sized: Path, options: DataOptio
 
 @pytest.mark.parametrize("options", [STREAMED, RESIDENT])
 @pytest.mark.parametrize("bad", [list(range(14)), list(range(13))])
-def test_ten_bad_pictures_are_borne_but_not_a_set_of_them(
+def test_some_bad_pictures_are_tolerated_but_not_a_set_of_only_bad_ones(
     equal_sized: Path, options: DataOptions, bad: list[int]
 ) -> None:
     spoil(equal_sized, bad)
@@ -434,7 +434,7 @@ def test_ten_bad_pictures_are_borne_but_not_a_set_of_them(
         assert all((batch.crops[0].float().std() > 1) for batch in got)
 
 
-def test_a_picture_that_vanishes_is_skipped(equal_sized: Path) -> None:
+def test_a_picture_deleted_later_is_replaced(equal_sized: Path) -> None:
     source = open_source(str(equal_sized), "train", RESIDENT)
     (equal_sized / "05.jpg").unlink()
     quarantine = Quarantine(source)
@@ -473,7 +473,7 @@ def test_evaluation_leaves_unreadable_pictures_out(
     assert rows.tolist() == [0, 1, *range(3, 12)]
 
 
-def test_evaluation_cuts_what_it_is_told_on_both_paths(equal_sized: Path) -> None:
+def test_evaluation_applies_the_given_cut_on_both_paths(equal_sized: Path) -> None:
     folder = open_source(str(equal_sized), "train", RESIDENT)
     images = np.stack([folder.read(i) for i in range(len(folder))])
     rows = np.array([5, 0, 13])
@@ -495,8 +495,8 @@ def test_evaluation_cuts_what_it_is_told_on_both_paths(equal_sized: Path) -> Non
             assert (crop.round() - expected.round()).abs().max() <= 1
 
 
-def test_scale_of_pictures_does_not_matter(tmp_path: Path) -> None:
-    """1 x 1 pictures, slivers and large ones in one set."""
+def test_pictures_of_any_size_can_be_loaded(tmp_path: Path) -> None:
+    """Pictures of 1 x 1, very narrow ones and large ones in one set."""
     shapes = [(1, 1), (1, 300), (300, 1), (700, 900)]
     for i, (height, width) in enumerate(shapes):
         (tmp_path / f"{i}.png").write_bytes(encoded(photograph(i, height, width)))

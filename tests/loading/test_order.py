@@ -1,4 +1,4 @@
-"""Order of the pictures, what replaces unreadable ones, and how ranks agree on those."""
+"""Order of the pictures, replacements of unreadable ones, and how ranks agree on them."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_replacements_are_spread_evenly() -> None:
     assert (np.array(first) == np.tile((np.arange(50) + 1) % 50, 40)).mean() < 0.05
 
 
-def test_every_reason_has_its_place() -> None:
+def test_every_raised_reason_is_listed() -> None:
     text = "".join(
         Path(str(module.__file__)).read_text("utf-8") for module in (decode, sources, shards)
     )
@@ -52,7 +52,7 @@ def test_every_reason_has_its_place() -> None:
     assert raised == set(REASONS) and len(set(REASONS)) == len(REASONS)
 
 
-def test_a_later_start_tries_again_what_an_earlier_one_could_not_read(tmp_path: Path) -> None:
+def test_a_later_start_retries_unreadable_pictures(tmp_path: Path) -> None:
     jpeg_folder(tmp_path, [(20, 20)] * 30)
     source = open_source(str(tmp_path), "train", DataOptions())
     broken = [tmp_path / source.ids[i] for i in range(11)]
@@ -72,7 +72,7 @@ def test_a_later_start_tries_again_what_an_earlier_one_could_not_read(tmp_path: 
     assert mended.reasons == {0: "empty", 1: "empty"}
 
 
-def test_sharing_with_nobody_changes_nothing() -> None:
+def test_sharing_in_one_process_changes_nothing() -> None:
     quarantine = Quarantine(folder(30))
     quarantine.share()
     assert quarantine.reasons == {}
@@ -83,7 +83,7 @@ def test_sharing_with_nobody_changes_nothing() -> None:
 
 
 def _share(rank: int, rendezvous: str, out: str) -> None:
-    """Of two ranks: share twice; save what is known after the first, and the second's error."""
+    """One of two ranks: share twice; save the reasons after the first, the error of the second."""
     td.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     quarantine = Quarantine(folder(30))
     quarantine.add({rank: "empty", 5: ("truncated", "broken")[rank]})

@@ -153,7 +153,7 @@ def test_negatives_are_filled_in_order_before_they_ascend() -> None:
     assert not method.negatives.velocity.any()
 
 
-def test_key_network_follows_then_starts_anew_once_when_the_negatives_are_full() -> None:
+def test_key_network_follows_and_is_copied_once_when_the_negatives_are_full() -> None:
     method = build()
     for step in range(5):
         old = [parameter.clone() for parameter in method.key_network.parameters()]
@@ -185,7 +185,7 @@ def test_step_computes_what_the_equations_say(reduce: str, sizes: tuple[int, ...
         for query in queries
     )
     torch.testing.assert_close(output.state, wanted, rtol=1e-3, atol=1e-6)
-    # Only now do they move, and by v = -G + decay w, as the velocity was left by one ascent.
+    # Only after_step moves them, by v = .9 v - G + decay w; one ascent came before.
     speed = 0.9 * method.negatives.velocity - output.state + 1e-4 * rows
     expected = rows - 3.0 * speed
     method.after_step(output.state, 4)

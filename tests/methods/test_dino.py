@@ -1,4 +1,4 @@
-"""DINO: who sees what, the centre, the schedules, and what moves the last layer."""
+"""DINO: which views teacher and student see, the centre, the schedules, and the last layer."""
 
 import math
 from typing import Any
@@ -49,7 +49,7 @@ def test_loss_equals_the_slow_loops_with_centre_and_temperature(step: int) -> No
 
 
 def test_a_teacher_and_a_student_without_a_preference_lose_the_log_of_the_prototypes() -> None:
-    """All rows of the last layer alike: every softmax is uniform."""
+    """All rows of the last layer are equal, so every softmax is uniform."""
     method = build()
     with torch.no_grad():
         for prototypes in (method.prototypes, method.teacher_prototypes):
@@ -159,7 +159,7 @@ def test_comparisons_are_the_student_over_the_unit_rows_of_its_last_layer() -> N
 
 
 class Linear(nn.Module):
-    """The least network there is: unit rows of a linear layer on pixels."""
+    """The smallest possible network: unit rows of a linear layer on pixels."""
 
     def __init__(self):
         super().__init__()
@@ -170,9 +170,10 @@ class Linear(nn.Module):
 
 
 def entropies_after(steps: int = 150, **method: Any) -> tuple[float, float]:
-    """Of the teacher's assignments of 64 pictures and of their mean, after training; ln 10 = 2.30.
+    """Train, then return the entropy of the teacher's assignments (64 pictures), and of their mean.
 
-    The pictures have much in common (a brightness), which is what one prototype would take.
+    The most is ln 10 = 2.30. The pictures have much in common (a brightness), so that one prototype
+    could take them all.
     """
     trained = build(**{"key_momentum": 0.9, "final_key_momentum": None, **method})
     trained.network = Linear()  # pyright: ignore
@@ -196,8 +197,8 @@ def entropies_after(steps: int = 150, **method: Any) -> tuple[float, float]:
     return each, mean
 
 
-def test_centre_and_sharpening_keep_each_other_from_collapse() -> None:
-    """Section 5.3 of the paper: no centre, one prototype takes all; no sharpening, none does."""
+def test_centre_and_sharpening_together_prevent_collapse() -> None:
+    """Section 5.3 of the paper: no centre: one prototype takes all; no sharpening: none does."""
     each, mean = entropies_after(teacher_temperature=0.04)
     assert each < 0.8 and mean > 1.5, (each, mean)
     each, mean = entropies_after(teacher_temperature=0.04, center_momentum=1.0)

@@ -62,7 +62,7 @@ def test_normaliser_is_kept_after_the_first_step_and_never_again() -> None:
         assert torch.equal(method.log_normalizer, first)
 
 
-def test_chance_is_the_loss_of_probabilities_as_of_noise() -> None:
+def test_chance_is_the_loss_when_rows_and_noise_are_equally_likely() -> None:
     method = {"num_negatives": 4096, "temperature": TEMPERATURE}
     options = tiny("instdisc", method=method, model={"projector_dim": 128})
     landmarks = InstDisc(options, EXTENT).landmarks

@@ -34,9 +34,9 @@ from tests.support.contract import (
 
 NAMES = [BASES[name] for name in METHODS]
 FAMILY = [name for name, recipe in IMAGENET.items() if recipe.values["method"]["name"] == "moco"]
-# Several queries, one-hot targets, strong keys: what the family's own names add to the contracts.
+# Several queries, one-hot targets, strong keys: recipes that add cases to the contracts.
 VARIANTS = ["clsa-multi", "clsa-contrastive", "moco-strong-query-key"]
-AROUND = ["clim-multi-res", "clim-multi-crop", "suncet", "continual"]  # what goes around a method
+AROUND = ["clim-multi-res", "clim-multi-crop", "suncet", "continual"]  # wrappers
 VARIANTS += AROUND
 KEYS = ("key_", "teacher")  # modules that only `after_step` moves
 every_method = pytest.mark.parametrize("stronger", [False, True])
@@ -94,7 +94,7 @@ def test_forward_changes_no_key_weight_and_no_bank(recipe: str, stronger: bool) 
 
 
 @pytest.mark.parametrize("recipe", [*NAMES, *VARIANTS])
-def test_what_forward_has_moved_can_be_put_back(recipe: str) -> None:
+def test_statistics_that_forward_moved_can_be_put_back(recipe: str) -> None:
     method = build(recipe, stronger=True)  # the plain method is inside
     before = digests.digest(method.state_dict())
     statistics = Statistics(method)
@@ -145,7 +145,7 @@ def test_same_seed_same_weights_and_another_seed_others(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", [*NAMES, *AROUND])
 def test_save_load_step_equals_step(recipe: str) -> None:
-    """Saved in the middle of the second epoch, loaded into another of another past."""
+    """Saved in the middle of the second epoch, loaded into a method with another history."""
     straight, resumed = (build(recipe, stronger=True) for _ in range(2))
     optimizer = train(straight, 4)
     other = train(resumed, 1, 7)
@@ -228,7 +228,7 @@ def test_key_network_follows_with_momentum() -> None:
 
 
 def test_symmetric_moco_is_the_mean_of_both_directions() -> None:
-    """Frozen statistics, so that a view's projection does not depend on its neighbours."""
+    """Batch norm is frozen, so a view's projection does not depend on the rest of the batch."""
     both = build("moco-v2", method={"symmetric": True}).eval()
     one = build("moco-v2").eval()
     batch = batch_of(both)
@@ -255,8 +255,8 @@ def test_sum_and_mean_differ_by_the_number_of_terms() -> None:
 
 
 @pytest.mark.parametrize("recipe", NAMES)
-def test_the_divergence_is_that_of_the_comparisons_the_method_tells(recipe: str) -> None:
-    """The wrapper's own arithmetic, beside the public loss on what the base method returned."""
+def test_the_divergence_follows_from_the_comparisons_of_the_method(recipe: str) -> None:
+    """The wrapper's arithmetic equals the public loss on what the base method returned."""
     over: dict[str, Any] = {"strong": {"beta": 0.7, "temperature": 0.3, "target_temperature": 0.15}}
     method = build(recipe, stronger=True, **over).eval()
     assert isinstance(method, Stronger)
@@ -342,6 +342,6 @@ def test_views_that_a_method_does_not_take_are_refused() -> None:
 
 
 def test_supervised_needs_labels() -> None:
-    with pytest.raises(ClsaError, match="the pictures have none"):
+    with pytest.raises(ClsaError, match="the pictures have fewer than two classes"):
         build_method(tiny("supervised"), EXTENT._replace(num_classes=0))
     assert resolve({"recipe": "supervised-small"}).method.name == "supervised"

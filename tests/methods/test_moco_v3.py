@@ -85,7 +85,7 @@ def patches(method: MoCoV3) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_the_patch_embedding_stays_as_drawn_when_frozen(frozen: bool) -> None:
+def test_the_patch_embedding_keeps_its_first_weights_when_frozen(frozen: bool) -> None:
     method = vit(freeze_patches=frozen)
     before, blocks = patches(method), method.network.encoder.get_submodule("blocks")
     inner = [parameter.detach().clone() for parameter in blocks.parameters()]
@@ -98,7 +98,7 @@ def test_the_patch_embedding_stays_as_drawn_when_frozen(frozen: bool) -> None:
 
 
 def test_heads_are_those_of_the_code() -> None:
-    """ResNet: projector of 2 layers, predictor without a last norm; ViT: 3 layers, with one."""
+    """ResNet: projector of 2 layers, predictor without a last norm; ViT: 3 layers, with a norm."""
     for method, depth, ends in ((build(), 2, nn.Linear), (vit(), 3, nn.BatchNorm1d)):
         projector = list(method.network.projector)
         assert sum(isinstance(layer, nn.Linear) for layer in projector) == depth

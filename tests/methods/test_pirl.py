@@ -60,7 +60,7 @@ def test_both_terms_equal_loops(weight: float) -> None:
 
 
 def test_weight_zero_is_the_softmax_of_own_and_drawn_rows_alone() -> None:
-    """methods 3.10: what InstDisc's cross-entropy form computes, and no gradient from patches."""
+    """methods 3.10: equal to InstDisc's cross-entropy form, without gradient from patches."""
     method = build(jigsaw_weight=0.0)
     batch = batch_of(method, 1)
     losses = method(batch).losses
@@ -117,7 +117,7 @@ def test_memory_moves_by_the_image_head_only() -> None:
     assert torch.equal(method.memory.rows[others], before[others])
 
 
-def test_comparison_holds_the_image_queries_and_is_asked_by_the_image_head() -> None:
+def test_comparison_holds_queries_of_the_image_head() -> None:
     method = build()
     batch = batch_of(method)
     (comparison,) = method(batch).comparisons
@@ -129,7 +129,7 @@ def test_comparison_holds_the_image_queries_and_is_asked_by_the_image_head() -> 
     assert torch.equal(comparison.candidates, torch.eye(ROWS, dtype=torch.bool))
 
 
-def test_patches_are_drawn_anew_at_each_step_and_alike_on_replay() -> None:
+def test_patches_differ_at_each_step_and_are_the_same_on_replay() -> None:
     method = build()
     batch = batch_of(method)
     losses = [method(batch._replace(step=step)).losses["jigsaw"].item() for step in (3, 3, 4)]
@@ -144,7 +144,7 @@ def test_chance_counts_own_and_drawn_rows() -> None:
 
 
 def test_patches_that_do_not_fit_are_refused_before_any_training() -> None:
-    with pytest.raises(ClsaError, match="cells of 12 pixels"):
+    with pytest.raises(ClsaError, match="larger than a cell: 12 pixels"):
         build(patch_size=13)
     with pytest.raises(ClsaError, match="does not take views of 14 pixels"):
         build({"encoder": "vit_tiny_patch16_224"}, patch_size=14, jigsaw_size=32)

@@ -33,7 +33,7 @@ def test_chance_is_the_log_of_all_other_rows_and_a_constant_network_is_there() -
 
 
 def test_each_view_is_compared_with_all_rows_but_itself() -> None:
-    """methods 3.3: bank_i = all b and a_j, j != i; the positive is b_i; then changed over."""
+    """methods 3.3: bank_i = all b and a_j, j != i; the positive is b_i; then a and b swapped."""
     method = build()
     output = method(batch_of(method))
     first, second = (comparison.queries[0] for comparison in output.comparisons)

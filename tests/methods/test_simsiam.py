@@ -38,7 +38,7 @@ def test_aligned_outputs_give_minus_one() -> None:
 
 
 def test_nothing_flows_through_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient is that of the same loss with the targets given as numbers."""
+    """The gradient equals that of the same loss with constant targets."""
     method = build().eval()
     batch = batch_of(method)
     method(batch).losses["regression"].backward()
@@ -58,7 +58,7 @@ def test_nothing_flows_through_the_target(monkeypatch: pytest.MonkeyPatch) -> No
     assert not method(batch).losses["regression"].requires_grad
 
 
-def test_spread_tells_health_from_collapse() -> None:
+def test_spread_distinguishes_health_from_collapse() -> None:
     """methods 3.5: 1/sqrt(2048) = .0221 for Gaussian rows, 0 for equal ones."""
     generator = torch.Generator().manual_seed(0)
     rows = F.normalize(torch.randn(512, 2048, generator=generator), dim=1)
@@ -79,7 +79,7 @@ def test_the_predictors_rate_stays_at_its_peak_unless_asked_not_to(fixed: bool) 
     assert {rates[p] for p in method.network.parameters()} == {0.01}
 
 
-def test_projections_are_kept_and_predictions_asked() -> None:
+def test_projections_are_queued_and_predictions_are_queries() -> None:
     method = build().eval()
     batch = batch_of(method)
     output = method(batch)

@@ -25,7 +25,7 @@ def projections(method: SwAV, views: list[Tensor]) -> list[Tensor]:
 
 
 def expected(method: SwAV, views: list[Tensor], past: list[Tensor] | None = None) -> float:
-    """The loss by the slow loops; `past`: queued projections of each of the two full-size views."""
+    """The loss by slow loops; `past`: queued projections of each of the two full-size views."""
     rows = method.prototypes.rows.detach()
     queries = projections(method, views)
     targets = []
@@ -51,7 +51,7 @@ def test_full_size_views_are_assigned_and_all_are_predicted() -> None:
 
 
 def test_the_queue_is_used_from_the_step_at_which_it_is_full() -> None:
-    """Collected from epoch 1 (step 3) in batches of 8: 16 of 12 rows are there at step 5."""
+    """Collected from epoch 1 (step 3) in batches of 8: by step 5, 16 rows have filled the 12."""
     method = build(queue_epoch=1).eval()
     assert method.queue is not None
     seen: list[list[Tensor]] = []
@@ -71,7 +71,7 @@ def test_the_queue_is_used_from_the_step_at_which_it_is_full() -> None:
         method.after_step(method(batch_of(method, step)).state, step)
 
 
-def test_the_queue_is_scored_with_the_prototypes_of_today() -> None:
+def test_the_queue_is_scored_with_the_current_prototypes() -> None:
     method = build().eval()
     for step in range(2):
         method.after_step(method(batch_of(method, step)).state, step)
@@ -120,7 +120,7 @@ def test_prototypes_are_of_unit_length_after_every_step_and_move() -> None:
 
 @pytest.mark.parametrize("optim", [{"momentum": 0.9, "weight_decay": 0.1}, {"name": "adamw"},
                                    {"name": "lars"}])  # fmt: skip
-def test_prototypes_keep_still_for_the_first_steps(optim: dict[str, Any]) -> None:
+def test_prototypes_are_frozen_for_the_first_steps(optim: dict[str, Any]) -> None:
     method = build(freeze_steps=3)
     optimizer = build_optimizer(method, OptimOptions.parse(optim, "test"))
     set_lr(optimizer, 0.05)

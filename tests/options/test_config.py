@@ -1,4 +1,4 @@
-"""Configuration: one format in and out, strict kinds, and errors that name line, key and remedy."""
+"""Configuration: YAML in and out, strict types, and errors that name line, key and remedy."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def written(path: Path, text: str | bytes) -> Path:
 
 
 def refusal(path: Path, text: str | bytes) -> tuple[str, Exit]:
-    """What is said of a configuration file, after its name."""
+    """The error about a configuration file, without the file's name, and its exit code."""
     file = written(path / "c.yaml", text)
     with pytest.raises(ClsaError) as caught:
         resolve(read_yaml(file), str(file))
@@ -29,7 +29,7 @@ def refusal(path: Path, text: str | bytes) -> tuple[str, Exit]:
     return message.removeprefix(str(file)), caught.value.code
 
 
-# ---- there and back
+# ---- written to YAML and read back
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -82,7 +82,7 @@ def test_plain_words_stay_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("optim: {lrr: 1}", ": optim.lrr - no such setting - did you mean optim.lr?"),
         ("views: {weak: {size: [8]}}",
@@ -107,8 +107,10 @@ def test_plain_words_stay_words(tmp_path: Path) -> None:
          ": views.weak.ops.round - no such setting - did you mean views.weak.ops.rounds?"),
     ],
 )  # fmt: skip
-def test_unknown_names_are_refused_with_the_nearest(text: str, said: str, tmp_path: Path) -> None:
-    assert refusal(tmp_path, text) == (said, Exit.USAGE)
+def test_unknown_names_are_refused_with_the_nearest(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    assert refusal(tmp_path, text) == (message, Exit.USAGE)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +161,8 @@ def test_wrong_values_are_refused(text: str, key: str, why: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3: a twice"),
-        ("optim:\n  lr: 1\n  lr: 2", "line 3: lr twice"),
+        ("a: 1\nb: 2\na: 3", "line 3: a appears twice"),
+        ("optim:\n  lr: 1\n  lr: 2", "line 3: lr appears twice"),
         ("a: &x 1\nb: *x", "line 2: aliases are refused"),
         ("a: [1", "line 1: expected ',' or ']', but got '<stream end>'"),
         ("ok: 1\n\tbad: 2", "line 2: found character '\\t' that cannot start any token"),
@@ -179,19 +181,19 @@ def test_wrong_values_are_refused(text: str, key: str, why: str, tmp_path: Path)
         ("a: " + "x" * MAX_YAML_BYTES, "larger than 1 MB"),
     ],
 )  # fmt: skip
-def test_files_that_are_no_plain_mapping(text: str | bytes, why: str, tmp_path: Path) -> None:
+def test_files_that_are_not_a_plain_mapping(text: str | bytes, why: str, tmp_path: Path) -> None:
     message, code = refusal(tmp_path, text)
     assert message.startswith(f" - {why} - ") and code == Exit.USAGE
 
 
-def test_an_unknown_method_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_method_is_refused_with_a_list_of_all(tmp_path: Path) -> None:
     message, code = refusal(tmp_path, "method: {name: mocco}")
     assert message.startswith(": method.name mocco - ") and code == Exit.USAGE
     file = written(tmp_path / "c.yaml", "method: {name: mocco}")
     with pytest.raises(ClsaError) as caught:
         RunOptions.parse(read_yaml(file), "file")
     text = str(caught.value)
-    assert text.startswith("file: method.name mocco - there is none - use one of 'moco', ")
+    assert text.startswith("file: method.name mocco - no such method - use one of 'moco', ")
     assert all(name in text for name in KINDS)
 
 
@@ -225,7 +227,7 @@ def test_a_missing_file_and_a_folder_are_missing_input(tmp_path: Path) -> None:
         assert caught.value.code == Exit.NO_INPUT
 
 
-def test_a_billion_laughs_are_not_laughed(tmp_path: Path) -> None:
+def test_the_billion_laughs_attack_is_refused(tmp_path: Path) -> None:
     laughs = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in ("ab", "bc", "cd"))
     assert "aliases are refused" in refusal(tmp_path, laughs)[0]
 
@@ -238,7 +240,7 @@ def test_options_are_frozen() -> None:
         options.optim.lr = 3.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_kinds_hold_in_python_too() -> None:
+def test_types_are_checked_in_python_too() -> None:
     for values in ({"lr": "1"}, {"lr": float("nan")}, {"lr": float("inf")}, {"momentum": False}):
         with pytest.raises(pydantic.ValidationError):
             OptimOptions(**values)  # pyright: ignore[reportArgumentType]

@@ -1,3 +1,5 @@
+"""Protocol cards: published values, hashes, changes, and the command that lists them."""
+
 import dataclasses
 from typing import get_args
 
@@ -43,7 +45,7 @@ def test_every_name_has_a_card_and_every_card_a_judge() -> None:
 
 
 def test_hashes_tell_cards_apart_and_are_those_of_the_release() -> None:
-    """A changed card is a new version: whoever changes one changes its number here too."""
+    """If you change a card, raise its version and put its new hash in RELEASED."""
     hashes = {name: card.hash(name) for name, card in CARDS.items()}
     assert hashes == RELEASED
     assert len(set(hashes.values())) == len(CARDS)
@@ -107,12 +109,12 @@ def test_changes_reach_the_cards_that_have_the_field() -> None:
     assert (clsa.epochs, clsa.lr, moco.epochs, moco.lr) == (5, 10.0, 5, 0.1)
     assert departures("knn-20", cards["knn-20"]) == ""
     assert departures("linear-moco", moco) == "epochs=5 lr=0.1"
-    few = cards_of(["lowshot"], ["shots=[1, 2]"])["lowshot"]
-    assert departures("lowshot", few) == "shots=1,2" and few.headline == "top1-k2"
+    lowshot = cards_of(["lowshot"], ["shots=[1, 2]"])["lowshot"]
+    assert departures("lowshot", lowshot) == "shots=1,2" and lowshot.headline == "top1-k2"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("epochz=5", "did you mean epochs?"),
         ("linear-clsa.neighbours=5", "no card of --protocol has it"),
@@ -124,9 +126,9 @@ def test_changes_reach_the_cards_that_have_the_field() -> None:
         ("lr=1e300", "less than or equal to"),
     ],
 )
-def test_a_wrong_change_is_told_in_a_line(change: str, told: str) -> None:
+def test_a_wrong_change_is_refused_with_the_reason(change: str, message: str) -> None:
     text, code = refusal(lambda: cards_of(["linear-clsa", "linear-moco"], [change]))
-    assert told in text and code == 2
+    assert message in text and code == 2
 
 
 def test_the_command_lists_cards_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Reading objects: VOC's and COCO's layouts, their conventions, and what is wrong with files."""
+"""Reading objects from VOC and COCO folders: conventions, and errors for damaged files."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def picture(path: Path) -> None:
 
 
 def voc(folder: Path, split: str, pictures: dict[str, list[tuple[Any, ...]]]) -> Path:
-    """A folder of VOC's layout; objects are (name, difficult, x1, y1, x2, y2)."""
+    """Write a VOC folder; objects are (name, difficult, x1, y1, x2, y2)."""
     (folder / "Annotations").mkdir(parents=True, exist_ok=True)
     (folder / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
     (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join([*pictures, ""]))
@@ -84,7 +84,7 @@ def test_voc_years_follow_one_another_and_one_year_may_be_given_alone(tmp_path: 
         read_voc(tmp_path / "VOC2012", [("2007", "trainval"), ("2012", "trainval")])
 
 
-def test_voc_of_other_classes(tmp_path: Path) -> None:
+def test_voc_with_other_classes(tmp_path: Path) -> None:
     folder = voc(tmp_path, "train", {"1": [("zebra", 0, 1, 1, 2, 2), ("ant", 0, 1, 1, 2, 2)]})
     assert read_voc(folder, [("2007", "train")]).classes == ["ant", "zebra"]
     assert read_voc(folder, [("2007", "train")], ["zebra", "ant", "b"]).things[0][1].label == 1
@@ -98,9 +98,9 @@ def test_voc_of_other_classes(tmp_path: Path) -> None:
     [
         ("<annotation><object>", "damaged"),
         ("<annotation><object><name>car</name></object></annotation>", "without name or bndbox"),
-        (OBJECT.format(name="car", difficult=0, x1="nan", y1=1, x2=3, y2=3), "no number"),
+        (OBJECT.format(name="car", difficult=0, x1="nan", y1=1, x2=3, y2=3), "not a finite number"),
         (OBJECT.format(name="car", difficult="x", x1=1, y1=1, x2=3, y2=3), "damaged"),
-        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>', "no annotation of VOC's"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>', "not a VOC annotation file"),
     ],
 )
 def test_damaged_xml_is_named(tmp_path: Path, text: str, why: str) -> None:
@@ -114,7 +114,7 @@ def test_damaged_xml_is_named(tmp_path: Path, text: str, why: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_is_missing_of_voc_is_named(tmp_path: Path) -> None:
+def test_missing_voc_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ClsaError, match="VOC2007 - holds no JPEGImages"):
         read_voc(tmp_path)
     voc(tmp_path, "train", {"1": [], "2": []})
@@ -127,7 +127,7 @@ def test_what_is_missing_of_voc_is_named(tmp_path: Path) -> None:
     (tmp_path / "Annotations" / "2.xml").unlink()
     with pytest.raises(ClsaError, match=r"2.xml - No such file"):
         read_voc(tmp_path, [("2007", "train")])
-    for text, why in (("", "no pictures are listed"), ("../1", "no name of a picture")):
+    for text, why in (("", "no pictures are listed"), ("../1", "is not a picture name")):
         (tmp_path / "ImageSets" / "Main" / "train.txt").write_text(text)
         with pytest.raises(ClsaError, match=why):
             read_voc(tmp_path, [("2007", "train")])
@@ -144,7 +144,7 @@ def test_coco_is_read_wherever_its_pictures_are(tmp_path: Path, pictures: str) -
     assert found.source.read(1).shape == (20, 30, 3)
 
 
-def test_coco_numbers_by_the_classes_of_another_split(tmp_path: Path) -> None:
+def test_coco_takes_the_class_order_of_another_split(tmp_path: Path) -> None:
     root = coco(tmp_path, "val", CONTENT, "val")
     assert read_coco(root, "val", ["toothbrush", "x", "car"]).things[1][0].label == 0
     with pytest.raises(ClsaError, match="unknown class car"):
@@ -179,7 +179,7 @@ def test_damaged_json_is_named(tmp_path: Path, content: Any) -> None:
         read_coco(tmp_path, "train")
 
 
-def test_what_is_missing_of_coco_is_named(tmp_path: Path) -> None:
+def test_missing_coco_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ClsaError, match=r"instances_train.json - no such file") as error:
         read_coco(tmp_path, "train")
     assert error.value.code == Exit.NO_INPUT
@@ -192,12 +192,12 @@ def test_what_is_missing_of_coco_is_named(tmp_path: Path) -> None:
         read_coco(tmp_path, "train2017")
     outside = broken(images=[{"id": 9, "file_name": "../x.png"}])
     coco(tmp_path / "x", "train", outside, "train")
-    with pytest.raises(ClsaError, match="outside of the set"):
+    with pytest.raises(ClsaError, match="a path outside the set"):
         read_coco(tmp_path / "x", "train")
 
 
 def coco_with(folder: Path, **over: object) -> Path:
-    """One picture of 64 x 48 pixels with one object, in COCO's layout."""
+    """Write a COCO folder: one picture of 64 x 48 pixels with one object."""
     (folder / "annotations").mkdir(parents=True)
     (folder / "train").mkdir()
     (folder / "train" / "a.jpg").write_bytes(encoded(photograph(0, 48, 64), "JPEG"))
@@ -211,7 +211,7 @@ def coco_with(folder: Path, **over: object) -> Path:
     return folder
 
 
-def test_short_polygons_are_none_and_tiny_boxes_dropped(tmp_path: Path) -> None:
+def test_short_polygons_are_ignored_and_tiny_boxes_dropped(tmp_path: Path) -> None:
     for place, polygons in enumerate(([[5, 5, 25, 25]], [[]], [[1, 2, 3, 4, 5]])):
         found = read_coco(coco_with(tmp_path / str(place), segmentation=polygons), "train")
         assert found.things[0][0].segmentation is None

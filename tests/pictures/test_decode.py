@@ -1,4 +1,4 @@
-"""Every kind of picture, against arrays that were stored and against Pillow."""
+"""Decoding of every kind of picture, compared with the stored arrays and with Pillow."""
 
 import io
 import struct
@@ -56,7 +56,7 @@ def png(width: int, height: int, idat: bytes, colour: int = 2, interlaced: int =
         ("JPEG", {"quality": 98, "subsampling": 0}, 9),
     ],
 )
-def test_formats_hold_their_pixels(kind: str, options: dict, tolerance: int) -> None:
+def test_formats_keep_their_pixels(kind: str, options: dict, tolerance: int) -> None:
     assert difference(encoded(RGB, kind, **options), RGB) <= tolerance
 
 
@@ -89,12 +89,12 @@ def test_a_reduced_jpeg_is_the_picture_made_smaller(orientation: int) -> None:
         assert np.abs(reduced - np.asarray(small, dtype=float)).mean() < 2
 
 
-def test_what_is_no_jpeg_comes_in_full() -> None:
+def test_other_formats_are_never_reduced() -> None:
     image = photograph(5, 40, 60)
     np.testing.assert_array_equal(open_picture(encoded(image)).pixels(8), image)
 
 
-def test_a_jpeg_may_open_and_not_decode() -> None:
+def test_a_truncated_jpeg_opens_but_does_not_decode() -> None:
     data = encoded(photograph(0, 90, 120), "JPEG")
     opened = open_picture(data[: len(data) // 2])
     assert (opened.height, opened.width) == (90, 120)
@@ -273,7 +273,7 @@ def test_interlaced_png_is_counted_by_its_passes() -> None:
     assert reason(png(5, 5, zlib.compress(raw[:-6]), colour=0, interlaced=1)) == "truncated"
 
 
-def test_reasons() -> None:
+def test_reason_codes() -> None:
     assert reason(b"") == "empty"
     assert reason(b"this is a text file, named .jpg") == "not-an-image"
     assert reason(b"<html><body>404</body></html>") == "not-an-image"

@@ -1,4 +1,4 @@
-"""The listing of a folder and its cache: equal to a fresh look, or thrown away."""
+"""The listing of a folder and its cache: a cached listing equals a fresh one or is discarded."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder; listings of any length go there, of folders of any age."""
+    """A cache folder that accepts listings of any length, of folders of any age."""
     monkeypatch.setenv("CLSA_CACHE", str(tmp_path / "cache" / "here"))
     monkeypatch.setattr(listing, "MIN_CACHED", 0)
     monkeypatch.setattr(listing, "RACY_NS", -(10**12))
@@ -45,7 +45,7 @@ def seen(root: Path) -> tuple[list[str], list[int], list[str], list[int]]:
 
 
 def fresh(root: Path) -> tuple[list[str], list[int], list[str], list[int]]:
-    """What a look at the folder gives, whatever lies in the cache."""
+    """A fresh listing of the folder, whatever is in the cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLSA_CACHE", "off")
         return seen(root)
@@ -69,14 +69,14 @@ def test_a_listing_is_in_byte_order_with_sizes_and_folders(root: Path) -> None:
     assert [folders[owner] for owner in owners] == [os.path.dirname(name) for name in names]
 
 
-def test_the_cache_gives_the_same_and_looks_at_no_file_list(
+def test_the_cache_gives_the_same_without_listing_again(
     root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_source(str(root), "train", DataOptions())
     assert seen(root) == fresh(root) and kept(cache).stat().st_size < 2000
 
     def refuse(_: object) -> None:
-        raise AssertionError("listed anew")
+        raise AssertionError("listed again")
 
     monkeypatch.setattr(listing.os, "scandir", refuse)
     second = open_source(str(root), "train", DataOptions())
@@ -86,8 +86,8 @@ def test_the_cache_gives_the_same_and_looks_at_no_file_list(
     assert second.digest() == first.digest()
     again = root.parent / "again"
     again.symlink_to(root)
-    assert list_images(str(again)).names == list(first.ids)  # by the real path
-    with pytest.raises(AssertionError, match="anew"):
+    assert list_images(str(again)).names == list(first.ids)  # cached by the real path
+    with pytest.raises(AssertionError, match="again"):
         fresh(root)
 
 
@@ -114,7 +114,7 @@ def test_a_change_is_seen(root: Path, cache: Path, change: str) -> None:
     assert seen(root) == after and len(list(cache.iterdir())) == 1
 
 
-def test_a_folder_put_in_the_place_of_another_is_seen(root: Path, cache: Path) -> None:
+def test_a_replaced_folder_is_seen(root: Path, cache: Path) -> None:
     seen(root)
     times = root.stat().st_atime_ns, root.stat().st_mtime_ns
     root.rename(root.with_name("old"))
@@ -156,7 +156,7 @@ def test_a_change_during_the_listing_is_seen_by_the_next(
     assert kept(cache).exists() and "late.png" in seen(root)[0]
 
 
-def test_young_and_small_folders_are_not_kept(
+def test_recently_changed_and_small_folders_are_not_cached(
     root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -182,7 +182,7 @@ def test_young_and_small_folders_are_not_kept(
         ({"HOME": "/home"}, "/home/.cache/clsa"),
     ],
 )
-def test_where_the_cache_lies(
+def test_the_place_of_the_cache(
     variables: dict[str, str], wanted: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CLSA_CACHE", "XDG_CACHE_HOME", "HOME"):
@@ -195,7 +195,7 @@ def test_where_the_cache_lies(
     assert path is None or (other is not None and other != path)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_a_cache_that_cannot_be_written_is_ignored(
     root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.parent.mkdir(parents=True)
@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert seen(root) == fresh(root)
 
 
-def test_a_damaged_cache_is_listed_anew_and_mended(root: Path, cache: Path) -> None:
+def test_a_damaged_cache_is_replaced_by_a_new_listing(root: Path, cache: Path) -> None:
     wanted = seen(root)
     path = kept(cache)
     whole = path.read_bytes()
@@ -226,7 +226,7 @@ def test_a_damaged_cache_is_listed_anew_and_mended(root: Path, cache: Path) -> N
     assert listing._load(path) is None  # and does not wait for a writer
 
 
-def test_a_cache_made_up_by_someone_is_refused(root: Path, cache: Path) -> None:
+def test_a_forged_cache_is_refused(root: Path, cache: Path) -> None:
     seen(root)
     path = kept(cache)
     good = listing._load(path)
@@ -258,7 +258,7 @@ def test_a_cache_made_up_by_someone_is_refused(root: Path, cache: Path) -> None:
 # ---- digest
 
 
-def test_a_list_of_strings_and_names_have_one_digest(root: Path) -> None:
+def test_a_list_of_strings_and_names_have_the_same_digest(root: Path) -> None:
     source = open_source(str(root), "train", DataOptions())
     plain = Folder(str(root), list(source.ids), source.labels, source.classes)
     assert plain.digest() == source.digest()

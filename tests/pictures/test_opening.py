@@ -60,7 +60,7 @@ def test_folders_without_labels(tmp_path: Path, names: list[str]) -> None:
     assert source.classes == [] and source.labels.tolist() == [-1] * len(names)
 
 
-def test_loose_pictures_beside_classes_are_unlabelled(tmp_path: Path) -> None:
+def test_loose_pictures_next_to_class_folders_are_unlabelled(tmp_path: Path) -> None:
     tree(tmp_path, ["x/a.png", "y/a.png", "loose.png", "z/none.txt"])
     source = open_source(str(tmp_path), "train", OPTIONS)
     assert source.ids == ["loose.png", "x/a.png", "y/a.png"]
@@ -92,7 +92,7 @@ def test_order_does_not_depend_on_the_listing(
     assert expected.classes == ["Z", "a", "a-b", "a.b", "é"]
 
 
-def test_what_is_passed_over(tmp_path: Path) -> None:
+def test_hidden_names_links_to_folders_and_special_files_are_skipped(tmp_path: Path) -> None:
     tree(tmp_path / "in", ["a/1.png", "b/1.png", "a/.hidden.png", ".git/x.png", "b/notes.txt"])
     tree(tmp_path / "out", ["c/1.png"])
     root = tmp_path / "in"
@@ -266,12 +266,12 @@ def test_wrong_npz(tmp_path: Path) -> None:
     assert opening(path)[1] == Exit.USAGE
     np.savez(path, x=images)
     whole = path.read_bytes()
-    spoilt = whole.replace(bytes(100), b"\1" * 100, 1)  # its checksum no longer holds
+    spoilt = whole.replace(bytes(100), b"\1" * 100, 1)  # its checksum no longer matches
     for junk in (b"", b"junk", whole[:-40], spoilt):
         path.write_bytes(junk)
         text, code = opening(path)
         assert "damaged" in text and code == Exit.BAD_DATA
-    marked = bytearray(whole)  # compressed in a way that nobody knows; encrypted
+    marked = bytearray(whole)  # an unknown compression method; an encrypted member
     for place, value in ((whole.rindex(b"PK\1\2") + 10, 77), (whole.rindex(b"PK\1\2") + 8, 1)):
         marked[place] = value
         path.write_bytes(marked)
@@ -282,19 +282,19 @@ def test_wrong_npz(tmp_path: Path) -> None:
     assert opening(path)[1] == Exit.BAD_DATA
 
 
-def test_an_npz_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npz_without_read_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "set.npz"
     np.savez(path, x=np.zeros((3, 4, 4, 3), np.uint8))
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", refuse)  # root may read everything
+    monkeypatch.setattr("builtins.open", refuse)  # root may read every file
     text, code = opening(path)
     assert "Permission denied" in text and code == Exit.NO_INPUT
 
 
-def test_sets_of_no_pictures(tmp_path: Path) -> None:
+def test_sets_without_pictures(tmp_path: Path) -> None:
     tree(tmp_path / "tree", ["a/1.png", "b/1.png"])
     np.savez(tmp_path / "none.npz", x=np.zeros((0, 4, 4, 3), np.uint8))
     (tmp_path / "list.txt").write_text("\n")

@@ -1,4 +1,4 @@
-"""`clsa pack`: what lies in the shards, who else reads them, interruptions, and what is refused."""
+"""`clsa pack`: contents of the shards, other programs that read them, interruptions, refusals."""
 
 import errno
 import io
@@ -68,7 +68,7 @@ def mixed(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """Twelve JPEGs, of which a shard of `TINY_SHARDS` holds a few."""
+    """Twelve JPEGs; a shard of `TINY_SHARDS` MB holds a few of them."""
     return jpeg_folder(tmp_path / "many", [(50, 64), (64, 50), (30, 30)] * 4)
 
 
@@ -84,7 +84,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-# ---- what lies in the shards
+# ---- contents of the shards
 
 
 def test_small_pictures_keep_their_bytes_and_large_ones_are_resized(
@@ -144,7 +144,7 @@ def test_large_photographs_are_decoded_reduced_yet_at_twice_the_size(tmp_path: P
     assert asked == [8, 4, 4, 2, 2, 1, 1]
 
 
-def test_quality_is_that_of_the_jpegs(tmp_path: Path) -> None:
+def test_quality_applies_to_the_jpegs(tmp_path: Path) -> None:
     plain = open_source(str(jpeg_folder(tmp_path, [(300, 300)])), "train", OPTIONS)
     sizes = [len(packing._encode(plain, 0, 100, quality).data) for quality in (30, 92, 100)]
     assert sizes[0] * 2 < sizes[1] < sizes[2]
@@ -167,7 +167,7 @@ def test_arrays_become_pngs(tmp_path: Path) -> None:
     assert (source.open(0).height, source.open(0).width) == (48, 20)
 
 
-def test_what_no_jpeg_can_hold_becomes_a_png(tmp_path: Path) -> None:
+def test_pictures_too_long_for_a_jpeg_become_pngs(tmp_path: Path) -> None:
     strip = np.zeros((9, 80_000, 3), np.uint8)
     strip[:, ::1000] = 255
     np.savez(tmp_path / "set.npz", images=strip[None])
@@ -211,7 +211,7 @@ def test_webdataset_reads_the_shards(mixed: Path, tmp_path: Path) -> None:
     for i, sample in enumerate(reader.decode("rgb8")):
         assert sample["__key__"] == f"{i:09d}" and sample.get("cls", -1) == source.labels[i]
         pixels = sample.get("jpg", sample.get("png"))
-        if pixels is not None and source.ids[i] != "a/turned.jpg":  # it leaves EXIF alone
+        if pixels is not None and source.ids[i] != "a/turned.jpg":  # webdataset ignores EXIF
             np.testing.assert_array_equal(pixels, source.read(i))
             compared += 1
     assert i == 11 and compared == 7
@@ -243,7 +243,7 @@ def test_unreadable_pictures_are_left_out_and_listed(many: Path, tmp_path: Path)
     whole = (many / "00.jpg").read_bytes()
     (many / "03.jpg").write_bytes(b"no picture")
     (many / "05.jpg").write_bytes(whole[: len(whole) // 2])
-    (many / "08.jpg").write_bytes((many / "02.jpg").read_bytes()[:700])  # kept if it were whole
+    (many / "08.jpg").write_bytes((many / "02.jpg").read_bytes()[:700])  # a small one
     (many / "11.jpg").write_bytes(b"")
     out = tmp_path / "packed"
     result = packed(many, out, shard_mb=TINY_SHARDS)
@@ -271,7 +271,7 @@ def test_unreadable_pictures_are_left_out_and_listed(many: Path, tmp_path: Path)
     assert names == [f"{i:09d}.jpg" for i in range(12) if i not in lost]
 
 
-def test_gaps_are_replaced_as_unreadable_pictures_are(many: Path, tmp_path: Path) -> None:
+def test_gaps_are_replaced_like_unreadable_pictures(many: Path, tmp_path: Path) -> None:
     (many / "03.jpg").write_bytes(b"no picture")
     (many / "11.jpg").write_bytes(b"")
     packed(many, tmp_path / "out", size=64, shard_mb=TINY_SHARDS)
@@ -290,7 +290,7 @@ def test_gaps_are_replaced_as_unreadable_pictures_are(many: Path, tmp_path: Path
             assert torch.equal(one, other)
 
 
-def test_too_many_unreadable_pictures_end_it(tmp_path: Path) -> None:
+def test_too_many_unreadable_pictures_end_the_pack(tmp_path: Path) -> None:
     root = jpeg_folder(tmp_path / "in", [(20, 20)] * 14)
     for i in range(1, 12):
         (root / f"{i:02d}.jpg").write_bytes(b"")
@@ -300,7 +300,7 @@ def test_too_many_unreadable_pictures_end_it(tmp_path: Path) -> None:
     assert (
         "not finished" in refusal(lambda: open_source(str(tmp_path / "out"), "train", OPTIONS))[0]
     )
-    for i in range(1, 12):  # the same command again, once they are mended
+    for i in range(1, 12):  # the same command again, once they are repaired
         (root / f"{i:02d}.jpg").write_bytes((root / "00.jpg").read_bytes())
     result = packed(root, tmp_path / "out")
     assert (result.pictures, result.left_out) == (14, 0)
@@ -312,7 +312,7 @@ def test_too_many_unreadable_pictures_end_it(tmp_path: Path) -> None:
 
 @contextmanager
 def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
-    """Inside, picture number `at` ends the packing as Ctrl-C does."""
+    """Inside this context, picture number `at` interrupts the packing as Ctrl-C does."""
     encode = packing._encode
 
     def encode_until(source: Any, row: int, *options: int) -> Any:
@@ -325,7 +325,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
         yield
 
 
-def test_an_interrupted_pack_goes_on_behind_its_whole_shards(
+def test_an_interrupted_pack_continues_after_its_finished_shards(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (many / "02.jpg").write_bytes(b"")
@@ -369,7 +369,7 @@ def test_an_interruption_before_the_index_loses_nothing(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_pictures_that_changed_meanwhile_are_packed_anew(
+def test_pictures_that_changed_since_are_packed_again(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -383,7 +383,7 @@ def test_pictures_that_changed_meanwhile_are_packed_anew(
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_a_full_disk_is_told_and_the_next_start_goes_on(
+def test_a_full_disk_is_reported_and_the_next_start_finishes(
     many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
@@ -397,15 +397,15 @@ def test_a_full_disk_is_told_and_the_next_start_goes_on(
     assert packed(many, tmp_path / "out").pictures == 12
 
 
-# ---- folders that are taken
+# ---- folders that are in use or hold something else
 
 
-def test_what_a_killed_pack_left_is_swept(many: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_pack_are_removed(many: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / ".packing").mkdir(parents=True)
     left = (".packing/.pack.json.tmp-99999", ".shard-000001.tar.tmp-99999", ".index.npz.tmp-99999")
     packed(many, tmp_path / "whole")
-    packed(many, out)  # writes pack.json anew
+    packed(many, out)  # writes pack.json again
     for name in left:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(b"half")

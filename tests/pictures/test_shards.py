@@ -1,4 +1,4 @@
-"""Packed sets as a source: the crops of the folder they came from, and every kind of damage."""
+"""Packed sets as a source: the same crops as from the original folder; every kind of damage."""
 
 import functools
 import io
@@ -67,7 +67,7 @@ def assert_same(got: list[Crops], expected: list[Crops], most: float, mean: floa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of six small JPEGs of several sizes. To be read only."""
+    """Two classes of six small JPEGs of several sizes. Tests must not change them."""
     root = tmp_path_factory.mktemp("folder")
     for name in ("ant", "bee"):
         jpeg_folder(root / name, [(60, 80), (80, 60), (50, 50), (33, 120), (40, 40), (90, 41)])
@@ -76,14 +76,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def kept(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures, packed in three shards. To be read only."""
+    """The same pictures, packed in three shards. Tests must not change them."""
     out = tmp_path_factory.mktemp("kept")
     packed(folder, out, shard_mb=0.015)
     assert len(list(out.glob("*.tar"))) == 3
     return out
 
 
-# ---- the crops of the folder
+# ---- the same crops as from the folder
 
 
 def test_kept_pictures_give_the_batches_of_the_folder(folder: Path, kept: Path) -> None:
@@ -135,14 +135,14 @@ def test_resized_pictures_are_cut_where_the_originals_were(
     shifted = [
         batch._replace(crops=[view.roll(1, 3) for view in batch.crops]) for batch in batches[0]
     ]
-    with pytest.raises(AssertionError):  # by one pixel
+    with pytest.raises(AssertionError):  # shifted by one pixel
         assert_same(shifted, batches[1], most=30, mean=2.5)
     whole = [next(eval_images(each, np.arange(5), 48, 0.875, CPU))[1] for each in (source, plain)]
     assert (whole[0] - whole[1]).abs().mean() < 3
 
 
 def test_resized_pictures_of_one_size_are_streamed(tmp_path: Path) -> None:
-    """Residents would have their boxes drawn on the size that packing left."""
+    """In a resident set, boxes would be drawn on the size after packing."""
     source = packed(jpeg_folder(tmp_path / "in", [(120, 160)] * 5), tmp_path / "out", size=60)
     batches = collect(source, OPTIONS)
     assert batches[0].crops[0].dtype == torch.uint8
@@ -155,7 +155,7 @@ def test_a_packed_picture_is_not_reduced_twice(tmp_path: Path) -> None:
     large, small = source.open(0), source.open(1)
     assert (large.height, large.width) == (640, 800)
     shapes = [large.pixels(reduction).shape[0] for reduction in (1, 2, 4, 8)]
-    assert shapes == [160, 160, 160, 80]  # a quarter already: 1/8 of the original is 1/2 of it
+    assert shapes == [160, 160, 160, 80]  # packed at 1/4: 1/8 of the original is 1/2 of it
     assert [small.pixels(reduction).shape[0] for reduction in (1, 2, 4, 8)] == [80, 40, 20, 10]
 
 
@@ -206,7 +206,7 @@ def test_the_digest_sees_names_labels_and_bytes(folder: Path, kept: Path, tmp_pa
     assert len(digests) == 7
 
 
-def test_it_can_be_sent_to_a_spawned_worker(kept: Path) -> None:
+def test_a_packed_set_can_be_sent_to_a_spawned_worker(kept: Path) -> None:
     source = open_source(str(kept), "train", OPTIONS)
     source.read(0)
     copy = pickle.loads(pickle.dumps(source))
@@ -230,7 +230,7 @@ def test_few_shards_are_open_at_a_time(kept: Path, monkeypatch: pytest.MonkeyPat
     again = functools.lru_cache(maxsize=2)(shards._opened.__wrapped__)
     monkeypatch.setattr(shards, "_opened", again)
     source = open_source(str(kept), "train", OPTIONS)
-    assert isinstance(source, Shards) and not opened  # lazily
+    assert isinstance(source, Shards) and not opened  # shards open lazily
     for i in [*range(12), *range(12)]:
         source.read(i)
     assert len(opened) == 6 and len(closed) == 4
@@ -263,7 +263,7 @@ def test_damaged_shards_are_found_before_anything_runs(kept: Path, tmp_path: Pat
     assert len(open_source(str(root), "train", OPTIONS)) == 12
 
 
-def test_a_shard_that_is_spoilt_later_costs_its_pictures_only(kept: Path, tmp_path: Path) -> None:
+def test_a_shard_damaged_later_loses_only_its_own_pictures(kept: Path, tmp_path: Path) -> None:
     root = copy_of(kept, tmp_path / "set")
     source = open_source(str(root), "train", OPTIONS)
     assert isinstance(source, Shards)
@@ -300,7 +300,7 @@ def test_an_index_of_another_version(kept: Path, tmp_path: Path) -> None:
 
 
 def wrong_indices(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Indices that fit no set, by what is wrong with them."""
+    """Invalid indices, each named by what is wrong with it."""
     meta = functools.partial(changed_meta, arrays)
     places = arrays["places"]
 
@@ -375,7 +375,7 @@ def test_hostile_indices_are_refused(kept: Path, tmp_path: Path) -> None:
     assert opening(root)[1] == Exit.BAD_DATA
 
 
-def test_a_spoilt_index_ends_in_one_line_or_a_readable_set(kept: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_gives_one_error_line_or_a_readable_set(kept: Path, tmp_path: Path) -> None:
     root = copy_of(kept, tmp_path / "set")
     whole = (root / INDEX).read_bytes()
     rng = np.random.default_rng(0)
@@ -399,17 +399,17 @@ def test_a_spoilt_index_ends_in_one_line_or_a_readable_set(kept: Path, tmp_path:
     assert refused > 200
 
 
-def test_an_index_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_an_index_of_another_program_is_ignored(tmp_path: Path) -> None:
     root = jpeg_folder(tmp_path / "set", [(20, 20)] * 3)
     np.savez(root / INDEX, images=np.zeros((2, 4, 4, 3), np.uint8))
     source = open_source(str(root), "train", OPTIONS)
     assert list(source.ids) == ["00.jpg", "01.jpg", "02.jpg"] and not isinstance(source, Shards)
 
 
-def test_an_index_that_may_not_be_read(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_without_read_permission(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", refuse)  # root may read everything
+    monkeypatch.setattr("builtins.open", refuse)  # root may read every file
     text, code = opening(kept)
     assert "Permission denied" in text and code == Exit.NO_INPUT

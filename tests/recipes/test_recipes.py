@@ -1,4 +1,4 @@
-"""Recipes: the table of the documentation, value by value, and what wins over what."""
+"""Recipes: every value in the tables of the documentation, and the order of precedence."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from clsa.recipes.imagenet import IMAGENET
 from clsa.system.errors import ClsaError, Exit
 
 FIVE, FIVE_SMALL = (224, 192, 160, 128, 96), (32, 28, 24, 20, 16)
-# recipe: stronger, weak sizes, strong sizes, pool, bank; the sizes of the -small form after them
+# recipe: stronger, weak sizes, strong sizes, pool, bank; then both sizes in the -small form
 TABLE: dict[str, tuple[Any, ...]] = {
     "moco-v1": (False, (224,), (96,), "official", "queue", (32,), (32,)),
     "moco-v2": (False, (224,), (96,), "official", "queue", (32,), (32,)),
@@ -105,7 +105,7 @@ def test_small_recipes_differ_in_size_and_optimiser_only(name: str) -> None:
     }
 
 
-# What the papers and their codes give for the other methods on ImageNet.
+# Values for the other methods on ImageNet, from the papers and their code.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "simclr": {
         "batch_size": 4096, "method.temperature": 0.1, "optim.name": "lars", "optim.lr": 0.3,
@@ -189,7 +189,7 @@ def test_the_other_recipes_have_the_published_values(name: str) -> None:
     assert values["strong.temperature"] == values["strong.target_temperature"] == expected
 
 
-# Batch, optimiser, rate for 256 pictures, weight decay, epochs, temperature.
+# Batch size, optimiser, learning rate for 256 pictures, weight decay, epochs, temperature.
 SMALL_SETS: dict[str, tuple[Any, ...]] = {
     "moco-v1": (512, "sgd", 0.03, 5e-4, 200, 0.1),
     "moco-v2": (256, "sgd", 0.3, 1e-4, 1000, 0.2),
@@ -242,21 +242,21 @@ def test_unknown_recipes_are_refused_with_the_nearest(name: str, hint: str) -> N
 
 
 def test_another_method_than_the_recipes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    told = "method.name swav - moco-v2-small is a recipe of moco - choose another --recipe"
-    with pytest.raises(ClsaError, match=f"{told}, perhaps swav-small"):
+    message = "method.name swav - moco-v2-small is a recipe for moco - choose another --recipe"
+    with pytest.raises(ClsaError, match=f"{message}, perhaps swav-small"):
         resolve({"recipe": "moco-v2-small", "method": {"name": "swav"}})
     args = ["pretrain", "--recipe", "moco-v2-small", "--method.name", "swav", "--data", "clipart"]
-    assert main(args) == Exit.USAGE and told in capsys.readouterr().err
+    assert main(args) == Exit.USAGE and message in capsys.readouterr().err
 
 
-def test_a_recipe_can_be_asked_for_twice_and_gives_the_same() -> None:
+def test_a_merge_does_not_change_the_recipe() -> None:
     first = overrides_of("clsa-multi")
     merge(first, {"views": {"strong": {"pool": "paper"}}})
     assert overrides_of("clsa-multi") == first
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_says_what_it_is_whose_it_is_what_it_costs_and_whether_measured(
+def test_every_recipe_describes_its_purpose_source_cost_and_results(
     name: str,
 ) -> None:
     first, values, status = (line[28:] for line in described(name).splitlines())
@@ -290,7 +290,7 @@ def test_given_values_win_over_the_recipe_and_the_recipe_over_defaults() -> None
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Options that a `clsa pretrain` command line would run."""
+    """Parses a `clsa pretrain` command line and returns its options, without training."""
     seen: list[RunOptions] = []
 
     def run(options: RunOptions) -> Path:

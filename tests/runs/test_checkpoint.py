@@ -134,7 +134,7 @@ def test_no_whole_checkpoint_is_missing_input(tmp_path: Path) -> None:
     assert "step-000002: sha256 mismatch" in message and "\n" not in message
 
 
-def test_prune_keeps_the_newest_two_and_those_to_keep_and_the_best(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_two_those_marked_keep_and_the_newest_best(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3, 4, 5, keep=(2,))
     for step in (3, 1, 10):
         name = checkpoint.name_of(checkpoint.BEST, step)
@@ -147,7 +147,7 @@ def test_prune_keeps_the_newest_two_and_those_to_keep_and_the_best(tmp_path: Pat
     assert len(names(tmp_path)) == 8
 
 
-def test_a_checkpoint_in_another_ones_place_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_under_a_wrong_name_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     for suffix in (".ckpt", ".json"):
         (tmp_path / f"step-000002{suffix}").rename(tmp_path / f"step-000007{suffix}")
@@ -155,7 +155,7 @@ def test_a_checkpoint_in_another_ones_place_is_passed_over(tmp_path: Path) -> No
     assert saved and saved.state["step"] == 1 and saved.skipped == ["step-000007: holds step 2"]
 
 
-def test_prune_clears_what_was_never_committed_and_nothing_of_others(tmp_path: Path) -> None:
+def test_prune_deletes_uncommitted_checkpoints_and_no_other_files(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     (tmp_path / "step-000002.json").unlink()
     for name in ("notes.ckpt", "best-000004.ckpt", "stage-1"):
@@ -205,7 +205,7 @@ def test_a_checkpoint_with_code_is_refused_and_not_run(form: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("form", ["pickle", "zip", "text", "empty", "huge header"])
-def test_an_encoder_file_that_is_none_is_refused_and_not_run(form: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_encoder_is_refused_and_not_run(form: str, tmp_path: Path) -> None:
     file, marker = tmp_path / "encoder.safetensors", tmp_path / "marker"
     if form == "zip":
         torch.save(Bomb(marker), file)
@@ -249,8 +249,8 @@ def test_encoder_round_trip_to_the_bit(tmp_path: Path) -> None:
         seed=3, step=12, data_digest="d",
     )  # fmt: skip
     saved_encoder.save_encoder(file, encoder, facts)
-    loaded, told = saved_encoder.load_encoder_facts(file)
-    assert told == facts and not loaded.training
+    loaded, read = saved_encoder.load_encoder_facts(file)
+    assert read == facts and not loaded.training
     assert digests.digest(loaded.state_dict()) == digests.digest(encoder.state_dict())
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(clsa.load_encoder(tmp_path)(images), encoder.eval()(images))
@@ -284,7 +284,7 @@ def leaves(state: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def other(value: Any) -> Any:
-    """Something that differs from `value` in as little as possible."""
+    """A value that differs from `value` as little as possible."""
     if isinstance(value, Tensor):
         changed = value.clone(memory_format=torch.contiguous_format)
         raw = changed.view(-1).view(torch.uint8)
@@ -336,7 +336,7 @@ def test_digest_survives_the_disk(state: dict[str, Any], tmp_path: Path) -> None
     assert checkpoint.run_digest(tmp_path) == digests.digest(state)
 
 
-def test_digest_of_a_run_leaves_out_what_is_only_told(tmp_path: Path) -> None:
+def test_digest_of_a_run_leaves_out_what_is_only_reported(tmp_path: Path) -> None:
     found = set()
     for best in (1.0, 2.0):
         state = {"method": {}, "optimizer": {}, "step": 1, "best": best, "data_digest": "x"}
@@ -389,10 +389,10 @@ def test_a_bug_in_the_writer_stays_a_bug(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), ClsaError("a worker", "killed", "again", Exit.IO)]
 )
-def test_what_a_signal_raises_in_the_midst_of_a_save_is_what_comes_out(
+def test_an_exception_of_a_signal_handler_passes_through_a_save(
     error: BaseException, tmp_path: Path
 ) -> None:
-    """A handler's exception: torch.save closes its file behind it, and fails at that."""
+    """After the handler's exception torch.save closes its file, which fails and hides it."""
 
     def write(file: Any) -> None:
         class Stream:
@@ -448,13 +448,13 @@ def test_a_folder_that_is_a_file_cannot_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file"]
 
 
-def test_the_leftover_of_a_killed_process_of_our_number_is_no_obstacle(tmp_path: Path) -> None:
+def test_the_leftover_of_a_killed_process_with_our_pid_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / f".a.tmp-{os.getpid()}").write_text("half")
     files.write_text(tmp_path / "a", "whole")
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "whole"
 
 
-def test_what_dead_processes_left_is_cleared_and_no_more(tmp_path: Path) -> None:
+def test_only_the_files_of_dead_processes_are_cleared(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     left = [f".a.tmp-{gone.pid}", f".step-000001.ckpt.tmp-{os.getpid()}"]
@@ -466,7 +466,7 @@ def test_what_dead_processes_left_is_cleared_and_no_more(tmp_path: Path) -> None
     assert names(tmp_path) == sorted(others)
 
 
-def test_room_is_taken_and_given_back(tmp_path: Path, small_disk: int) -> None:
+def test_room_is_reserved_and_freed(tmp_path: Path, small_disk: int) -> None:
     files.require_room(tmp_path, small_disk)
     message, code = refused(lambda: files.require_room(tmp_path, small_disk + 1))
     assert code == Exit.CANNOT_WRITE and "File too large (0.1 MB needed)" in message

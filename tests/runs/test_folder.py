@@ -19,14 +19,14 @@ def claimed(path: Path) -> RunFolder:
     return folder
 
 
-def test_a_new_or_empty_folder_is_free_and_its_own_run_is_welcome(tmp_path: Path) -> None:
+def test_a_new_an_empty_and_the_runs_own_folder_are_accepted(tmp_path: Path) -> None:
     folder = claimed(tmp_path / "a" / "b")
     folder.check(options())
     (tmp_path / "empty").mkdir()
     RunFolder(tmp_path / "empty").check(options())
 
 
-def test_what_a_start_killed_at_once_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_leftovers_of_a_start_killed_at_once_are_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / ".in-use").write_text("1 host 12:00")
     (tmp_path / ".config.yaml.tmp-999999999").write_text("reci")
     RunFolder(tmp_path).check(options())
@@ -39,7 +39,7 @@ def test_foreign_folders_are_refused_and_untouched(tmp_path: Path) -> None:
     with pytest.raises(ClsaError, match="neither empty nor a run's folder"):
         RunFolder(tmp_path).check(options())
     (tmp_path / "config.yaml").write_text("my_project: precious\n")
-    with pytest.raises(ClsaError, match=r"config\.yaml is not a run's"):
+    with pytest.raises(ClsaError, match=r"config\.yaml does not describe a run"):
         RunFolder(tmp_path).check(options())
     assert (tmp_path / "config.yaml").read_text() == "my_project: precious\n"
 
@@ -49,7 +49,7 @@ def test_foreign_folders_are_refused_and_untouched(tmp_path: Path) -> None:
 )
 def test_another_run_is_refused_once_it_has_something_to_lose(tmp_path: Path, left: str) -> None:
     folder = claimed(tmp_path / "run")
-    folder.check(options(epochs=7))  # nothing yet: the correction of a first mistake
+    folder.check(options(epochs=7))  # nothing is saved yet: a first mistake can be corrected
     (folder.path / left).parent.mkdir(exist_ok=True)
     (folder.path / left).write_text("{}")
     with pytest.raises(ClsaError, match=r"holds another run \(epochs: 20 -> 7\)") as caught:
@@ -66,7 +66,7 @@ def test_a_run_of_another_method_is_refused_by_its_name(tmp_path: Path) -> None:
             folder.check(now)
 
 
-def test_what_computes_nothing_may_differ(tmp_path: Path) -> None:
+def test_options_that_compute_nothing_may_differ(tmp_path: Path) -> None:
     folder = claimed(tmp_path / "run")
     folder.encoder.write_text("")
     assert {"max_steps", "data.workers", "device", "out"} <= FREE
@@ -91,7 +91,7 @@ def test_quarantine_is_read_back(tmp_path: Path) -> None:
     assert folder.read_quarantine() == {}
 
 
-def test_status_says_how_it_ended(tmp_path: Path) -> None:
+def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
     folder = claimed(tmp_path / "run")
     folder.write_status(Exit.PREEMPTED, "SIGTERM", 5, True)
     status = json.loads(folder.status_file.read_text())

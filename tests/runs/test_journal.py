@@ -1,7 +1,9 @@
 import errno
+import importlib.util
 import json
+import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,8 +36,29 @@ def test_metrics_and_tensorboard_hold_the_same_numbers(
     board.Reload()
     (event,) = board.Scalars("contrast")
     assert (event.step, event.value) == (2, 7.5)
-    told = capsys.readouterr().err
-    assert "contrast 7.50 (chance 8.38, floor 3.51) · KL 0.250" in told and "step 2/4" in told
+    printed = capsys.readouterr().err
+    assert "contrast 7.50 (chance 8.38, floor 3.51) · KL 0.250" in printed
+    assert "step 2/4" in printed
+
+
+def test_without_tensorboard_the_metrics_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, tensorboard: Any) -> RunFolder:
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir()
+        marks = Landmarks("contrast", 8.38, 3.51)
+        with Journal(folder, 0, 4, 2, marks, True, tensorboard) as log:
+            log.log(2, {"contrast": 7.5})
+        return folder
+
+    assert run("on", "on").tensorboard.exists() and not run("off", "off").tensorboard.exists()
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    folder = run("auto", "auto")
+    assert not folder.tensorboard.exists() and folder.metrics.read_text().count("\n") == 1
+    with pytest.raises(ClsaError, match=r"TensorBoard.*clsa\[tensorboard\]"):
+        run("asked", "on")
 
 
 def test_other_ranks_say_and_write_nothing(
@@ -49,7 +72,7 @@ def test_other_ranks_say_and_write_nothing(
     assert not folder.metrics.exists() and capsys.readouterr().err == ""
 
 
-def test_lines_wait_for_a_disk_that_is_full(
+def test_lines_are_kept_while_the_disk_is_full(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Full:
@@ -76,8 +99,8 @@ def test_lines_wait_for_a_disk_that_is_full(
         log.write({"step": 3, "knn": 1.0})
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    told = "warning: metrics.jsonl waits for the disk - No space left on device\n"
-    assert capsys.readouterr().err == told
+    warning = "warning: cannot write metrics.jsonl yet, lines are kept - "
+    assert capsys.readouterr().err == f"{warning}No space left on device\n"
 
 
 def test_tensorboard_gives_up_on_a_full_disk_in_one_line(
@@ -94,8 +117,8 @@ def test_tensorboard_gives_up_on_a_full_disk_in_one_line(
             log.write({"step": step, "knn": 1.0})
             writer._worker.join(timeout=1.0)
     assert len(folder.metrics.read_text().splitlines()) == 8
-    told = "warning: tensorboard/ gets no more of this start - No space left on device\n"
-    assert capsys.readouterr().err == told
+    warning = "warning: tensorboard/ gets nothing more until the next start - "
+    assert capsys.readouterr().err == f"{warning}No space left on device\n"
 
 
 def test_a_path_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Saving a run: a disk that refuses costs saves before it costs the run."""
+"""Saving a run: two refused saves are survived; a third in a row, or the last, ends the run."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def steps(saver: Saver) -> list[int]:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Refuses to flush with the error number "refuses", unless it is 0."""
+    """Makes fsync fail with the error number under "refuses", unless that is 0."""
     disk, fsync = {"refuses": 0}, os.fsync
 
     def refuse(handle: int) -> None:
@@ -54,24 +54,24 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return disk
 
 
-def test_two_misses_are_told_and_the_next_save_counts_anew(
+def test_two_failed_saves_are_reported_and_a_good_one_resets_the_count(
     saver: Saver, disk: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_to(saver, 3)
     for step, number in enumerate((errno.ENOSPC, errno.EIO, 0, errno.EROFS, errno.EDQUOT, 0), 4):
         disk["refuses"] = number
         save_to(saver, step)
-    told = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     where = saver.state.folder.checkpoints
-    assert [line.partition(" - ")[0] for line in told] == [
+    assert [line.partition(" - ")[0] for line in lines] == [
         f"error: cannot save step {step} ({where})" for step in (4, 5, 7, 8)
     ]
-    assert told[0].endswith(" - previous step 3 is intact") and "No space left" in told[0]
-    assert told[2].endswith(" - previous step 6 is intact") and "Read-only" in told[2]
+    assert lines[0].endswith(" - previous step 3 is intact") and "No space left" in lines[0]
+    assert lines[2].endswith(" - previous step 6 is intact") and "Read-only" in lines[2]
     assert steps(saver) == [6, 9] and not list(where.glob(".*"))
 
 
-def test_the_third_miss_in_a_row_and_the_last_save_end_the_run(
+def test_the_third_failure_in_a_row_or_a_failed_last_save_ends_the_run(
     saver: Saver, disk: dict[str, int]
 ) -> None:
     disk["refuses"] = errno.EROFS
@@ -88,7 +88,7 @@ def test_the_third_miss_in_a_row_and_the_last_save_end_the_run(
     assert caught.value.code == Exit.IO
 
 
-def test_room_is_told_where_it_is_what_lacks(
+def test_a_lack_of_room_is_reported_in_numbers(
     saver: Saver, disk: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 200_000})
@@ -98,7 +98,7 @@ def test_room_is_told_where_it_is_what_lacks(
         save_to(saver, 1, last=True)
 
 
-def test_the_size_that_is_told_is_the_size_on_the_disk(saver: Saver) -> None:
+def test_the_reported_size_is_the_size_on_the_disk(saver: Saver) -> None:
     loss = saver.state.method(torch.ones(2, 300)).sum()
     loss.backward()
     saver.state.optimizer.step()
@@ -107,7 +107,7 @@ def test_the_size_that_is_told_is_the_size_on_the_disk(saver: Saver) -> None:
     assert saver.state.num_bytes() == pytest.approx(size, rel=0.05)
 
 
-def test_a_bug_in_saving_is_no_miss(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_saving_is_raised_at_once(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise ClsaError("what", "why", "what next")
 
@@ -116,7 +116,7 @@ def test_a_bug_in_saving_is_no_miss(saver: Saver, monkeypatch: pytest.MonkeyPatc
         save_to(saver, 1)
 
 
-def test_what_cannot_be_deleted_is_told(
+def test_a_checkpoint_that_cannot_be_deleted_is_reported(
     saver: Saver, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unlink = Path.unlink
@@ -130,8 +130,8 @@ def test_what_cannot_be_deleted_is_told(
     for step in (1, 2, 3):
         save_to(saver, step)
     assert steps(saver) == [1, 2, 3]
-    told = capsys.readouterr().err
-    assert told.startswith("warning: cannot delete ") and told.count("\n") == 1
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: cannot delete ") and warning.count("\n") == 1
     monkeypatch.undo()
     save_to(saver, 4)
     assert steps(saver) == [3, 4]
@@ -142,7 +142,7 @@ def damage(saver: Saver, *of: int) -> None:
         (saver.state.folder.checkpoints / f"step-{step:06d}.ckpt").write_bytes(b"")
 
 
-def test_the_one_gone_on_from_stays_and_damaged_newer_ones_give_way(saver: Saver) -> None:
+def test_the_resumed_checkpoint_stays_and_damaged_newer_ones_give_way(saver: Saver) -> None:
     for step in (3, 9, 12):
         save_to(saver, step, keep=step == 3)
     manifest = saver.state.folder.checkpoints / "step-000003.json"
@@ -154,7 +154,7 @@ def test_the_one_gone_on_from_stays_and_damaged_newer_ones_give_way(saver: Saver
         and [note.split(",")[-1] for note in notes] == [" using step-000003"] * 2
     )
     again = Saver(saver.state, saver.options, saver.journal)
-    assert steps(again) == [3, 9, 12]  # the start itself deletes none that may yet be mended
+    assert steps(again) == [3, 9, 12]  # the start deletes none: damaged ones may still be repaired
     save_to(again, 4)
     assert steps(again) == [3, 4]
     for step in (5, 6, 7):

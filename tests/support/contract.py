@@ -1,4 +1,4 @@
-"""Every method at a size for tests: what test_methods.py and its two-process runs build."""
+"""Every method at a small size, for test_methods.py and its two-process runs."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ TINY: dict[str, Any] = {
     },
 }  # fmt: skip
 QUEUE = {"queue_size": 12, "key_momentum": 0.9}
-# What only a method's own options can make small; one line a method.
+# Options of the methods themselves that make them small; one line per method.
 TINY_METHODS: dict[str, Any] = {
     "moco": QUEUE,
     "simclr": {},
@@ -53,7 +53,7 @@ TINY_METHODS: dict[str, Any] = {
     "dino": {"num_prototypes": 10, "key_momentum": 0.9, "freeze_epochs": 0.0},
     "supervised": {},
 }
-# One recipe a method, with and without the divergence.
+# One recipe per method; tests run it with and without the divergence.
 BASES = {
     "moco": "moco-v2",
     "simclr": "simclr",
@@ -87,14 +87,14 @@ def tiny(recipe: str, **over: Any) -> RunOptions:
 
 
 def build(recipe: str, **over: Any) -> Method:
-    """The method, after what it does before its first epoch."""
+    """The method, after its `before_epoch` for the first epoch."""
     method = build_method(tiny(recipe, **over), EXTENT)
     method.before_epoch(0, embed)
     return method
 
 
 def embed(network: Network) -> Tensor:
-    """Projections of 30 pictures, which no weight decides: the same for every method."""
+    """Random projections of 30 pictures, the same for every method and all weights."""
     generator = torch.Generator().manual_seed(99)
     rows = torch.randn(EXTENT.num_pictures, network.dim, generator=generator)
     return torch.nn.functional.normalize(rows, dim=1)
@@ -103,7 +103,7 @@ def embed(network: Network) -> Tensor:
 def batch_of(method: Method, step: int = 0, rows: int = ROWS) -> Batch:
     """Random pixels for every declared view; two of three pictures have a label.
 
-    The method's companions follow, pictures like the others.
+    Rows for the method's companions follow, random pixels too.
     """
     companions = method.companions()
     rows += companions.count if companions else 0
@@ -132,7 +132,7 @@ def total(method: Method, batch: Batch) -> Tensor:
 def train(
     method: Method, steps: int, first: int = 0, optimizer: Any = None
 ) -> torch.optim.Optimizer:
-    """Whole steps of plain SGD on batches of `batch_of`; another epoch begins every three."""
+    """Whole steps of plain SGD on batches of `batch_of`; a new epoch begins every three steps."""
     optimizer = optimizer or build_optimizer(method, OptimOptions())
     set_lr(optimizer, 0.05)
     for step in range(first, first + steps):
@@ -150,7 +150,7 @@ def shared_run(recipe: str, stronger: bool, steps: int = 4) -> dict[str, Any]:
     """Gradients of each step and the last state, over all processes, batch norm frozen."""
     method = build(recipe, stronger=stronger).eval()
     optimizer = build_optimizer(method, OptimOptions(), method.fixed_rate)
-    set_lr(optimizer, 0.005)  # a unit of ReLU that flips by rounding must not grow
+    set_lr(optimizer, 0.005)  # small, so that the effect of a ReLU flipped by rounding stays small
     gradients = []
     for step in range(steps):
         output = method(share(batch_of(method, step)))
@@ -175,6 +175,6 @@ def rank_main(rank: int, world: int, store: str, out: str, cases: list[tuple[str
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Length of the difference over that of `theirs`, all tensors together."""
+    """Norm of the difference divided by the norm of `theirs`, over all tensors together."""
     a, b = (torch.cat([x.double().ravel() for x in each]) for each in (ours, theirs))
     return float((a - b).norm() / b.norm())

@@ -42,7 +42,7 @@ def shared_norm() -> nn.BatchNorm2d:
 
 
 def main(scenes: str, out: str, settings: str) -> None:
-    """Train and look; save detections, a digest of the weights and what was gathered."""
+    """Train and detect; save detections, a digest of the weights and the gathered values."""
     torch.set_num_threads(1)
     device, chosen = torch.device("cpu"), DetectCard.parse(json.loads(settings), "test")
     with dist.process_group(device):

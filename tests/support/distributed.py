@@ -1,4 +1,4 @@
-"""One rank of a two-process run, started by test_train.py; prints nothing, saves what it saw."""
+"""One rank of a two-process run, started by test_train.py; saves its gradients and weights."""
 
 import sys
 from pathlib import Path

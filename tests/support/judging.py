@@ -1,4 +1,4 @@
-"""`clsa` in chunks of 8 pictures, so that few pictures are shared by several processes."""
+"""Runs `clsa` with chunks of 8 pictures, so that several processes share even a small set."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Pictures for tests: drawn like photographs (gradients, coarse and fine noise), encoded anew."""
+"""Pictures for tests: drawn like photographs (gradients, coarse and fine noise), then encoded."""
 
 import io
 import tarfile
@@ -40,7 +40,7 @@ def jpeg_folder(root: Path, sizes: list[tuple[int, int]]) -> Path:
 
 
 def clipart_folder(root: Path, classes: int, each: int) -> Path:
-    """The first `each` embedded drawings of some classes, as root/CLASS/NAME.webp."""
+    """The first `each` embedded drawings of `classes` classes, as root/CLASS/NAME.webp."""
     counts: dict[str, int] = {}
     with tarfile.open(CLIPART) as tar:
         for member in tar:
@@ -58,8 +58,9 @@ def clipart_folder(root: Path, classes: int, each: int) -> Path:
 def voc_folder(root: Path, counts: dict[str, int], size: int = 40) -> Path:
     """VOC2007's layout: gray noise with red, green or blue squares, some of them difficult.
 
-    Of every list in `counts`, picture i shows colour i modulo 3, every second one the next colour
-    too, and every fifth one a third that is difficult. `trainval` holds `train` and `val`.
+    In every list of `counts`, picture i shows colour i modulo 3. Every second picture also shows
+    the next colour, and every fifth one a third colour, marked difficult. `trainval` holds `train`
+    and `val`.
     """
     top = root / "VOC2007"
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):

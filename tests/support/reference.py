@@ -16,7 +16,7 @@ def _visible(row: int, num_rows: int, candidates: Tensor | None) -> list[int]:
 def probabilities(
     query: Tensor, bank: Tensor, temperature: float, candidates: Tensor | None = None
 ) -> list[dict[int, float]]:
-    """p(z_j | q_i) for every visible j, one dictionary a query."""
+    """p(z_j | q_i) for every visible j, one dictionary per query."""
     result = []
     for i, q in enumerate(query.double().tolist()):
         logits = {
@@ -72,10 +72,10 @@ def written_out(
     positive: Tensor,
     temperature: float = 0.2,
 ) -> Tensor:
-    """CLSA* as the official code computes it: a softmax matrix a pair, a bank copy a term.
+    """CLSA* as the official code computes it: one softmax matrix per pair, one bank copy per term.
 
     The target of a weak query is the softmax of its contrast logits, detached. Differentiable
-    torch, any dtype: what the streaming losses are timed and compared against.
+    torch, any dtype; the streaming losses are timed and compared against it.
     """
     loss = weak[0].new_zeros(())
     for query in weak:
@@ -115,7 +115,7 @@ def cosine_regression(prediction: Tensor, target: Tensor) -> float:
 
 
 def suncet(rows: Tensor, labels: Tensor, temperature: float) -> float:
-    """SuNCEt: mean over i of -log of the share of i's class among all others, where it has one."""
+    """SuNCEt: mean over i of -log of the share of i's class among all others, if it has any."""
     terms = []
     for i in range(len(rows)):
         alike = others = 0.0

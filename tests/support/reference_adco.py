@@ -11,7 +11,7 @@ from tests.support import reference
 def adversarial_gradient(
     query: Tensor, keys: Tensor, negatives: Tensor, temperature: float
 ) -> list[list[float]]:
-    """dL/dw_k = (I - u_k u_k^T) (1/B) sum_i p_ik q_i / (T |w_k|), one list a negative."""
+    """dL/dw_k = (I - u_k u_k^T) (1/B) sum_i p_ik q_i / (T |w_k|), one list per negative."""
     lengths = [math.sqrt(sum(x * x for x in row)) for row in negatives.double().tolist()]
     units = [
         [x / length for x in row]
@@ -32,7 +32,7 @@ def adversarial_gradient(
 
 
 def adversarial_loss(query: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> float:
-    """What the negatives ascend: the contrastive loss over [keys; negatives at unit length]."""
+    """The loss that negatives ascend: the contrastive one over [keys; negatives at unit length]."""
     units = negatives.double() / negatives.double().norm(dim=1, keepdim=True)
     bank = torch.cat([keys.double(), units])
     return reference.info_nce(query, bank, torch.arange(len(query)), temperature)

@@ -51,7 +51,7 @@ def moved(row: Tensor, feature: Tensor, momentum: float) -> list[float]:
 
 
 def jigsaw(images: np.ndarray, u: np.ndarray, grid: int, side: int) -> np.ndarray:
-    """Patch p of a picture: of the cell with the p-th smallest order number."""
+    """Patch p of a picture comes from the cell with the p-th smallest order number."""
     cell = images.shape[-1] // grid
     patches = []
     for image, draws in zip(images, u, strict=True):

@@ -1,4 +1,4 @@
-"""The strong operations one picture at a time, by Pillow, and how close ours come to them."""
+"""The strong operations by Pillow, one picture at a time, and how closely ours match them."""
 
 import functools
 import io

@@ -1,4 +1,4 @@
-"""How a user's mistake must end: one line that says what, why and what to do, and a code."""
+"""Checks how a user's mistake ends: one line with what, why and what to do, and an exit code."""
 
 from collections.abc import Callable
 

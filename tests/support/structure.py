@@ -1,9 +1,9 @@
-"""The structure of the package as its own docstrings and imports tell it.
+"""The structure of the package, read from its own docstrings and imports.
 
     python -m tests.support.structure
 
-prints the tree with a line a wing, how many files and imports there are, and how often the start
-of a run goes back up. `test_structure.py` holds the rules.
+prints the tree with one line per wing, how many files and imports there are, and how often the
+start of a run climbs to a file later in reading order. `test_structure.py` holds the rules.
 """
 
 import ast
@@ -24,7 +24,7 @@ import clsa
 ROOT = Path(clsa.__file__).parent
 ENTRY = re.compile(r"    (\w+)(\.py|/) +(.+)")
 BESIDE = ("recipes",)
-"""Folders that stand beside a wing and are not counted as one."""
+"""Folders that stand next to a wing and do not count as a wing."""
 
 
 class Entry(NamedTuple):
@@ -42,7 +42,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def docstring(folder: Path) -> str:
-    """What the `__init__` of a folder says."""
+    """The docstring of a folder's `__init__`."""
     return ast.get_docstring(tree_of(folder / "__init__.py"), clean=False) or ""
 
 
@@ -55,7 +55,7 @@ def entries(folder: Path) -> list[Entry]:
 def modules(folder: Path = ROOT) -> list[str]:
     """Names of all modules in reading order, from the one that imports nothing to the last.
 
-    The `__init__` of a folder stands after its files, since it may hand on names of theirs.
+    The `__init__` of a folder stands after its files, because it may re-export their names.
     """
     names: list[str] = []
     for entry in entries(folder):
@@ -95,7 +95,7 @@ def own_imports(name: str) -> set[str]:
 
 
 def upward(names: list[str]) -> list[tuple[str, str]]:
-    """Imports that run from a module to one that stands at its own place or below it."""
+    """Imports of a module that does not come before the importing one in `names`."""
     place = {name: number for number, name in enumerate(names)}
     return [
         (name, other)
@@ -144,7 +144,7 @@ class Route:
             self.files.append(name)
 
     def climbs(self, names: list[str]) -> int:
-        """How often the route goes from a file to one that stands after it in reading order."""
+        """How often the route goes from a file to one that comes after it in reading order."""
         place = {name: number for number, name in enumerate(names)}
         known = [place[name] for name in self.files if name in place]
         return sum(after > before for before, after in itertools.pairwise(known))
@@ -180,8 +180,8 @@ def main() -> None:
     for entry in entries(ROOT):
         folder = ROOT / entry.name
         count = sum(path.name != "__init__.py" for path in folder.rglob("*.py"))
-        told = f"{count:3} files" if entry.is_folder else ""
-        print(f"{entry.name + '/' * entry.is_folder:12} {told:10} {entry.text}")
+        size = f"{count:3} files" if entry.is_folder else ""
+        print(f"{entry.name + '/' * entry.is_folder:12} {size:10} {entry.text}")
     names = modules()
     chain = longest_chain(names)
     arrows = sum(len(own_imports(name)) for name in names)
@@ -190,8 +190,8 @@ def main() -> None:
     print(f"longest chain of imports: {len(chain)} ({' > '.join(chain)})")
     for depth in (1, 2, 3):
         route = route_of_a_start(depth)
-        told = f"{len(route.files)} files entered, {route.climbs(names)} climbs"
-        print(f"start of a run, {depth} calls deep: {told}")
+        summary = f"{len(route.files)} files entered, {route.climbs(names)} climbs"
+        print(f"start of a run, {depth} calls deep: {summary}")
         if depth < 3:
             print(f"  {' > '.join(route.files)}")
 

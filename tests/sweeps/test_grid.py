@@ -1,4 +1,4 @@
-"""Grids: what a file's axes become, the folders' names, and what is refused before any run."""
+"""Grids: the cells that a file's axes give, folder names, and what is refused before any run."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def test_cells_are_the_product_of_the_axes_seed_by_seed() -> None:
     assert (first.recipe, first.strong.rounds, first.optim.lr) == ("moco-v2-small", 3, 0.06)
 
 
-def test_dotted_names_and_groups_say_the_same() -> None:
+def test_dotted_names_and_groups_mean_the_same() -> None:
     given = {
         "views.weak": {"ops.rounds": 2},
         "views": {"size": 16, "weak": {"blur": 0.0}},
@@ -86,7 +86,7 @@ def test_dotted_names_and_groups_say_the_same() -> None:
         (" a\n\x1b[1m b ", "a [1m b"), ({"a": 1}, '{"a": 1}'),
     ],
 )  # fmt: skip
-def test_values_in_words(value: Any, told: str) -> None:
+def test_values_as_text(value: Any, told: str) -> None:
     assert words(value) == told
 
 
@@ -114,7 +114,7 @@ def test_folder_names_survive_odd_labels() -> None:
     assert names_of([{"strong.rounds": "3", "method": "MoCo v2"}]) == [
         "strong.rounds-3_method-MoCo-v2"
     ]
-    assert names_of(rows) == names  # of the row alone: the same at every start
+    assert names_of(rows) == names  # depends on the row alone, so it is the same at every start
 
 
 TWICE = {"strong.rounds": [3, 5], "a": {"b": {"strong": {"rounds": 7}}}}
@@ -132,7 +132,7 @@ SAME = {"a": {"b": {"stronger": True}, "c": {"optim.lr": 0.06}}}
         ({}, "s: grid - there are none"),
         ({"strong.rounds": []}, "s: grid: strong.rounds - no values"),
         ({"a": {}}, "s: grid: a - no values"),
-        ({"strong.rounds": [3, 3]}, "s: grid: strong.rounds - a value twice"),
+        ({"strong.rounds": [3, 3]}, "s: grid: strong.rounds - a value appears twice"),
         ({"strong.rounds": 3}, "s: grid: strong.rounds - not an axis"),
         ({"a": {"b": 3}}, "s: grid: a - not an axis"),
         ({"a": {"b": None}}, "s: grid: a - not an axis"),
@@ -151,9 +151,9 @@ def test_refused_before_any_run(axes: dict[str, Any], words: str) -> None:
     ("over", "words"),
     [
         ({"seeds": []}, "s: seeds - there are none"),
-        ({"seeds": [1, 1]}, "s: seeds - one twice"),
+        ({"seeds": [1, 1]}, "s: seeds - one appears twice"),
         ({"protocol": []}, "s: protocol - there are none"),
-        ({"protocol": ["voc07-map"]}, "s: protocol voc07-map - it takes VOC's or COCO's folders"),
+        ({"protocol": ["voc07-map"]}, "s: protocol voc07-map - it needs VOC's or COCO's folders"),
         ({"base": {"seed": 3}}, "s: base: seed - the sweep itself sets it"),
         ({"base": {"optim": {"lr": -1}}}, "optim.lr - Input should be greater than 0"),
     ],
@@ -169,11 +169,11 @@ def test_the_rest_of_the_file_is_checked_too(over: dict[str, Any], words: str) -
         ("seeds: [a]", "expected int"),
         ("protocol: [20nn]", "protocol.0"),
         ("grid: [1]", "grid"),
-        ("grid: {a: [1], a: [2]}", "line 1: a twice"),
+        ("grid: {a: [1], a: [2]}", "line 1: a appears twice"),
         ("[]", "holds no"),
     ],
 )
-def test_files_that_are_no_grids(text: str, words: str, tmp_path: Path) -> None:
+def test_files_that_are_not_grids_are_refused(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(text)
     told, code = refusal(lambda: read_grid(SweepOptions(sweep=str(path))))
@@ -188,7 +188,7 @@ def test_files_that_are_no_grids(text: str, words: str, tmp_path: Path) -> None:
         ("nowhere.yaml", "No such file"),
     ],
 )
-def test_neither_file_nor_preset(name: str, words: str) -> None:
+def test_a_name_that_is_neither_file_nor_preset_is_refused(name: str, words: str) -> None:
     told, code = refusal(lambda: read_grid(SweepOptions(sweep=name)))
     assert words in told and code == Exit.NO_INPUT
 
@@ -212,7 +212,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (options.data.data, options.data.workers, options.epochs) == ("clipart", 0, 2)
     assert (options.max_minutes, options.device, options.seed) == (1.5, "cpu", 3)
     assert grid.protocol == ("logistic",)
-    again = tmp_path / "sweep.yaml"  # what a sweep writes is a sweep's file
+    again = tmp_path / "sweep.yaml"  # a sweep can be started from the file that it writes
     again.write_text(grid.to_yaml())
     assert cells_of(read_grid(SweepOptions(sweep=str(again))), OUT) == cells_of(grid, OUT)
 
@@ -270,7 +270,7 @@ def test_every_preset_is_known_to_the_command_and_to_the_page() -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_presets_resolve_and_hold_what_they_say(name: str) -> None:
+def test_presets_resolve_to_their_documented_sizes(name: str) -> None:
     grid = read_grid(SweepOptions(sweep=name))
     cells = cells_of(grid, OUT)
     rows, seeds = SIZES[name]
@@ -280,13 +280,13 @@ def test_presets_resolve_and_hold_what_they_say(name: str) -> None:
     assert len(grid.seeds) == seeds and len(cells) == rows * seeds
     assert all(cell.options.data.data == "clipart" for cell in cells)
     assert all(cell.options.recipe.endswith("-small") for cell in cells)
-    # Equal pictures seen; of stages an epoch of the later ones goes through exemplars too.
+    # Equal pictures seen. With stages, an epoch of a later stage also goes through the exemplars.
     assert len({cell.options.epochs for cell in cells}) == (2 if name == "continual" else 1)
     assert len({cell.options.batch_size for cell in cells}) == 1
 
 
 def varied(name: str) -> dict[str, set[Any]]:
-    """Options in which a preset's cells of the first seed differ, with their values."""
+    """Options that differ between a preset's cells of the first seed, with their values."""
     cells = cells_of(read_grid(SweepOptions(sweep=name, seeds=(0,))), OUT)
     found = [flatten(cell.options) for cell in cells]
     names = set().union(*found) - {"out"}
@@ -294,7 +294,7 @@ def varied(name: str) -> dict[str, set[Any]]:
     return {key: value for key, value in values.items() if len(value) > 1}
 
 
-def test_what_the_papers_questions_vary() -> None:
+def test_presets_vary_exactly_the_options_of_their_question() -> None:
     assert varied("table7") == {"strong.rounds": {3, 5, 7}}
     assert varied("clim-alpha") == {"mixture.alpha": {1.0, 1.5, 2.0, 2.5}}
     assert varied("clim-clusters") == {
@@ -315,7 +315,7 @@ def test_what_the_papers_questions_vary() -> None:
     }  # fmt: skip
 
 
-def test_methods_are_all_there_with_and_without_the_divergence() -> None:
+def test_preset_methods_has_every_method_with_and_without_the_divergence() -> None:
     cells = cells_of(read_grid(SweepOptions(sweep="methods")), OUT)
     assert {cell.options.stronger for cell in cells[::2]} == {False}
     assert {cell.options.stronger for cell in cells[1::2]} == {True}

@@ -1,4 +1,4 @@
-"""Sweeps of tiny runs: what is run again and what is not, failures, interruptions, refusals."""
+"""Sweeps of tiny runs: which runs are repeated, failures, interruptions, refusals."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ Start = Callable[..., Path]
 
 @pytest.fixture
 def start(pictures: Path, tmp_path: Path) -> Start:
-    """Start the same sweep of one axis; its folder is `tmp_path / "out"`."""
+    """A function that starts the same one-axis sweep in the folder `tmp_path / "out"`."""
 
     def run(rounds: tuple[int, ...] = (3, 5), base: Any = None, **asked: Any) -> Path:
         data = {"data": str(pictures), "workers": 0}
@@ -64,7 +64,7 @@ def start(pictures: Path, tmp_path: Path) -> Start:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what is trained (+) and judged (?), as it happens."""
+    """The runs that are trained (+) and judged (?), in order, by name."""
     seen: list[str] = []
 
     def spied(name: str, sign: str, folder: Callable[[Any], Path]) -> None:
@@ -85,7 +85,7 @@ def table(out: Path) -> list[dict[str, Any]]:
     return json.loads((out / "table.json").read_text())["runs"]
 
 
-def test_a_sweep_runs_each_cell_once_and_goes_on_where_it_was(
+def test_a_sweep_runs_each_cell_once_and_resumes(
     start: Start, calls: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = start()
@@ -107,7 +107,7 @@ def test_a_sweep_runs_each_cell_once_and_goes_on_where_it_was(
     assert calls == [] and "done already" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
-    # one seed and one protocol more: trained are only the new ones
+    # one more seed and one more protocol: only the new runs are trained
     more: dict[str, Any] = {"seeds": (0, 1), "protocol": ("knn-20", "knn-strong")}
     weights = (out / "strong.rounds-3_seed-0" / "encoder.safetensors").read_bytes()
     start(**more)
@@ -116,14 +116,14 @@ def test_a_sweep_runs_each_cell_once_and_goes_on_where_it_was(
     titles = "| strong.rounds | knn-20 | knn-20 gain | knn-strong | knn-strong gain | seeds |"
     assert titles in (out / "table.md").read_text()
 
-    # an encoder that is not the one that was judged
+    # an encoder other than the judged one is trained and judged again
     calls.clear()
     (out / "strong.rounds-3_seed-1" / "encoder.safetensors").write_bytes(weights)
     start(**more)
     assert calls == ["+3_seed-1", "?3_seed-1"]
 
 
-def test_runs_of_a_sweep_are_those_of_the_command_to_the_bit(
+def test_runs_of_a_sweep_equal_clsa_pretrain_to_the_bit(
     start: Start, pictures: Path, tmp_path: Path
 ) -> None:
     out = start((5,))
@@ -168,7 +168,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert "seed 0 failed: a bug |" in page and "in two lines" in capsys.readouterr().err
     monkeypatch.setattr(module, "pretrain", whole)
     calls.clear()
-    start((3, 5, 7))  # tried again, and only they
+    start((3, 5, 7))  # only the failed runs are tried again
     assert [call for call in calls if call[0] == "?"] == ["?3_seed-0", "?7_seed-0"]
     assert "failed" not in (out / "table.md").read_text()
 
@@ -218,7 +218,7 @@ def test_a_full_disk_ends_the_sweep(
     assert [run["code"] for run in table(tmp_path / "out")] == [Exit.IO, 0]
 
 
-def test_what_max_minutes_stopped_is_judged_marked_and_left_so(
+def test_a_run_stopped_by_max_minutes_is_judged_marked_and_not_continued(
     start: Start, calls: list[str]
 ) -> None:
     base = {"epochs": 3}
@@ -230,13 +230,13 @@ def test_what_max_minutes_stopped_is_judged_marked_and_left_so(
     calls.clear()
     start((3,), base, max_minutes=1e-6)
     assert calls == []
-    start((3,), base)  # without the limit it goes on
+    start((3,), base)  # without the limit it continues
     assert calls == ["+3_seed-0", "?3_seed-0"]
     assert table(out)[0]["step"] == 6 and "minutes" not in (out / "table.md").read_text()
     assert {x["encoder_digest"] for x in table(out)[0]["records"]} < {
         x["encoder_digest"]
         for x in json.loads((out / "strong.rounds-3_seed-0" / "results.json").read_text())
-    }  # those of the stopped encoder are no longer counted
+    }  # records of the stopped encoder no longer count
 
 
 # ---- refused before anything is run or written

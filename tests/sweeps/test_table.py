@@ -1,4 +1,4 @@
-"""The table of a sweep: means and deviations by hand, what it says, and reading it back."""
+"""The table of a sweep: means and deviations computed by hand, its notes, and reading it back."""
 
 import io
 import json
@@ -88,10 +88,10 @@ def test_one_seed_has_no_deviation_and_one_row_no_best() -> None:
     assert sheet.lines == [["x", "32.00", "+1.00", "1", "2.00", "160"]]
     assert sheet.best == set() and sheet.titles[-1] == "pictures seen"
     tie = sheet_of(grid, [outcome("x", 0, 32.001, 31.0), outcome("y", 0, 32.0, 31.0)])
-    assert tie.best >= {(0, 1), (1, 1)}  # equal as far as they are shown
+    assert tie.best >= {(0, 1), (1, 1)}  # equal in the two digits that are shown
 
 
-def test_notes_tell_what_became_of_a_run() -> None:
+def test_notes_say_how_a_run_ended() -> None:
     stopped: dict[str, Any] = {"step": 13, "epoch": 2.6, "epochs": 4}
     assert outcome("x", 1, 1.0, 0.0).note == ""
     limit = outcome("x", 1, 1.0, 0.0, reason="max_minutes", **stopped)
@@ -103,7 +103,7 @@ def test_notes_tell_what_became_of_a_run() -> None:
     assert blank("x", 1).note == "seed 1 not run yet"
 
 
-def test_nothing_run_yet_is_a_table_too(tmp_path: Path) -> None:
+def test_a_sweep_without_finished_runs_has_a_table_too(tmp_path: Path) -> None:
     outcomes = [blank(place, seed) for seed in (0, 1, 2) for place in "xy"]
     sheet = sheet_of(GRID, outcomes)
     assert sheet.lines[0][:-1] == ["x", "", "", "0 of 3", "", ""] and sheet.best == set()
@@ -111,7 +111,7 @@ def test_nothing_run_yet_is_a_table_too(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "table.json").read_text())["rows"][0]["knn-20"] is None
 
 
-def test_odd_signs_stay_what_they_are() -> None:
+def test_markup_characters_are_escaped() -> None:
     odd = "[bold]a|b*c_d`<e>"
     grid = GRID.model_copy(update={"name": "[red]|", "about": "a\n# b"})
     outcomes = [outcome("x", 0, 1.0, 0.0).model_copy(update={"row": {odd: odd}})]
@@ -146,7 +146,7 @@ def test_everything_is_read_back(tmp_path: Path) -> None:
     assert read_outcomes(tmp_path / "none.json") == {}
 
 
-def test_what_a_run_folder_tells(tmp_path: Path) -> None:
+def test_outcome_is_read_from_the_run_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     values = {"recipe": "clsa-small", "out": str(out), "epochs": 4, "batch_size": 32, "seed": 3}
@@ -162,7 +162,7 @@ def test_what_a_run_folder_tells(tmp_path: Path) -> None:
     (out / "status.json").write_text(json.dumps(status))
     told = outcome_of(cell, [record(5.0, "trained")])
     assert (told.reason, told.step, told.epoch, told.code) == ("max_minutes", 30, 1.5, 0)
-    seconds = 320 / 100 + 320 / 400 + 320 / 500  # slow intervals count by their length
+    seconds = 320 / 100 + 320 / 400 + 320 / 500  # each interval counts by its length in time
     assert told.pictures_seen == 960
     assert told.ms_per_picture == pytest.approx(1000 * seconds / 960)
     assert told.headline("knn-20") == 5.0 and told.gain("knn-20") is None

@@ -1,4 +1,6 @@
-"""With one process every function is the identity; with several, values and gradients by hand."""
+"""With one process every function is the identity; with several, values and gradients are
+compared with hand-made ones.
+"""
 
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def _permute(rank: int, world: int, rendezvous: str, out: str) -> None:
     td.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     rows = torch.arange(24.0).reshape(4, 3, 2) + 100 * rank
     orders = [rng.permutation(seed, 0, 4 * world) for seed in range(5)]
-    orders.append(np.arange(4 * world))  # nobody sends to another
+    orders.append(np.arange(4 * world))  # no rank sends rows to another
     for order in orders:
         whole = dist.all_gather(rows)[torch.from_numpy(order)]
         share = dist.permuted(rows, order)
@@ -51,7 +53,7 @@ def _draw(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def _exchange(rank: int, world: int, rendezvous: str, out: str) -> None:
-    """Sums and gathers whose losses weigh every number otherwise on every rank."""
+    """Sums and gathers with losses that weigh every number differently on every rank."""
     torch.set_num_threads(1)
     td.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     everyone, ranks = _draw((world, 3, 2), 0), range(world)
@@ -61,8 +63,8 @@ def _exchange(rank: int, world: int, rendezvous: str, out: str) -> None:
     torch.testing.assert_close(total.detach(), everyone.sum(0))
     weights = [_draw((3, 2), 10 + each) for each in ranks]
     (weights[rank] * total**2).sum().backward()
-    asked = sum((2 * each * everyone.sum(0) for each in weights), torch.zeros(3, 2))
-    torch.testing.assert_close(value.grad, asked)
+    expected = sum((2 * each * everyone.sum(0) for each in weights), torch.zeros(3, 2))
+    torch.testing.assert_close(value.grad, expected)
     torch.testing.assert_close(value.detach(), everyone[rank])  # not summed in place
 
     rows = everyone[rank].clone().requires_grad_()
@@ -72,10 +74,10 @@ def _exchange(rank: int, world: int, rendezvous: str, out: str) -> None:
     weights = [_draw((3 * world, 2), 20 + each) for each in ranks]
     (weights[rank] * gathered**2).sum().backward()
     own = slice(3 * rank, 3 * rank + 3)
-    asked = sum((2 * each[own] * everyone[rank] for each in weights), torch.zeros(3, 2))
-    torch.testing.assert_close(rows.grad, asked)
+    expected = sum((2 * each[own] * everyone[rank] for each in weights), torch.zeros(3, 2))
+    torch.testing.assert_close(rows.grad, expected)
 
-    columns = everyone[rank].T.clone().requires_grad_()  # no contiguous memory
+    columns = everyone[rank].T.clone().requires_grad_()  # not contiguous
     dist.all_sum(columns.T).sum().backward()
     torch.testing.assert_close(columns.grad, torch.full((2, 3), float(world)).double())
 
@@ -92,7 +94,7 @@ def test_sums_and_gathers_give_gradients_of_all_ranks_losses(world: int, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "tpu"])
-def test_devices_that_are_not_there_are_refused(name: str) -> None:
+def test_devices_that_do_not_exist_are_refused(name: str) -> None:
     with pytest.raises(ClsaError, match=f"device {name}"):
         dist.pick_device(name)
 

@@ -1,4 +1,4 @@
-"""One writer a folder: who holds it is told, what a killed process left is taken over."""
+"""One writer per folder: the holder is named, the lock of a killed process is taken over."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ def test_the_folder_is_made_and_left_without_the_lock(tmp_path: Path, locks: boo
     out = tmp_path / "a" / "b"
     with pytest.raises(ZeroDivisionError), only_writer(out):
         raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []  # nothing came of it
+    assert list(tmp_path.iterdir()) == []  # it stayed empty
     with only_writer(out):
         assert (out / NAME).read_text().startswith(f"{os.getpid()} {HOST} ")
         (out / "file").write_text("")
@@ -55,7 +55,7 @@ def test_the_folder_is_made_and_left_without_the_lock(tmp_path: Path, locks: boo
     assert list(out.iterdir()) == []  # it was there before
 
 
-def test_who_holds_it_is_told_at_once(tmp_path: Path) -> None:
+def test_the_holder_is_named_at_once(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from clsa.system.lock import only_writer\n"
     code += "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -63,27 +63,26 @@ def test_who_holds_it_is_told_at_once(tmp_path: Path) -> None:
     assert holder.stdout and holder.stdout.readline() == "held\n"
     with pytest.raises(ClsaError) as caught, only_writer(tmp_path):
         pass
-    told = rf"{tmp_path} in use by pid {holder.pid} on host {HOST} since \d\d:\d\d - .*"
-    assert caught.value.code == Exit.USAGE and re.fullmatch(told, str(caught.value))
+    expected = rf"{tmp_path} in use by pid {holder.pid} on host {HOST} since \d\d:\d\d - .*"
+    assert caught.value.code == Exit.USAGE and re.fullmatch(expected, str(caught.value))
     holder.communicate()
     with only_writer(tmp_path):
         pass
 
 
-def test_what_a_killed_process_left_is_taken_over(
+def test_the_lock_of_a_killed_process_is_taken_over(
     tmp_path: Path, dead: int, locks: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / NAME).write_text(f"{dead} {HOST} 12:03\n")
     with only_writer(tmp_path):
         assert (tmp_path / NAME).read_text().startswith(f"{os.getpid()} ")
-    told = (
-        f"note: {tmp_path} is taken over from pid {dead} on host {HOST} since 12:03, which is gone"
-    )
-    assert capsys.readouterr().err == f"{told}\n"
+    holder = f"pid {dead} on host {HOST} since 12:03"
+    note = f"note: {tmp_path} is taken over from {holder}, which has ended\n"
+    assert capsys.readouterr().err == note
 
 
 @pytest.mark.parametrize("text", [b"", b"12", b"\xff\xfe\0", b"-3 host 12:00\n"])
-def test_a_torn_lock_is_nobodys(
+def test_a_torn_lock_belongs_to_nobody(
     tmp_path: Path, text: bytes, locks: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / NAME).write_bytes(text)
@@ -92,7 +91,7 @@ def test_a_torn_lock_is_nobodys(
     assert capsys.readouterr().err == ""
 
 
-def test_without_locks_another_host_is_believed(
+def test_without_locks_a_lock_of_another_host_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The machine: memory that stays with the process, and the way to the device."""
+"""The machine: freed memory stays with the process, uploads keep values and shapes."""
 
 import subprocess
 import sys

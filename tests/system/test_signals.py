@@ -20,7 +20,7 @@ def test_a_signal_raises_a_flag_and_the_old_handlers_come_back() -> None:
 
 
 def test_a_second_interrupt_leaves_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
         with stop_on_signals() as stop, pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -41,7 +41,7 @@ def test_nohup_stays_in_force() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_deadline_ranks_below_a_signal_and_is_told_to_the_other_ranks() -> None:
+def test_the_deadline_ranks_below_a_signal_and_reaches_the_other_ranks() -> None:
     late, patient = Stop(max_minutes=0.0), Stop()
     time.sleep(0.01)
     assert (late.level, patient.level) == (1, 0)
@@ -62,7 +62,7 @@ def test_all_ranks_know_that_one_was_asked_to_be_queued_again() -> None:
     assert {stop.reason(agreed) for stop in (warned, ended, Stop())} == {"SIGUSR1"}
 
 
-def test_once_a_run_has_begun_nobody_says_that_nothing_was_to_be_saved() -> None:
+def test_the_handlers_of_leave_at_once_are_gone_once_a_run_has_begun() -> None:
     code = (
         "import os, signal; from clsa.system import signals; signals.leave_at_once()\n"
         "with signals.stop_on_signals(): pass\n"
@@ -73,7 +73,7 @@ def test_once_a_run_has_begun_nobody_says_that_nothing_was_to_be_saved() -> None
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "True\n", "")
 
 
-def test_whoever_listens_last_tells_and_is_told_by_whoever_listens_around_it() -> None:
+def test_nested_listeners_share_their_signals() -> None:
     check()
     with stop_on_signals() as outer:
         with stop_on_signals() as inner:
@@ -88,7 +88,7 @@ def test_whoever_listens_last_tells_and_is_told_by_whoever_listens_around_it() -
     check()
 
 
-def test_signals_wait_while_they_are_held_back_and_children_never_hear_them() -> None:
+def test_signals_wait_while_they_are_held_back_and_children_never_get_them() -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); print('lives')"
     with stop_on_signals() as stop:
         with held_back():
@@ -108,10 +108,10 @@ def test_before_a_run_begins_a_signal_ends_the_process_with_75(number: int) -> N
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     name = signal.Signals(number).name
     assert (done.returncode, done.stdout) == (Exit.PREEMPTED, "")
-    assert done.stderr == f"error: stopped by {name} - nothing was to be saved - run it again\n"
+    assert done.stderr == f"error: stopped by {name} - there was nothing to save - run it again\n"
 
 
-def test_the_command_heeds_signals_before_it_imports_anything_slow() -> None:
+def test_the_command_handles_signals_before_it_imports_anything_slow() -> None:
     code = """
 import sys
 from clsa import __main__

@@ -12,7 +12,7 @@ NAMES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A false one, first on PATH, that notes what it is called with."""
+    """A fake scontrol, first on PATH, that notes its arguments."""
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "scontrol"
@@ -36,25 +36,25 @@ def test_a_job_and_a_task_of_an_array_are_named_as_scontrol_takes_them(
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12345")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert slurm.job() == "12345_2"
-    assert slurm.requeue() == "SLURM job 12345_2 is queued again and will resume it"
+    assert slurm.requeue() == "SLURM job 12345_2 is queued again and will resume the run"
     assert calls(scontrol) == ["2:requeue 12345_2"]
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         ("echo Access denied >&2; exit 1", "(Access denied): type scontrol requeue 7"),
         ("exit 3", "(exit code 3): type scontrol requeue 7"),
         ("exec sleep 9", "(no answer in 0 s): type scontrol requeue 7"),
     ],
 )
-def test_what_fails_is_told_with_the_command_to_type(
-    scontrol: Path, monkeypatch: pytest.MonkeyPatch, answer: str, told: str
+def test_a_failed_requeue_is_reported_with_the_command_to_type(
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch, answer: str, message: str
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(slurm, "TIMEOUT_S", 0.4)
     scontrol.write_text(f"#!/bin/sh\n{answer}\n")
-    assert told in slurm.requeue()
+    assert message in slurm.requeue()
     scontrol.unlink()
     assert "(No such file or directory): type scontrol requeue 7" in slurm.requeue()
 
@@ -63,13 +63,13 @@ def test_what_fails_is_told_with_the_command_to_type(
 def test_only_usr1_within_a_job_queues_it_again(
     kind: Callable[[str], BaseException], scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(name: str) -> str:
+    def message(name: str) -> str:
         with pytest.raises((Asked, StopError)) as found, stoppable(None):
             raise kind(name)
         return str(found.value)
 
-    assert "SLURM" not in told("SIGUSR1")
+    assert "SLURM" not in message("SIGUSR1")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert "SLURM" not in told("SIGTERM") and calls(scontrol) == []
-    assert told("SIGUSR1").endswith("; SLURM job 7 is queued again and will resume it")
+    assert "SLURM" not in message("SIGTERM") and calls(scontrol) == []
+    assert message("SIGUSR1").endswith("; SLURM job 7 is queued again and will resume the run")
     assert calls(scontrol) == ["2:requeue 7"]

@@ -16,7 +16,7 @@ from clsa.system.errors import ClsaError, Exit
 
 
 class Pictures(Dataset):
-    """Number n reads picture 10 n; number 3 comes to grief."""
+    """Number n reads picture 10 n; number 3 calls `end`."""
 
     def __init__(self, end: Callable[[], object]):
         self.end = end
@@ -37,7 +37,7 @@ def boom() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "told"),
+    ("end", "message"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
         (lambda: os.kill(os.getpid(), signal.SIGSEGV), "killed by SIGSEGV"),
@@ -46,12 +46,12 @@ def boom() -> None:
         (boom, "- boom -"),
     ],
 )
-def test_the_end_of_a_worker_names_it_its_picture_and_the_cause(
-    end: Callable[[], object], told: str, monkeypatch: pytest.MonkeyPatch
+def test_the_error_names_the_worker_its_picture_and_the_cause(
+    end: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "TIMEOUT_S", 1)
     began = time.monotonic()
-    with pytest.raises(ClsaError, match=told) as caught:
+    with pytest.raises(ClsaError, match=message) as caught:
         list(run(end))
     text = str(caught.value)
     assert caught.value.code == Exit.IO and "\n" not in text
@@ -59,7 +59,7 @@ def test_the_end_of_a_worker_names_it_its_picture_and_the_cause(
     assert time.monotonic() - began < 30
 
 
-def test_one_process_that_waits_leaves_when_it_is_asked_to() -> None:
+def test_a_single_process_stops_waiting_when_it_is_asked_to_stop() -> None:
     began = time.monotonic()
     with signals.stop_on_signals() as stop:
         found = []
@@ -115,7 +115,7 @@ def test_shared_memory_is_counted_for_all_processes_of_the_machine(
 
 
 class _Immortal(multiprocessing.Process):
-    """As one in uninterruptible sleep."""
+    """A process that cannot be killed, as one in uninterruptible sleep."""
 
     def kill(self) -> None: ...
 
@@ -133,7 +133,7 @@ def test_a_worker_that_does_not_die_is_left_behind(monkeypatch: pytest.MonkeyPat
         process.join()
 
 
-def test_too_few_open_files_are_told_before_the_first_batch(
+def test_too_few_open_files_are_refused_before_the_first_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import resource

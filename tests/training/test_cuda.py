@@ -1,4 +1,4 @@
-"""What holds on a GPU as it does on a CPU; skipped where there is none."""
+"""Results on a GPU equal those on a CPU; skipped without a GPU."""
 
 import json
 import warnings
@@ -93,7 +93,7 @@ def test_the_counter_gives_the_same_bits() -> None:
 
 
 def test_uploads_arrive_whole_while_the_device_is_busy() -> None:
-    """Their pinned memory is used again and again before the copies are done."""
+    """Pinned memory is reused many times before the copies are done."""
     busy = torch.randn(2048, 2048, device=GPU)
     for _ in range(20):
         busy = busy @ busy / 2048
@@ -121,14 +121,14 @@ def test_weak_views_are_the_same(size: int) -> None:
     crops = noise(128, size, size).contiguous(memory_format=torch.channels_last)
     wanted = transform.pixels(crops, params, spec)
     got = transform.pixels(crops.to(GPU), params, spec).cpu()
-    kept = ~params.solarize  # what lies at the half may round to either side of it
+    kept = ~params.solarize  # values at one half may round to either side
     torch.testing.assert_close(got[kept], wanted[kept], rtol=0, atol=5e-4)
     assert ((got - wanted).abs() > 5e-4).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("pool", ["paper", "official", "randaugment"])
 def test_strong_operations_are_the_same(pool: Any) -> None:
-    """On uint8, where every operation is integer arithmetic or rounds float64 away."""
+    """On uint8, where every operation is integer arithmetic or rounds its float64 result."""
     strong = StrongOptions(sizes=(48,), pool=pool)
     (spec,) = strong_specs(ViewOptions(size=48), strong, 2)
     params = transform.sample(spec, 0, 0, np.arange(256))
@@ -175,7 +175,7 @@ def test_losses_are_float32_under_autocast() -> None:
     assert got.item() == pytest.approx(wanted.item(), abs=1e-5)
 
 
-def test_the_queue_turns_alike() -> None:
+def test_the_queue_is_the_same() -> None:
     queues = [KeyQueue(20, 8, 0).to(device) for device in (CPU, GPU)]
     for number, rows in enumerate((8, 8, 8, 33, 5)):
         for queue, device in zip(queues, (CPU, GPU), strict=True):
@@ -287,7 +287,7 @@ def test_a_run_resumes_in_the_order_of_a_run_on_the_cpu(
     assert first[0] == pytest.approx(first[1], rel=2e-3)
 
 
-def test_a_run_of_the_cpu_goes_on_and_is_judged_on_the_gpu(drawings: Path, tmp_path: Path) -> None:
+def test_a_run_from_the_cpu_resumes_and_is_evaluated_on_gpu(drawings: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(options(drawings, out, device="cpu", max_steps=2, probe_every=0))
     cpu = load_newest(out / "checkpoints")

@@ -1,7 +1,7 @@
-"""What makes a step quick, held without a clock: operations, allocations, reads by the host.
+"""Guards the speed of a step without a clock: operations, allocations, reads by the host.
 
-Times are for benchmarks/; here a change that adds work to every step fails at once, on any machine.
-The bounds stand at what was counted or a little above; who has a reason raises them.
+Times are measured in benchmarks/; here a change that adds work to every step fails at once, on any
+machine. The bounds are the counted numbers or a little above; raise one only for a reason.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from tests.support.pictures import jpeg_folder
 
 SIZE = 16
 CPU = torch.device("cpu")
-# Operators whose result the host has to wait for on a GPU.
+# Operators for whose result the host has to wait on a GPU.
 WAITING = {
     "_local_scalar_dense", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "equal",
     "is_nonzero", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount",
@@ -54,7 +54,7 @@ READS = (
 
 
 class Seen(TorchDispatchMode):
-    """Counts operators; notes those that wait, and new storages by their number of elements."""
+    """Counts operators; records those that wait, and the number of elements of new storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,13 +83,13 @@ class Seen(TorchDispatchMode):
 
 @contextlib.contextmanager
 def reads() -> Iterator[Counter[str]]:
-    """Counts how often the host asks a tensor for its numbers, by way of asking."""
+    """Counts how often the host reads numbers from a tensor, for each function that does so."""
     seen: Counter[str] = Counter()
     inside = [0]
 
     def spy(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def asked(*args: Any, **keywords: Any) -> Any:
-            seen[name] += not inside[0]  # one way may use another
+            seen[name] += not inside[0]  # one function may call another
             inside[0] += 1
             try:
                 return plain(*args, **keywords)
@@ -147,7 +147,7 @@ class Trainer:
 
 
 def operations(out: Path, batch: int, recipe: str) -> Counter[str]:
-    """Of a whole step but the making of its random crops, the second."""
+    """Operators of the second step, without the making of its random crops."""
     trainer = Trainer(out, batch, recipe)
     trainer.step()  # the optimiser makes its state
     crops = trainer.crops()
@@ -157,17 +157,17 @@ def operations(out: Path, batch: int, recipe: str) -> Counter[str]:
 
 
 def test_the_operations_of_a_step_do_not_grow_with_the_batch(tmp_path: Path) -> None:
-    """At 256 pictures every strong operation is drawn in each round; the bank is one tile."""
+    """From 256 pictures on every strong operation is drawn in each round; the bank is one tile."""
     some, more = (operations(tmp_path, batch, "clsa-small") for batch in (256, 512))
     assert some == more
     assert some.total() <= 3000
 
 
-def test_eleven_views_cost_as_many_operations_as_their_number_says(tmp_path: Path) -> None:
+def test_eleven_views_cost_operations_in_proportion(tmp_path: Path) -> None:
     assert operations(tmp_path, 64, "clsa-multi-small").total() <= 12_500
 
 
-def test_the_watch_sees_what_waits() -> None:
+def test_the_counters_see_every_operation_that_waits() -> None:
     x = torch.arange(6.0)
     acts: dict[str, Callable[[], object]] = {
         "item": lambda: x[0].item(),
@@ -197,8 +197,8 @@ def test_the_watch_sees_what_waits() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["clsa-small", "moco-v2-small", "clsa-multi-small"])
-def test_the_host_reads_one_thing_of_the_device_in_a_step(recipe: str, tmp_path: Path) -> None:
-    """`agree` by one tolist; `numpy` is of index, labels and draws, on the CPU."""
+def test_the_host_reads_the_device_once_in_a_step(recipe: str, tmp_path: Path) -> None:
+    """`agree` calls `tolist` once; `numpy` is called on index, labels and draws, on the CPU."""
     trainer = Trainer(tmp_path, 8, recipe)
     trainer.step()
     crops = trainer.crops()
@@ -221,7 +221,7 @@ def test_a_number_that_is_not_finite_costs_no_further_read(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("recipe", ["clsa-small", "swav-small"])
 def test_a_look_of_health_reads_the_device_once(recipe: str, tmp_path: Path) -> None:
-    """By one `cpu`; what is judged after that has no other tensor of the device."""
+    """It calls `cpu` once; what judges after that gets no other tensor of the device."""
     trainer = Trainer(tmp_path, 8, recipe)
     health = Health(trainer.method, 10, 0, LOOK_EVERY - 1, watches=True)
     crops, judged = trainer.crops(), []
@@ -248,12 +248,12 @@ def streamed(root: Path) -> tuple[Source, DataOptions]:
     return open_source(str(root), "train", options), options
 
 
-SEEDS = {"resident": 5, "streamed": 6}  # permutations are kept: each draws its own
+SEEDS = {"resident": 5, "streamed": 6}  # permutations are cached: each kind needs its own seed
 
 
 @pytest.mark.parametrize("kind", SEEDS)
 def test_views_are_drawn_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A view draws twice in a step, for its box and for its pixels, whole batches at a time."""
+    """A view draws twice in a step, for its box and for its pixels, each for the whole batch."""
     source, options = resident() if kind == "resident" else streamed(tmp_path / "pictures")
     trainer, drawn = Trainer(tmp_path, 8), Counter[int]()
     plain = rng.hash_bits
@@ -272,7 +272,7 @@ def test_views_are_drawn_once(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("view", "most"), [("weak0", 10), ("strong0", 14)])
 def test_pixels_are_copied_no_more_often_than_needed(view: str, most: int, tmp_path: Path) -> None:
-    """Allocations of a whole batch of pictures or more while one view is made."""
+    """Counts allocations of at least a whole batch of pictures while one view is made."""
     batch = 64
     trainer = Trainer(tmp_path, batch)
     crops = trainer.crops()
@@ -287,9 +287,9 @@ def test_pixels_are_copied_no_more_often_than_needed(view: str, most: int, tmp_p
 
 
 def _exchange(rank: int, rendezvous: str, out: str) -> None:
-    """One of two ranks: the collectives of the third step, gradients' included.
+    """Run one of two ranks; save the collectives of its third step, those for gradients included.
 
-    In the second, DistributedDataParallel once agrees on the order of the gradients.
+    The second step is skipped: in it DistributedDataParallel agrees once on the gradients' order.
     """
     torch.set_num_threads(1)
     td.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
@@ -312,7 +312,7 @@ def _exchange(rank: int, rendezvous: str, out: str) -> None:
 
 
 def test_ranks_exchange_key_views_keys_gradients_and_a_flag(tmp_path: Path) -> None:
-    """Nothing else: no bank, no buffer and no weight goes over the wire in a step."""
+    """Nothing else: no bank, buffer or weight is sent in a step."""
     spawn(_exchange, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         calls, weights = torch.load(tmp_path / f"calls{rank}", weights_only=True)

@@ -1,4 +1,4 @@
-"""A bad step kept by a run, and taken again: from the state, the pictures and the draws it had."""
+"""A run keeps a bad step; `replay` computes it again from the same state, pictures and draws."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
 
 
 def overflow(monkeypatch: pytest.MonkeyPatch, steps: range, back: bool = True) -> None:
-    """Make the first weights too large in some steps, and what they were afterwards."""
+    """Make the first weights too large in some steps; with `back`, restore them afterwards."""
     step_of = step.train_step
 
     def broken(model: Any, state: Any, crops: Any, run: Any) -> Any:
@@ -63,7 +63,7 @@ def overflow(monkeypatch: pytest.MonkeyPatch, steps: range, back: bool = True) -
 
 @pytest.fixture
 def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """That overflowed at one step, kept with the weights that did."""
+    """A run that overflowed at one step; its bundle holds the weights that overflowed."""
     overflow(monkeypatch, range(BAD, BAD + 1), back=False)
     out = pretrain(options(pictures, tmp_path / "run", max_steps=BAD + 2))
     monkeypatch.undo()
@@ -82,14 +82,15 @@ def test_a_bad_step_is_found_again_with_what_overflows(
     assert main(["replay", str(bundle)]) == 0
     said = capsys.readouterr().out
     assert f"step {BAD} was skipped: non-finite loss (nan)" in said
-    assert "here it is not finite again: contrast nan" in said and "The network overflows" in said
+    assert "the replay is not finite again: contrast nan" in said
+    assert "The network overflows" in said
     assert "process" not in said
 
 
 def test_what_is_kept_is_the_state_before_the_step(
     run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of a run which ends there, but for the weights that were broken from outside."""
+    """It equals the state of a run that ends there, except for the weights this test broke."""
     saved, facts = checkpoint.load_one(run / "bad" / f"step-{BAD:06d}.ckpt")
     assert saved["bad"]["world"] == 1
     whole = pretrain(options(pictures, tmp_path / "whole", max_steps=BAD))
@@ -126,7 +127,7 @@ def test_a_broken_picture_is_named(
     assert shown[0] == shown[1] and found.views == [("weak0", names[shown[0]])]
 
 
-def test_a_step_that_is_good_here_is_said_to_be(
+def test_a_step_that_is_good_in_the_replay_is_reported_as_good(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -142,7 +143,7 @@ def test_a_step_that_is_good_here_is_said_to_be(
     out = pretrain(options(pictures, tmp_path / "run", max_steps=BAD + 1))
     assert main(["replay", str(out / "bad" / f"step-{BAD:06d}.ckpt")]) == 0
     said = capsys.readouterr().out
-    assert "here it is finite" in said and "not in the state" in said
+    assert "the replay is finite" in said and "not in the state" in said
 
 
 def test_pictures_that_moved_are_given_and_others_are_refused(
@@ -155,13 +156,13 @@ def test_pictures_that_moved_are_given_and_others_are_refused(
     next(moved.rglob("*.*")).unlink()
     capsys.readouterr()
     assert main(["replay", bundle, "--data", str(moved)]) == 2
-    assert "not those of the run - give them by --data" in capsys.readouterr().err
+    assert "not those of the run - give their path with --data" in capsys.readouterr().err
 
 
-def test_what_is_no_bundle_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_bundle_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = sorted((run / "checkpoints").glob("*.ckpt"))
     assert main(["replay", str(checkpoints[-1])]) == 66
-    assert "not what a run kept of a bad step" in capsys.readouterr().err
+    assert "not the saved state of a bad step" in capsys.readouterr().err
     assert main(["replay", str(run / "bad" / "step-000099.ckpt")]) == 66
     damaged = run / "bad" / f"step-{BAD:06d}.ckpt"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -197,11 +198,11 @@ def test_a_full_disk_costs_the_bundle_not_the_run(
 
     monkeypatch.setattr(checkpoint, "save", full)
     out = pretrain(options(pictures, tmp_path / "run", max_steps=BAD + 2))
-    assert "nothing to replay is kept of step 3" in capsys.readouterr().err
+    assert "step 3 cannot be replayed later" in capsys.readouterr().err
     assert checkpoint.load_newest(out / "checkpoints") is not None
 
 
-def test_a_new_start_from_nothing_forgets_what_another_kept(
+def test_a_new_run_in_the_same_folder_removes_old_bundles(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overflow(monkeypatch, range(100))
@@ -214,7 +215,7 @@ def test_a_new_start_from_nothing_forgets_what_another_kept(
         assert f"lr: {lr}\n" in saved["bad"]["options"]
 
 
-def test_a_run_in_stages_keeps_nothing_and_says_nothing_of_it(
+def test_a_run_in_stages_keeps_no_bundle_and_does_not_mention_it(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -226,7 +227,7 @@ def test_a_run_in_stages_keeps_nothing_and_says_nothing_of_it(
     assert not list((tmp_path / "run").rglob("bad/*"))
 
 
-def test_what_only_another_process_has_seen_decides_the_verdict() -> None:
+def test_what_only_another_process_found_decides_the_verdict() -> None:
     facts: dict[str, Any] = {
         "step": 4, "reason": "x", "worlds": (2, 2), "others": [], "losses": {"contrast": math.nan},
         "norm": math.nan, "weights": [], "outputs": ["a.b"], "gradients": ["c"],
@@ -234,23 +235,23 @@ def test_what_only_another_process_has_seen_decides_the_verdict() -> None:
     }  # fmt: skip
     first = describe(Replay(**facts, rank=0, views=[]))
     other = describe(Replay(**facts, rank=1, views=[("weak0", "cat.png")]))
-    assert first.endswith("A view is broken: look at these pictures, and tell us.")
+    assert first.endswith("A view is not finite: look at these pictures, and report it.")
     assert "process 1:   not finite: views: weak0 of cat.png" in other
     assert "was skipped" in first and "was skipped" not in other
     assert "torchrun" not in first
     good = {**facts, "others": ["precision"], "anywhere": (False,) * 4}
     assert describe(Replay(**good, rank=0, views=[])).endswith(
-        "may be what is other here: precision."
+        "may be what differs here: precision."
     )
     alone = describe(Replay(**{**facts, "worlds": (2, 1)}, rank=0, views=[]))
-    assert alone.endswith("The run had 2 processes: torchrun with as many shows their very sums.")
+    assert alone.endswith("The run had 2 processes: torchrun with as many repeats its sums.")
 
 
 @pytest.mark.parametrize(
     ("anywhere", "words"),
     [
         ((False, False, False, False), "is not in the state"),
-        ((True, True, True, True), "weights were broken"),
+        ((True, True, True, True), "weights were bad"),
         ((True, False, False, True), "network overflows"),
         ((True, False, False, False), "All outputs are finite"),
     ],

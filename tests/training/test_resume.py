@@ -1,4 +1,4 @@
-"""Changed pictures are counted, missing keys named, another machine told; runs can be extended."""
+"""Resuming: changed pictures are counted, missing keys named, new machines noted; extending."""
 
 import copy
 import json
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fault import changes, resumes, tiny
 
 from clsa.learning import models
 from clsa.learning.neighbours import Neighbours
@@ -32,11 +31,12 @@ from clsa.system import environment
 from clsa.system.errors import ClsaError, Exit
 from clsa.training.extend import extend
 from clsa.training.stages import pretrain
+from tests.fault import changes, resumes, tiny
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs take milliseconds a step."""
+    """Make a step of a run take milliseconds."""
     monkeypatch.setattr(models, "_create", models._create)
     tiny.shrink_encoder()
 
@@ -114,10 +114,10 @@ def test_a_tensor_of_another_shape_is_one_line(tmp_path: Path, small: None) -> N
     assert caught.value.code == Exit.NO_INPUT and "\n" not in str(caught.value)
 
 
-# ---- where it goes on
+# ---- on which machine
 
 
-def test_another_machine_is_told_of(tmp_path: Path, small: None) -> None:
+def test_another_machine_is_reported(tmp_path: Path, small: None) -> None:
     state = make_state(tmp_path)
     now = state.environment()
     assert set(now) == {"torch", "threads", "processes", "cpu", "device"}
@@ -127,7 +127,7 @@ def test_another_machine_is_told_of(tmp_path: Path, small: None) -> None:
     for unknown in (None, "x", {}, {"another": 1}, now):
         assert environment.describe_change(unknown, now) == ""
     told = environment.describe_change({**now, "processes": 2}, now)
-    assert told.endswith("processes 2 -> 1; batch norm's statistics are each process's own")
+    assert told.endswith("processes 2 -> 1; each process has its own batch norm statistics")
 
 
 # ---- which pictures
@@ -157,12 +157,12 @@ def test_what_changed_among_the_pictures_is_counted(tmp_path: Path) -> None:
     for damage in (b"", b"PK\x03\x04 and nothing"):
         kept.write_bytes(damage)
         told = fingerprints.describe_change(kept, now, digest, now.digest())
-        assert told.endswith("does not tell which")
-    fingerprints.keep(kept, now, now.digest())  # written anew
+        assert told.endswith("does not say which pictures")
+    fingerprints.keep(kept, now, now.digest())  # rewritten
     assert fingerprints.describe_change(kept, now, now.digest(), "ef56").startswith("+0 -0 ~0 ")
 
 
-def test_classes_and_pixels_of_pictures_in_memory_are_told_too(tmp_path: Path) -> None:
+def test_changed_labels_and_pixels_in_memory_are_reported_too(tmp_path: Path) -> None:
     images = np.zeros((10, 4, 4, 3), np.uint8)
     source = Pictures(images, np.arange(10) % 2, ["a", "b"])
     fingerprints.keep(tmp_path / "kept", source, source.digest())
@@ -198,7 +198,7 @@ def grown(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("stop", "begin"), [(15, 14), (12, 14), (4, 0)])
-def test_accepted_pictures_begin_the_epoch_anew(
+def test_accepted_pictures_restart_the_epoch(
     tmp_path: Path, small: None, capsys: pytest.CaptureFixture[str], stop: int, begin: int
 ) -> None:
     root, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "run"
@@ -222,10 +222,10 @@ def test_accepted_pictures_begin_the_epoch_anew(
         State.keep_pictures = keep
     assert weights and seen["step"] == begin and max(seen["on disk"]) == begin
     assert digests.digest(seen["weights"]) == digests.digest(weights.state["method"])
-    missing = set(range(stop + 1, begin + 1))  # steps are numbered as if all had been long epochs
+    missing = set(range(stop + 1, begin + 1))  # steps are numbered as if every epoch had been long
     assert set(tiny.losses(out)) == set(range(1, min(begin + 9, 21) + 1)) - missing
     capsys.readouterr()
-    pretrain(run_of(root, out, epochs=3))  # accepted once, and for good
+    pretrain(run_of(root, out, epochs=3))  # accepted once for all later starts
     assert "data changed" not in capsys.readouterr().err
     assert max(tiny.losses(out)) == 21 and max(tiny.manifests(out)) == 21
     (line,) = RunFolder(out).read_history()
@@ -233,7 +233,7 @@ def test_accepted_pictures_begin_the_epoch_anew(
     assert "accept_data_change: false" in (out / "config.yaml").read_text()
 
 
-def test_other_pictures_cost_no_kept_and_no_best_checkpoint(
+def test_changed_pictures_lose_no_kept_and_no_best_checkpoint(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = resumes.classed(tmp_path / "pictures"), tmp_path / "run"
@@ -249,7 +249,7 @@ def test_other_pictures_cost_no_kept_and_no_best_checkpoint(
     def refused(*_: Any, **__: Any) -> None:
         raise ClsaError("cannot write", "disk full", "free some space", Exit.IO)
 
-    with monkeypatch.context() as patch:  # nothing has happened
+    with monkeypatch.context() as patch:  # the refused save leaves all as it was
         patch.setattr(State, "save", refused)
         with pytest.raises(ClsaError, match="disk full"):
             pretrain(run_of(root, out, accept_data_change=True, **told))
@@ -267,17 +267,17 @@ def test_other_pictures_cost_no_kept_and_no_best_checkpoint(
     for path, data in before.items():
         if Path(path).stem in kept and "000018" not in path:
             assert Path(path).read_bytes() == data
-        if "000018" in path and "step" in path:  # those of step 20 took its name
+        if "000018" in path and "step" in path:  # the weights of step 20 took its name
             assert (aside / Path(path).name).read_bytes() == data
     assert (out / "encoder-best-before-change-1.safetensors").read_bytes() == encoder
 
 
-def test_what_keeps_a_row_a_picture_does_not_take_others(tmp_path: Path, small: None) -> None:
+def test_methods_with_a_row_per_picture_refuse_changed_ones(tmp_path: Path, small: None) -> None:
     assert Neighbours.holds_pictures and METHODS["pcl"].holds_pictures
     state = make_state(tmp_path, accepts_change=True)
     state.save(keep=False, best=False)
     state.data_digest = "cd34"
-    assert state.resume()[0].startswith("data changed: other pictures; goes on with the weights")
+    assert state.resume()[0].startswith("data changed: other pictures; continues with the weights")
     state.method.holds_pictures = True
     with pytest.raises(ClsaError, match="keeps a row for each picture"):
         state.resume()
@@ -287,7 +287,7 @@ def test_what_keeps_a_row_a_picture_does_not_take_others(tmp_path: Path, small: 
 
 
 def leaves() -> dict[str, RunOptions]:
-    """Every leaf key of the options of a run, of whatever method, with a run that has it."""
+    """Every leaf option over all methods, with the options of a run that has it."""
     found: dict[str, RunOptions] = {}
     for name in METHODS:
         recipe = "moco-v2-small" if name == "moco" else f"{name}-small"
@@ -305,7 +305,7 @@ def with_other(options: Any, key: str) -> Any:
 
 
 @pytest.mark.parametrize("key", leaves())
-def test_each_option_is_free_or_a_departure_is_refused_by_name(key: str, tmp_path: Path) -> None:
+def test_each_option_is_free_or_a_change_is_refused_by_name(key: str, tmp_path: Path) -> None:
     run = leaves()[key].model_copy(update={"out": tmp_path / "run"})
     folder = RunFolder(run.out)
     folder.claim(run)
@@ -334,7 +334,7 @@ def test_a_config_of_another_version_names_what_is_unknown(tmp_path: Path) -> No
     folder.config.write_text(text + "ema_decay: 0.9\n")
     with pytest.raises(ClsaError, match=r"config\.yaml: ema_decay - no such setting"):
         folder.check(run)
-    folder.config.write_text(text.replace("keep_every: 0\n", ""))  # one that is new since then
+    folder.config.write_text(text.replace("keep_every: 0\n", ""))  # as if this option were newer
     folder.check(run)
 
 
@@ -347,12 +347,12 @@ def test_an_extended_run_goes_on_and_says_so(
     root, out = tiny.make_pictures(tmp_path / "pictures"), tmp_path / "run"
     pretrain(run_of(root, out, epochs=2, max_steps=100))
     short = tiny.losses(out)
-    out = out.rename(tmp_path / "moved")  # the folder is where it lies, not where it began
-    with pytest.raises(ClsaError, match="the run has 2 already - give a larger total"):
+    out = out.rename(tmp_path / "moved")  # a moved folder still works
+    with pytest.raises(ClsaError, match="the run already has 2 epochs - give a larger total"):
         extend(ExtendOptions(run=out, epochs=1))
     extend(ExtendOptions(run=out, epochs=2))
-    assert "note: the run has 2 epochs already" in capsys.readouterr().err
-    with pytest.raises(ClsaError, match=f"or go on for longer: clsa extend {out} --epochs 4$"):
+    assert "note: the run already has 2 epochs" in capsys.readouterr().err
+    with pytest.raises(ClsaError, match=f"or train for longer: clsa extend {out} --epochs 4$"):
         pretrain(run_of(root, out, epochs=4))
     assert tiny.losses(out) == short and RunFolder(out).read_history() == []
     extend(ExtendOptions(run=out, epochs=4, max_minutes=1e-6))
@@ -360,7 +360,7 @@ def test_an_extended_run_goes_on_and_says_so(
     assert told in capsys.readouterr().err
     status = json.loads((out / "status.json").read_text())
     assert status["reason"] == "max_minutes" and status["step"] == 13
-    extend(ExtendOptions(run=out, epochs=4))  # the same again resumes it, and says nothing new
+    extend(ExtendOptions(run=out, epochs=4))  # the same call resumes it without a note
     assert "note: epochs" not in capsys.readouterr().err
     extend(ExtendOptions(run=out, epochs=4))
     losses = tiny.losses(out)
@@ -421,14 +421,14 @@ def test_what_cannot_be_extended(tmp_path: Path) -> None:
     assert caught.value.code == Exit.NO_INPUT
     staged = resolve({"recipe": "continual-small", "stages": ["classes:2"]})
     RunFolder(tmp_path / "run").claim(staged)
-    with pytest.raises(ClsaError, match="it learns in stages"):
+    with pytest.raises(ClsaError, match="a run in stages cannot be extended"):
         extend(ExtendOptions(run=tmp_path / "run", epochs=2000))
 
 
 def test_history_is_kept_whole(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.read_history() == []
-    for _ in range(2):  # the second time by the start after a kill
+    for _ in range(2):  # the second time as after a kill
         folder.note(3, epochs=[1, 2])
     folder.note(9, data_changed="+1")
     assert folder.read_history() == [
@@ -437,7 +437,7 @@ def test_history_is_kept_whole(tmp_path: Path) -> None:
     ]
 
 
-def test_a_torn_line_of_the_history_costs_no_other(tmp_path: Path) -> None:
+def test_a_torn_line_of_the_history_loses_no_other_line(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.note(3, epochs=[1, 2])
     whole = folder.history.read_bytes()
@@ -448,6 +448,6 @@ def test_a_torn_line_of_the_history_costs_no_other(tmp_path: Path) -> None:
         assert [line["step"] for line in folder.read_history()] == [3, 12]
         assert folder.history.read_bytes().startswith(whole + damage)
     folder.history.unlink()
-    folder.history.mkdir()  # what refuses to be read, for root too
+    folder.history.mkdir()  # unreadable, for root too
     with pytest.raises(ClsaError, match=r"history\.jsonl - Is a directory"):
         folder.note(15, data_changed="+2")

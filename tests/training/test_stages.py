@@ -1,4 +1,4 @@
-"""Staged runs: how the pictures are parted, what goes from stage to stage, resuming, the matrix."""
+"""Staged runs: splitting pictures, what passes from stage to stage, resuming, the matrix."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def options(data: Path | str, out: Path, **over: Any) -> RunOptions:
 # ---- pictures
 
 
-def test_classes_are_parted_into_groups_that_differ_by_one(drawings: Path, tmp_path: Path) -> None:
+def test_classes_are_split_into_groups_that_differ_by_one(drawings: Path, tmp_path: Path) -> None:
     parts = stage_sources(options(drawings, tmp_path, stages=["classes:4"]))
     groups = [set(part.labels.tolist()) for part in parts]
     assert sorted(map(len, groups)) == [1, 1, 2, 2] and set().union(*groups) == set(range(6))
@@ -74,13 +74,13 @@ def test_pictures_without_a_label_are_in_no_stage(capsys: pytest.CaptureFixture[
     ("given", "why"),
     [
         (["classes:7"], "the pictures have 6 classes"),
-        (["classes:0"], "ask for at most one stage a class"),
-        (["classes:x"], "not a way to part one set"),
-        (["classes:2", "classes:3"], "not a way to part one set"),
+        (["classes:0"], "use at most one stage per class"),
+        (["classes:x"], "not a valid way to split one set"),
+        (["classes:2", "classes:3"], "not a valid way to split one set"),
         (["no/such/folder"], "no such folder, file or data set"),
     ],
 )
-def test_stages_that_cannot_be_are_refused(
+def test_impossible_stages_are_refused(
     given: list[str], why: str, drawings: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ClsaError, match=why):
@@ -137,7 +137,7 @@ def whole(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stages.pretrain(options(drawings, tmp_path_factory.mktemp("whole") / "run"))
 
 
-def test_a_staged_run_leaves_a_run_a_stage_and_what_it_still_knows(whole: Path) -> None:
+def test_a_staged_run_leaves_one_run_per_stage_and_a_matrix(whole: Path) -> None:
     names = {path.name for path in whole.iterdir()}
     assert {"stage-1", "stage-2", "stage-3", "config.yaml", "encoder.safetensors"} <= names
     assert {"forgetting.json", "forgetting.md", "forgetting.png", "metrics.jsonl"} <= names
@@ -162,7 +162,7 @@ def test_a_staged_run_leaves_a_run_a_stage_and_what_it_still_knows(whole: Path) 
 
 
 def test_a_stage_starts_where_the_one_before_ended(whole: Path) -> None:
-    """Weights and optimiser; after one stage the extra queue holds keys of the main one."""
+    """Weights and optimiser; after one stage the extra queue holds keys of the main queue."""
     first = load_newest(whole / "stage-1" / "checkpoints")
     assert first is not None
     fresh = options("unused", whole, stages=["classes:3"])
@@ -214,7 +214,7 @@ def test_the_same_command_leaves_a_finished_run_as_it_is(
     encoder.unlink()  # as if killed before it was written
     stages.pretrain(options(drawings, whole))
     assert run_digest(whole / "stage-3") == before and encoder.read_bytes() == bytes_before
-    assert capsys.readouterr().err.count("done already") == 3
+    assert capsys.readouterr().err.count("already done") == 3
 
 
 def test_baselines_keep_less(drawings: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_baselines_keep_less(drawings: Path, tmp_path: Path) -> None:
         assert (out / "stage-1" / "exemplars.json").exists() == (keep == "replay")
 
 
-def test_methods_with_a_row_a_picture_are_refused(drawings: Path, tmp_path: Path) -> None:
+def test_methods_with_a_row_per_picture_are_refused(drawings: Path, tmp_path: Path) -> None:
     values = options(drawings, tmp_path / "run", epochs=1).model_dump(mode="json")
     one_view = merge(values["views"], {"weak": {"sizes": []}})
     names = ("data", "out", "stages", "batch_size", "epochs", "model")
@@ -295,7 +295,7 @@ def test_forgetting_is_what_was_lost_since_the_best() -> None:
 def test_the_picture_holds_every_number() -> None:
     sheet = picture(FOUND)
     cells = np.asarray(sheet)[70 + 10, 150 + 10 :: 64][:3]
-    assert (cells[1:] == 255).all() and (cells[0] < 255).any()  # only the first is there after 1
+    assert (cells[1:] == 255).all() and (cells[0] < 255).any()  # after stage 1
     dark = [np.asarray(sheet)[70 + i * 64 + 6, 150 + i * 64 + 6].sum() for i in range(3)]
     assert dark[2] < dark[1] < dark[0]  # 80, 70, 50 percent
 

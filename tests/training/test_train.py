@@ -1,3 +1,5 @@
+"""Training runs: resuming, what a run leaves, bad steps, signals, several processes."""
+
 import json
 import os
 import subprocess
@@ -169,7 +171,7 @@ class _NaNBackward(torch.autograd.Function):
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, where: str, bad_steps: range) -> list[bool]:
-    """Make steps bad at `where`; returns, as they are taken, whether each has moved anything."""
+    """Make steps bad at `where`; returns a list that gets, per step, whether it moved anything."""
     make_views, step_of, forward = step.make_views, step.train_step, MoCo.forward
     moved: list[bool] = []
 
@@ -211,7 +213,7 @@ def test_a_bad_step_moves_nothing_and_the_run_goes_on(
     out = pretrain(
         options(pictures, tmp_path / "run", precision=precision, log_every=1, max_steps=6)
     )
-    lasting = where == "key network"  # the harness broke a weight, which stays broken
+    lasting = where == "key network"  # the test broke a weight, which stays broken
     assert moved == [True] * 3 + [False] + [not lasting] * 2
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     skipped = [line["step"] for line in lines if "skipped" in line]

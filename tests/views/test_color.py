@@ -51,7 +51,7 @@ def test_jitter_equals_torchvision_in_each_rows_own_order() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_each_part_of_jitter_equals_torchvision(op: int, share: float) -> None:
     factor = share - 0.5 if op == color.HUE else 2 * share
-    images = floats()[20:]  # the made-up ones too: gray, black and white, one colour
+    images = floats()[20:]  # the made-up pictures too: gray, black and white, one colour
     factors = np.tile([1.0, 1.0, 1.0, 0.0], (len(images), 1))
     factors[:, op] = factor
     order = np.tile(np.arange(4), (len(images), 1))
@@ -92,7 +92,7 @@ def test_fused_jitter_equals_the_plain_one_to_the_bit() -> None:
     factors = rng.uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (40, 4))
     order = np.stack([rng.permutation(4) for _ in range(40)])
     drawn = (images, factors, order, rng.random(40) < 0.8)
-    with torch.compiler.set_stance("force_eager"):  # what is compiled, before it is
+    with torch.compiler.set_stance("force_eager"):  # the function to compile, uncompiled
         assert torch.equal(color.jitter(*drawn, fused=True), color.jitter(*drawn))
 
 

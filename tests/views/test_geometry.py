@@ -58,7 +58,7 @@ def test_where_no_try_fits_the_centre_is_taken(height: int, width: int, box: lis
     assert random_boxes(20, height, width, (0.95, 1.0)).tolist() == [box] * 20
 
 
-def test_crop_areas_have_the_asked_mean() -> None:
+def test_crop_areas_have_the_requested_mean() -> None:
     areas = random_boxes(10_000, 300, 300, (0.1, 0.5))[:, 2:].prod(1) / 300**2
     assert abs(areas.mean() - 0.3) < 4 * 0.4 / math.sqrt(12 * 10_000)
     assert areas.min() < 0.11 and areas.max() > 0.49
@@ -100,7 +100,7 @@ def test_workers_cut_the_same_crops_as_the_device(size: int) -> None:
         array.flags.writeable = False
         one = geometry.crop_one(array, box, size, bool(mirrored), (80, 80))
         assert one.dtype == torch.uint8 and one.permute(1, 2, 0).is_contiguous()
-        assert (one.float() - expected).abs().max() <= 1 + 1e-3  # of float32
+        assert (one.float() - expected).abs().max() <= 1 + 1e-3  # rounding of float32
 
 
 def test_a_crop_keeps_twice_the_pixels_of_its_view() -> None:
@@ -110,7 +110,7 @@ def test_a_crop_keeps_twice_the_pixels_of_its_view() -> None:
     assert geometry.reduction_for([box, np.array([0, 0, 70, 900])], [32, 32]) == 1
 
 
-def test_boxes_are_mapped_to_the_pixels_there_are() -> None:
+def test_boxes_are_mapped_to_the_pixels_of_a_smaller_picture() -> None:
     image = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
     for box, rows, columns in (
         ([0, 0, 24, 40], (0, 12), (0, 10)),
@@ -142,7 +142,7 @@ def test_rotations_by_any_angle_equal_pillow() -> None:
 
 
 @pytest.mark.parametrize("op", geometry.AFFINE_OPS)
-def test_no_magnitude_is_the_identity(op: str) -> None:
+def test_a_magnitude_of_zero_is_the_identity(op: str) -> None:
     images = pictures(32)
     coefficients = geometry.affine_coefficients(op, np.zeros(len(images)), 32)
     assert torch.equal(geometry.affine_nearest(images, torch.from_numpy(coefficients)), images)

@@ -14,7 +14,7 @@ def uniforms(count: int, grid: int, epoch: int = 0) -> Tensor:
 
 
 def numbered(count: int, size: int) -> Tensor:
-    """Pixels that tell their picture, row and column."""
+    """Pixels whose values encode their picture, row and column."""
     pixels = torch.arange(size * size, dtype=torch.float64).view(size, size)
     pictures = torch.arange(count, dtype=torch.float64)[:, None, None, None]
     return (pixels + pictures * 1e6).expand(count, 3, size, size) + torch.arange(3)[:, None, None]

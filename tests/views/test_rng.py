@@ -36,7 +36,7 @@ def test_hash_equals_splitmix64_in_unbounded_integers(words: tuple[int, ...]) ->
 def test_uniform_along_every_axis(axis: str) -> None:
     count = 1 << 16
     base = {"seed": 0, "epoch": 0, "view": 0}
-    if axis in base:  # these are plain integers: one call a value, few values and many slots
+    if axis in base:  # plain integers: one call per value, so few values and many slots
         calls = [base | {axis: value} for value in range(count // 64)]
         zero = np.zeros(1, np.int64)
         draws = [rng.uniforms(c["seed"], c["epoch"], zero, c["view"], np.arange(64)) for c in calls]
@@ -73,7 +73,7 @@ def test_rows_drawn_alone_equal_rows_drawn_together() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])
-def test_permutation_is_one(count: int) -> None:
+def test_permutation_holds_every_number_once(count: int) -> None:
     order = rng.permutation(0, 0, count)
     assert np.array_equal(np.sort(order), np.arange(count))
 

@@ -22,7 +22,7 @@ UNIT: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 def clsa_specs(
     pool: Pool = "official", size: int = 32, rounds: int = 5, **weak: Any
 ) -> list[ViewSpec]:
-    """Those of a key, a weak query and a strong one."""
+    """Specs of a key, a weak query and a strong query."""
     options = ViewOptions(size=size, weak=WeakViews(sizes=(size,), **weak))
     strong = StrongOptions(sizes=(size,), pool=pool, rounds=rounds)
     return weak_specs(options, keyed=True) + strong_specs(options, strong, 2)
@@ -47,7 +47,7 @@ def test_specs_of_the_official_multi_recipe() -> None:
     assert {(spec.blur, spec.solarize) for spec in specs} == {(0.5, 0.0)}
     official = [(0.2, 1), (0.172, 0.86), (0.143, 0.715), (0.114, 0.571), (0.086, 0.429)]
     for spec, scale in zip(specs[1:], official * 2, strict=True):
-        assert spec.scale == pytest.approx(scale, abs=4e-3)  # theirs is rounded
+        assert spec.scale == pytest.approx(scale, abs=4e-3)  # the official code rounds
     assert specs[0].scale == (0.2, 1)
 
 
@@ -90,7 +90,7 @@ def test_one_view_alone_has_no_other_weak_ones() -> None:
 def test_methods_say_how_many_views_they_take(
     sizes: int, local: int, least: int, most: int | None, taken: bool
 ) -> None:
-    """Local views do not make up for missing large ones, and count where there are too many."""
+    """Local views do not make up for missing large ones, but count towards the maximum."""
     weak, small = WeakViews(sizes=(32,) * sizes), LocalViews(sizes=(16,) * local)
     options = ViewOptions(size=32, weak=weak, local=small)
     if taken:
@@ -99,14 +99,14 @@ def test_methods_say_how_many_views_they_take(
     text, code = refusal(lambda: weak_specs(options, least=least, most=most))
     wanted = f"takes {least}" if most else f"takes at least {least}"
     assert code == Exit.USAGE and text.startswith("views.weak.sizes - ") and wanted in text
-    assert f"here are {1 + sizes} (views.size is one) and {local} local ones" in text
+    assert f"there are {1 + sizes} (views.size is one) and {local} local ones" in text
 
 
 @pytest.mark.parametrize(
     ("given", "blurs"),
     [(0.3, [0.3] * 4), (1, [1.0] * 4), ((1.0, 0.1), [1.0, 0.1, 0.1, 0.1]), ([0.0], [0.0] * 4)],
 )
-def test_blur_and_solarize_go_by_view_and_the_last_number_by_all_that_follow(
+def test_blur_and_solarize_are_per_view_and_later_views_take_the_last_number(
     given: Any, blurs: list[float]
 ) -> None:
     weak = WeakViews(sizes=(224, 192), blur=given, solarize=given)
@@ -183,7 +183,7 @@ def test_paper_magnitudes_cover_the_ranges_of_table_1() -> None:
 
 
 def test_randaugment_takes_every_operation_at_full_strength() -> None:
-    """RandAugment's scale of 10 at 10 (Cubuk et al. 2020), as timm's `rand-m10` for InfoMin."""
+    """RandAugment at magnitude 10 of 10 (Cubuk et al. 2020), like timm's `rand-m10` for InfoMin."""
     magnitude, sign = np.array([0.0, 0.3, 0.999]), np.array([1.0, -1.0, -1.0])
     signed = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 43, "TranslateY": 43, "Rotate": 30}
     plain = {"Solarize": 256, "Posterize": 4, "Contrast": 1.9, "Color": 1.9, "Brightness": 1.9,
@@ -318,7 +318,7 @@ def test_weak_views_equal_torchvision(as_float: bool) -> None:
         torch.testing.assert_close(ours[i], expected, rtol=0, atol=1e-5 / min(transform.STD))
 
 
-def test_solarized_views_equal_torchvision_but_where_rounding_meets_the_half() -> None:
+def test_solarized_views_equal_torchvision_except_where_rounding_meets_the_half() -> None:
     crops = pictures(40)
     spec = weak_specs(ViewOptions(weak=WeakViews(solarize=(0.0, 0.7))))[1]
     params = transform.sample(spec, 0, 0, np.arange(len(crops)))
@@ -350,7 +350,7 @@ def test_strong_views_are_weak_views_rounded_and_operated_on() -> None:
 
 
 def test_infomins_weak_views_are_weak_views_with_two_rounds_of_operations() -> None:
-    """InfoMin's recipe (Tian et al. 2020) applies both; the strong views then have their own."""
+    """InfoMin's recipe (Tian et al. 2020) applies both; strong views have their own operations."""
     ops = Operations(pool="randaugment", rounds=2, probability=1.0)
     options = ViewOptions(size=32, weak=WeakViews(sizes=(32,), ops=ops))
     strong = strong_specs(options, StrongOptions(sizes=(32,)), 2)
@@ -362,7 +362,7 @@ def test_infomins_weak_views_are_weak_views_with_two_rounds_of_operations() -> N
 
 
 def check_operated(spec: ViewSpec, pool: Pool) -> None:
-    """The view is what Pillow makes of the weak recipe's pixels, rounded."""
+    """The view equals Pillow's operations on the weak view, rounded to uint8."""
     crops = pictures(32)
     params = transform.sample(spec, 0, 0, np.arange(len(crops)))
     weak = transform.pixels(crops, params, spec._replace(ops=Operations(rounds=0)), **UNIT)

@@ -5,7 +5,7 @@ from clsa.options.commands import DiagnoseOptions
 
 
 def diagnose(args: list[str]) -> None:
-    """Look into a run: positives, classes, spread, distortions; numbers and figures."""
+    """Examine what a run has learned: positives, classes, spread, distortions; with figures."""
     options = parse(diagnose, DiagnoseOptions, args)
     from rich.console import Console
 

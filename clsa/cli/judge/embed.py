@@ -5,7 +5,7 @@ from clsa.options.commands import EmbedOptions
 
 
 def embed(args: list[str]) -> None:
-    """Write a parquet table: path, label, vector."""
+    """Write features of pictures as a parquet table: path, label, vector."""
     options = parse(embed, EmbedOptions, args)
     from clsa.evaluate.embed import embed as run
 

@@ -8,7 +8,7 @@ from clsa.options.commands import EvaluateOptions
 
 
 def evaluate(args: list[str]) -> None:
-    """Judge a run's encoder beside its random initialisation; writes results.json."""
+    """Judge a run's encoder against its random initialisation; write results.json."""
     options = parse(evaluate, EvaluateOptions, args)
     from clsa.evaluate.evaluate import evaluate as run
     from clsa.evaluate.results.heads import saved_heads
@@ -21,11 +21,11 @@ def evaluate(args: list[str]) -> None:
         learned = {name for name, _ in saved_heads(options.run)}
         if learned & {record.protocol for record in records}:
             name = shlex.quote(str(options.run))
-            print(f"Next: clsa predict {name} IMAGES    labels pictures by what it learned")
+            print(f"Next: clsa predict {name} IMAGES    labels pictures with what was learned")
 
 
 def print_table(records: list[Any]) -> None:
-    """Print records of an evaluation, the random encoder beside the trained one."""
+    """Print the records of an evaluation, the random encoder next to the trained one."""
     from rich.console import Console
 
     from clsa.evaluate.results.records import table

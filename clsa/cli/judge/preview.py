@@ -5,7 +5,7 @@ from clsa.options.commands import PreviewOptions
 
 
 def preview(args: list[str]) -> None:
-    """Draw what a run goes by: --neighbours, its pictures and their positives (CLIM)."""
+    """Draw what a run learns from: with --neighbours, pictures and their positives (CLIM)."""
     options = parse(preview, PreviewOptions, args)
     from clsa.diagnose.neighbour_sheet import preview as run
 

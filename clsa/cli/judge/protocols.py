@@ -8,18 +8,18 @@ from clsa.system.errors import ClsaError
 
 KINDS = {
     "classes": "Pictures of one class each (--data as for pretraining):",
-    "voc": "VOC07's folders, several classes a picture (--data VOCdevkit):",
+    "voc": "VOC07's folders, several classes per picture (--data VOCdevkit):",
     "boxes": "Objects in VOC's or COCO's folders (--data VOCdevkit or COCO):",
 }
 
 
 def protocols(args: list[str]) -> None:
-    """List the protocol cards `evaluate` judges by; with a NAME, all that this one fixes."""
+    """List the protocol cards that `evaluate` can use; with a NAME, all settings of that card."""
     name = parse(protocols, ProtocolsOptions, args).name
     if name and name not in CARDS:
         close = nearest(name, list(CARDS))
         hint = f"did you mean {close}?" if close else "see clsa protocols"
-        raise ClsaError(f"protocol {name}", "there is no such card", hint)
+        raise ClsaError(f"protocol {name}", "no such card", hint)
     if name:
         card = CARDS[name]
         print(f"{name}: {card.about} [{card.source}]\nhash {card.hash(name)}\n")
@@ -31,4 +31,4 @@ def protocols(args: list[str]) -> None:
             if card.pictures == kind:
                 star = "" if card.frozen else " *"
                 print(f"  {each:19} {card.about} ({card.source}){star}")
-    print("* the encoder's copy learns too. clsa protocols NAME shows all that a card fixes.")
+    print("* changes a copy of the encoder too. clsa protocols NAME shows all settings of a card.")

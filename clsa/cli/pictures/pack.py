@@ -7,7 +7,7 @@ from clsa.options.commands import PackOptions
 
 
 def pack(args: list[str]) -> None:
-    """Write pictures once into tar shards that are quick to read, also by webdataset."""
+    """Pack pictures into tar shards that are quick to read, also with webdataset."""
     options = parse(pack, PackOptions, args)
     from clsa.pictures.pack import pack as run
 
@@ -17,5 +17,5 @@ def pack(args: list[str]) -> None:
     print(f"{state} {packed.pictures:,} pictures, {size:,.1f} MB in {packed.shards} shard{plural}")
     name = shlex.quote(str(options.out))
     if packed.left_out:
-        print(f"unreadable, so left out: {packed.left_out} (see {name}/quarantine.jsonl)")
+        print(f"left out as unreadable: {packed.left_out} (see {name}/quarantine.jsonl)")
     print(f"Next: clsa pretrain --data {name} --out runs/packed")

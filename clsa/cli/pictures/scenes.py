@@ -5,7 +5,7 @@ from clsa.options.commands import ScenesOptions
 
 
 def scenes(args: list[str]) -> None:
-    """Compose scenes with known objects from the embedded drawings, to try detection on."""
+    """Make pictures with known objects from the embedded drawings, to try detection."""
     options = parse(scenes, ScenesOptions, args)
     from clsa.evaluate.detect.scenes import scenes as run
 

@@ -9,12 +9,12 @@ from clsa.system.errors import ClsaError
 
 
 def demo(args: list[str]) -> None:
-    """Three minutes on a CPU: pretrain on embedded drawings, compare random and trained."""
+    """Pretrain on embedded drawings, compare with a random encoder: three minutes on a CPU."""
     options = parse(demo, DemoOptions, args)
     from clsa.evaluate.evaluate import evaluate
     from clsa.training.start import pretrain
 
-    overrides_of(options.recipe)  # is there such a recipe?
+    overrides_of(options.recipe)  # refuses an unknown recipe
     if not options.recipe.endswith("-small"):
         why = "too large for the demo"
         raise ClsaError(f"recipe {options.recipe}", why, f"use {options.recipe}-small")
@@ -26,8 +26,8 @@ def demo(args: list[str]) -> None:
         "seed": options.seed,
     }
     settings = resolve(values)
-    told = f"{options.recipe} on the embedded drawings, {options.epochs} epochs"
-    print(f"Pretraining {told}.")
+    work = f"{options.recipe} on the embedded drawings, {options.epochs} epochs"
+    print(f"Pretraining {work}.")
     pretrain(settings)
     records = evaluate(EvaluateOptions(run=options.out, seed=options.seed))
     print_table([record for record in records if record.metric in ("top1", "balanced")])

@@ -14,7 +14,7 @@ class _Options(Config):
 
 
 def digest(args: list[str]) -> None:
-    """One sha256 over model, key network, bank, optimiser and step of a run."""
+    """Print one sha256 over a run's networks, bank, optimiser and step, to compare runs."""
     options = parse(digest, _Options, args)
     from clsa.runs.checkpoint import run_digest
 

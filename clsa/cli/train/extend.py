@@ -6,7 +6,7 @@ from clsa.options.commands import ExtendOptions
 
 
 def extend(args: list[str]) -> None:
-    """Train a run longer, finished or not; the same command again resumes it."""
+    """Train a run for more epochs, finished or not; the same command resumes it."""
     options = parse(extend, ExtendOptions, args)
     from clsa.training.extend import extend as run
 

@@ -1,4 +1,4 @@
-"""What to do with a finished run, for its owner."""
+"""What to print after a run: how to use it."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ from clsa.cli.command import is_first
 
 
 def say_next(out: Path) -> None:
-    """Print what a run folder holds and the commands that use it."""
+    """Print what a run folder holds, and the commands that use it."""
     if is_first():
         name = shlex.quote(str(out))
         staged = (out / "stage-1").exists()
@@ -15,7 +15,7 @@ def say_next(out: Path) -> None:
         print(f"\n{out} holds the encoder, {sheet} (look at it), metrics.jsonl and config.yaml.")
         print("Next:")
         print(f"  clsa evaluate {name}    did it learn? (needs labels)")
-        print(f"  clsa diagnose {name}    what the network sees, in figures")
+        print(f"  clsa diagnose {name}    what the network has learned, in figures")
         print(f"  clsa embed {name}       a vector for every picture")
         if staged or board.exists():
             print(f"  tensorboard --logdir {shlex.quote(str(out if staged else board))}")

@@ -12,13 +12,13 @@ from clsa.system.errors import ClsaError
 
 
 def pretrain(args: list[str]) -> None:
-    """Learn an encoder from pictures; the same command again resumes the run."""
+    """Learn an encoder from pictures; the same command resumes the run."""
     path, recipe = value_of("--config", args), value_of("--recipe", args)
     values: dict[str, Any] = {} if path is None else read_yaml(Path(path))
     resolved = set(RunOptions.model_fields) <= set(values)
     if recipe and resolved and values["recipe"] != recipe:
         why = f"{path} was resolved from {values['recipe']} and sets every option"
-        raise ClsaError(f"--recipe {recipe}", why, "leave out one of the two")
+        raise ClsaError(f"--recipe {recipe}", why, "give only one of --recipe and --config")
     values = merge(values, {"recipe": recipe} if recipe else {})
     method = value_of("--method.name", args)
     values = merge(values, {"method": {"name": method}} if method else {})

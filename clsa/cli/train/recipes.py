@@ -11,11 +11,11 @@ from clsa.recipes import RECIPES, described, overrides_of
 
 class _Options(Config):
     name: Annotated[str, tyro.conf.Positional] = ""
-    """Recipe to show."""
+    """Recipe to show in full (default: list all recipes)."""
 
 
 def recipes(args: list[str]) -> None:
-    """List the named runs with source, cost and status; with a NAME, what that one sets."""
+    """List the recipes with their source, cost and results; with a NAME, the options it sets."""
     name = parse(recipes, _Options, args).name
     if name:
         values = {key: value for key, value in overrides_of(name).items() if key != "recipe"}

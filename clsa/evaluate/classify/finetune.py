@@ -1,4 +1,4 @@
-"""Fine-tuning: all layers of a copy of the encoder, and a new linear layer."""
+"""Fine-tuning: train all layers of a copy of the encoder, and a new linear layer."""
 
 import copy
 
@@ -33,20 +33,22 @@ def finetune(
     seed: int,
     data: DataOptions,
 ) -> tuple[list[Found], int, Head]:
-    """Accuracies after the last and the best epoch, of how many pictures, and the last's head.
+    """Accuracies after the last and the best epoch, number of pictures judged, and the last head.
 
     The semi-supervised protocols of SwAV's code: random crops (0.08 to 1 of the area) and flips,
-    SGD with momentum 0.9, no weight decay, 20 epochs, for 10 % of ImageNet rates of 0.01 for the
-    encoder and 0.2 for the new layer, for 1 % 0.02 and 5, all to a fifth after 12 and 16 epochs;
-    batch norm learns too, over the batches of all processes. CLIM's: rates 1e-4 and 10, a tenth
-    after 20 and 40 of 60 epochs. The best epoch is chosen on the pictures it is judged on.
+    SGD with momentum 0.9, no weight decay, 20 epochs. Rates of encoder and new layer are 0.01 and
+    0.2 for 10 % of ImageNet, 0.02 and 5 for 1 %, and fall to a fifth after 12 and after 16 epochs.
+    Batch norm learns too, over the batches of all processes. CLIM's protocol: rates 1e-4 and 10,
+    which fall to a tenth after 20 and after 40 of 60 epochs. The best epoch is chosen on the
+    pictures it is judged on.
 
-    Departure: a batch is the card's only where an epoch then has eight steps, else an eighth of
-    the labelled pictures (rounded down to a multiple of 8), but not under 16.
+    Departure: the card's batch size is used only if an epoch then has at least eight steps.
+    Otherwise a batch is an eighth of the labelled pictures, but at least 16, rounded down to a
+    multiple of 8.
 
     Args:
-        encoder: left as it is; on the device.
-        parts: bank to learn from, queries to be judged on.
+        encoder: on the device; it is not changed.
+        parts: bank to learn from, queries to judge on.
         shown: side and centre crop of the pictures.
         card: schedule, rates and crops.
         seed: of the layer, the order and the crops.

@@ -1,4 +1,4 @@
-"""Nearest neighbours: a picture gets the class of the training pictures most like it."""
+"""Nearest neighbours: a picture gets the class of the most similar training pictures."""
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,11 @@ def knn_predict(
     """Scores of every class from the K nearest rows of the bank, by cosine similarity.
 
     Weighted (InstDisc): score_c = sum over neighbours j of class c of exp((s_j - s_1) / T), where
-    s_1 is the similarity of the nearest; InstDisc's scores without s_1 are these times
-    exp(s_1 / T). Plain: the number of neighbours of class c; of equal numbers the smaller summed
-    distance 1 - s wins, then the smaller class. The prediction is `argmax` of a row, the first of
-    equals; of pictures as near as the K-th, the first ones vote.
+    s_1 is the similarity of the nearest neighbour; InstDisc's own scores, without s_1, are these
+    times exp(s_1 / T). Plain: the number of neighbours of class c; if two classes have the same
+    number, the one with the smaller summed distance 1 - s wins, then the one with the smaller
+    number. The prediction is `argmax` of a row, the first of equals. If several pictures are as
+    near as the K-th one, the first of them in the bank vote.
 
     Args:
         queries, bank: features of any length.
@@ -45,7 +46,7 @@ def knn_predict(
         similarity = similarity.double()
         if weighted:
             votes = ((similarity - similarity[:, :1]) / temperature).exp()
-        else:  # distances sum to 2 K at most, so they only decide between equal numbers
+        else:  # distances sum to at most 2 K, so they only break ties
             votes = 1 - (1 - similarity).clamp(0, 2) / (2 * neighbours + 1)
         empty = votes.new_zeros(len(chunk), num_classes)
         scores.append(empty.scatter_add_(1, labels[nearest], votes))
@@ -55,9 +56,9 @@ def knn_predict(
 def nearest_of(
     similarity: Float[Tensor, "n N"], count: int
 ) -> tuple[Float[Tensor, "n K"], Int64[Tensor, "n K"]]:
-    """The highest similarities of each row and where they stand; of equals the first ones.
+    """The `count` highest similarities of each row and their columns; the first ones of equals.
 
-    `topk` takes any of equals: rows in which more are equal to the last one are sorted anew.
+    `topk` may take any of several equal values, so rows with a tie at the last place are sorted.
     """
     values, places = similarity.topk(count, dim=1)
     last = values[:, -1:]
@@ -74,7 +75,7 @@ def knn(
     num_classes: int,
     card: KnnCard,
 ) -> list[Found]:
-    """Accuracies of weighted votes, and `top1-plain` of plain ones.
+    """Accuracies of weighted votes, and the accuracy `top1-plain` of plain votes.
 
     Args:
         bank, queries: features and labels.

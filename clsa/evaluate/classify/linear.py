@@ -1,4 +1,4 @@
-"""The papers' linear evaluation: a classifier trained by SGD on crops seen by a frozen encoder."""
+"""The papers' linear evaluation: a linear layer trained by SGD on a frozen encoder's crops."""
 
 import math
 
@@ -35,18 +35,18 @@ def linear(
     seed: int,
     data: DataOptions,
 ) -> tuple[list[Found], nn.Linear]:
-    """Accuracies after the last and after the best epoch, and the layer after the last.
+    """Accuracies after the last and after the best epoch, and the layer after the last epoch.
 
-    As in the codes of MoCo, CLSA and CLIM: random crops (0.08 to 1 of the area) and flips, drawn
-    anew each epoch; SGD with momentum 0.9, no weight decay, batches of 256, 100 epochs, the rate
-    moved at every epoch (`rate_at`); weights from N(0, 0.01^2), biases 0. The best epoch is chosen
-    on the very pictures it is judged on, as published numbers often are; trust the last one.
+    As in the code of MoCo, CLSA and CLIM: new random crops (0.08 to 1 of the area) and flips in
+    each epoch; SGD with momentum 0.9, no weight decay, batches of 256, 100 epochs, a rate set for
+    each epoch (`rate_at`); weights from N(0, 0.01^2), biases 0. The best epoch is chosen on the
+    same pictures it is judged on, as is common in published numbers; trust the last one.
 
     Departures: the last, partial batch of an epoch is left out; the centre crops of `queries` are
-    encoded once, as a frozen encoder never sees them differently.
+    encoded once, because a frozen encoder gives the same features every time.
 
     Args:
-        encoder: inside `features.frozen`.
+        encoder: frozen by `extract.frozen`.
         bank: labelled pictures to learn from.
         queries: features of centre crops, and labels.
         size: side of the crops in pixels.
@@ -59,7 +59,7 @@ def linear(
     layer = new_layer(features.shape[1], len(bank.classes), seed).to(device)
     optimizer = sgd([{"params": list(layer.parameters()), "lr": card.lr}], card)
     order = Order(len(bank), fitting(card.batch_size, len(bank)), seed)
-    spec = ViewSpec("linear", size, card.scale, VIEW)  # mirrored half of the time
+    spec = ViewSpec("linear", size, card.scale, VIEW)  # the spec mirrors half of the crops
     last_step = card.epochs * order.steps_per_epoch
     measured: list[dict[str, float]] = []
     stream = batches(bank, [spec], order, 0, last_step, device, data)
@@ -79,36 +79,36 @@ def linear(
 
 
 def normalised(batch: Crops) -> Float[Tensor, "b 3 S S"]:
-    """The first crops of a batch as an encoder takes them."""
+    """The first crops of a batch, normalised for the encoder."""
     images = color.normalize(batch.crops[0].float() / 255, transform.MEAN, transform.STD)
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def within(batch_size: int, count: int) -> int:
-    """`batch_size`, or of a smaller set the largest multiple of 8 or, under 8, power of 2."""
+    """`batch_size`; for a smaller set, the largest multiple of 8 (or power of 2 under 8) in it."""
     if count >= batch_size:
         return batch_size
     return count // EIGHTH * EIGHTH or 1 << (count.bit_length() - 1)
 
 
 def fitting(batch_size: int, count: int) -> int:
-    """`within`, where the processes can share it.
+    """The batch size of `within`, if the processes can share it equally.
 
-    It does not depend on their number, nor do the numbers found.
+    It does not depend on the number of processes, so the results do not either.
 
     Raises:
-        ClsaError: where they cannot.
+        ClsaError: if the processes cannot share it.
     """
     batch_size = within(batch_size, count)
     if batch_size % dist.world_size():
         what, why = f"a batch of {batch_size} pictures", f"{dist.world_size()} processes"
         hint = "start a power of 2 of them, or choose a multiple by --change batch_size=..."
-        raise ClsaError(what, f"cannot be shared by {why}", hint)
+        raise ClsaError(what, f"cannot be shared equally by {why}", hint)
     return batch_size
 
 
 def sgd(groups: list[dict], card: SgdCard) -> torch.optim.SGD:
-    """Plain SGD of groups of parameters, each with its rate."""
+    """SGD for groups of parameters, each with its own rate."""
     optimizer = torch.optim.SGD(groups, momentum=card.momentum, weight_decay=card.weight_decay)
     for group in optimizer.param_groups:
         group["first_lr"] = group["lr"]
@@ -116,15 +116,16 @@ def sgd(groups: list[dict], card: SgdCard) -> torch.optim.SGD:
 
 
 def set_rates(optimizer: torch.optim.SGD, epoch: int, card: Schedule) -> None:
-    """The rates of an epoch, counted from 0."""
+    """Set the learning rates of an epoch, counted from 0."""
     for group in optimizer.param_groups:
         group["lr"] = rate_at(epoch, group["first_lr"], card)
 
 
 def rate_at(epoch: int, lr: float, card: Schedule) -> float:
-    """lr drop^(number of drops so far), or r + (lr - r) (1 + cos(pi epoch / epochs)) / 2.
+    """The learning rate of an epoch, counted from 0: steps if the card has drops, else a cosine.
 
-    Epochs count from 0; r is the card's `final_lr` where it has one, else 0.
+    Steps: lr drop^(number of drops so far). Cosine: r + (lr - r) (1 + cos(pi epoch / epochs)) / 2,
+    where r is the card's `final_lr`, or 0 if it has none.
     """
     share = epoch / card.epochs
     if card.drops:

@@ -1,4 +1,4 @@
-"""A linear probe in seconds: SGD on features extracted once, at several rates together."""
+"""A linear probe that takes seconds: SGD on features extracted once, at several rates together."""
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,13 @@ Labelled = tuple[Float[Tensor, "n F"], Int64[Tensor, "n"]]
 def linear_fast(
     bank: Labelled, queries: Labelled, num_classes: int, card: LinearFastCard, seed: int
 ) -> tuple[list[Found], nn.Linear]:
-    """Accuracies after the last epoch, the rate that was chosen, and the layer.
+    """Accuracies after the last epoch, and the trained layer.
 
-    The linear probe without augmentation. Rates that suit the features of one network are a hundred
-    times those that suit another's, so that published rates judge the norm of features too: here
-    each rate trains on four fifths of the bank, the one most accurate on the other fifth (of equals
-    the smallest) on all of it. No picture of `queries` has a say.
+    This is the linear probe without augmentation. A rate that suits the features of one network can
+    be a hundred times one that suits another's, so a published rate also judges the norm of the
+    features. Here each rate trains on four fifths of the bank. The rate that is most accurate on
+    the other fifth (of equals the first, by default the smallest) then trains on the whole bank.
+    The choice uses no picture of `queries`.
 
     Args:
         bank, queries: features and labels.
@@ -36,7 +37,7 @@ def linear_fast(
     weights, biases = fit((features[kept], labels[kept]), num_classes, card.rates, card, seed)
     scores = torch.einsum("nf,rcf->rnc", features[held], weights) + biases[:, None]
     right = (scores.argmax(2) == labels[held]).double().mean(1)
-    right = right.where(scores.isfinite().all(2).all(1), -1.0)  # a rate that diverges is none
+    right = right.where(scores.isfinite().all(2).all(1), -1.0)  # never a rate that diverged
     best = card.rates[int(right.argmax())]
     weights, biases = fit(bank, num_classes, (best,), card, seed)
     layer = layer_of(weights[0], biases[0]).to(labels.device)
@@ -48,7 +49,7 @@ def linear_fast(
 def fit(
     bank: Labelled, num_classes: int, rates: tuple[float, ...], card: LinearFastCard, seed: int
 ) -> tuple[Float[Tensor, "R C F"], Float[Tensor, "R C"]]:
-    """Weights and biases of softmax regression by SGD, one a rate; all see the same batches."""
+    """Weights and biases of softmax regression by SGD, one set per rate, from the same batches."""
     features, labels = bank
     first = new_layer(features.shape[1], num_classes, seed).to(features.device)
     weights = torch.stack([first.weight.detach()] * len(rates))

@@ -1,4 +1,4 @@
-"""Support vector machines on frozen features: one a class of VOC07, and few pictures a class."""
+"""Support vector machines on frozen features: VOC07, and few pictures per class."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ FALLBACK = 0.5
 
 
 def machine(cost: float) -> Any:
-    """scikit-learn's LinearSVC as VISSL's and PCL's scripts set it, without a fitted plane.
+    """An unfitted LinearSVC of scikit-learn, with the settings of VISSL's and PCL's scripts.
 
-    Squared hinge, L2, in the dual, tolerance 1e-4, at most 2,000 rounds; positives weigh double.
+    Squared hinge, L2, dual, tolerance 1e-4, at most 2,000 iterations; positives weigh double.
     """
     svm = require("sklearn.svm", "evaluation", "support vector machine")
     return svm.LinearSVC(
@@ -37,13 +37,15 @@ def voc07_svm(
     test: tuple[Float[np.ndarray, "n F"], Int64[np.ndarray, "n C"]],
     card: SvmCard,
 ) -> list[Found]:
-    """`map` of one machine a class, in percent, AP of all points.
+    """`map` in percent, by all-points AP, of one support vector machine per class.
 
-    VISSL chooses C for each class by average precision over three folds of `trainval`; PCL takes
-    0.5 (`--change costs=[0.5]`), and so does a class with fewer positives than folds here.
+    As VISSL does, C is chosen for each class by average precision over three folds of `trainval`.
+    PCL takes 0.5 for all (`--change costs=[0.5]`); here a class with fewer positives or negatives
+    than folds gets 0.5.
 
     Args:
         train, test: features and targets (see `voc07.Marked`).
+        card: costs, number of folds, and what to do with difficult objects.
     """
     (features, targets), asked = (train, scaled(test[0]))
     features = scaled(features)
@@ -64,7 +66,7 @@ def voc07_svm(
 def chosen_cost(
     features: Float[np.ndarray, "n F"], wanted: Int64[np.ndarray, "n"], card: SvmCard
 ) -> float:
-    """The cost with the highest mean average precision over the folds, of equals the first."""
+    """The cost with the highest mean average precision over the folds; the first of equals."""
     if len(card.costs) == 1:
         return card.costs[0]
     if min((wanted == 1).sum(), (wanted == -1).sum()) < card.folds:
@@ -86,10 +88,10 @@ def lowshot(
     card: LowshotCard,
     seed: int,
 ) -> list[Found]:
-    """`top1-kK` in percent for each number K of pictures a class: the mean over the draws.
+    """`top1-kK` in percent for each number K of pictures per class: the mean over the draws.
 
-    One machine a class against the rest, the highest decision wins, of equals the first class. A
-    class with fewer pictures gives all it has.
+    Each class gets a machine against the rest. The class with the highest decision value wins; of
+    equal values the first class. If a class has fewer than K pictures, all of them are used.
     """
     features, asked = scaled(bank[0]), scaled(queries[0])
     found = []
@@ -110,7 +112,7 @@ def lowshot(
 def drawn(
     labels: Int64[np.ndarray, "n"], shots: int, seed: int, draw: int
 ) -> Int64[np.ndarray, "m"]:
-    """Rows of up to `shots` pictures of each class."""
+    """Rows of up to `shots` pictures of each class, chosen by (seed, draw)."""
     slots = np.array([draw], np.int64)
     rows = np.arange(len(labels), dtype=np.int64)
     order = np.argsort(rng.uniforms(seed, 0, rows, rng.LOWSHOT, slots)[:, 0], kind="stable")

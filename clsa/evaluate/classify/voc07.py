@@ -34,10 +34,11 @@ NEEDS = "the voc07 protocols need VOC's folders (JPEGImages, Annotations, ImageS
 
 
 class Marked(NamedTuple):
-    """Pictures and what is in each.
+    """Pictures and the classes that each of them shows.
 
     Attributes:
-        targets: a row a picture, a column a class: 1 there, 0 not, -1 only as difficult objects.
+        targets: one row per picture, one column per class: 1 if the picture shows the class, 0 if
+            not, -1 if it shows only difficult objects of it.
     """
 
     source: Folder
@@ -45,7 +46,7 @@ class Marked(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Pictures of VOC07 to learn from, to select an epoch on, and to be judged on."""
+    """Pictures of VOC07 to learn from, to select an epoch on, and to judge on."""
 
     train: Marked
     select: Marked | None
@@ -62,21 +63,26 @@ class Lists(NamedTuple):
 
     @property
     def queries(self) -> Folder:
-        """The pictures that are judged."""
+        """The pictures to judge on."""
         return self.test.source
 
     def digest(self) -> str:
-        """One sha256 of names, sizes and targets of all lists."""
+        """A sha256 of the names, sizes and targets of all lists."""
         parts = [part for part in (self.train, self.select, self.test) if part]
         sources = [part.source.digest() for part in parts]
         return digests.digest([*sources, *(part.targets.tolist() for part in parts)])
 
 
 def read_lists(data: DataOptions, train: str, select: str | None) -> Lists:
-    """The lists of a VOC2007 folder, or of the VOCdevkit that holds it; `test` is judged on.
+    """Read lists of a VOC2007 folder, or of the VOCdevkit around it; judging uses list `test`.
+
+    Args:
+        data: where the folder is.
+        train: name of the list to learn from.
+        select: name of the list to select an epoch on, if any.
 
     Raises:
-        ClsaError: without `--data`, or as `annotations.read_voc`.
+        ClsaError: if `--data` is missing, or as `annotations.read_voc` does.
     """
     if not data.data:
         raise ClsaError("no --data", NEEDS, "give VOCdevkit, or its VOC2007")
@@ -109,14 +115,14 @@ def mean_ap(
     points: Points,
     dropped: bool,
 ) -> float:
-    """Mean over the classes of average precision over the pictures, in percent.
+    """Mean over the classes of the average precision over the pictures, in percent.
 
-    A class that no picture shows is left out. Of equal scores the earlier picture comes first.
+    A class that no picture shows is left out. Among equal scores the earlier picture comes first.
 
     Args:
         points: "all" or "11" (see `average_precision`).
-        dropped: leave pictures out for the classes of which they show only difficult objects, as
-            VOC does; else these count as absent.
+        dropped: for each class, leave out the pictures that show only difficult objects of it, as
+            VOC does; otherwise these pictures count as not showing the class.
     """
     require_finite(torch.from_numpy(scores))
     found = []
@@ -130,11 +136,12 @@ def mean_ap(
 
 
 def per_picture_ap(scores: Float[np.ndarray, "n C"], there: Bool[np.ndarray, "n C"]) -> float:
-    """Mean over the pictures of average precision over the classes, in percent.
+    """Mean over the pictures of the average precision over the classes, in percent.
 
-    What CLSA's released code computes: of each class shown, the share of shown classes among those
-    with at least its score, averaged. A picture that shows nothing is left out. It is no mAP: it
-    compares classes with each other, not pictures, and is far higher.
+    This is what CLSA's released code computes. For each class that a picture shows, take the
+    classes that score at least as high and the share of them that the picture shows; average over
+    the shown classes. A picture that shows no class is left out. The result is not an mAP: it ranks
+    classes against each other instead of pictures, and is far higher.
     """
     require_finite(torch.from_numpy(scores))
     shown = there.any(1)
@@ -153,26 +160,30 @@ def voc07(
     seed: int,
     data: DataOptions,
 ) -> tuple[list[Found], nn.Linear]:
-    """Mean AP after the last and the best epoch, and the layer after the last.
+    """Mean AP after the last and the best epoch, and the layer after the last epoch.
 
-    CLSA's text: a layer on `trainval`, tested on `test`; 100 epochs of SGD, rate 0.05, momentum
-    0.9, no weight decay, batches of 256. What the text leaves open is chosen as in the linear
-    probe: random crops and flips, batch norm in evaluation mode, centre crops at the test, the
-    last partial batch left out. The loss is the cross-entropy of one sigmoid a class, summed over
-    the classes, its mean over the batch. Classes of which a picture shows only difficult objects
-    count neither in the loss nor in the test.
+    CLSA's paper trains a layer on `trainval` and tests it on `test`: 100 epochs of SGD, rate 0.05,
+    momentum 0.9, no weight decay, batches of 256. The paper leaves the rest open, so it is as in
+    the linear probe: random crops and flips, batch norm in evaluation mode, centre crops at the
+    test, the last partial batch left out. The loss is the cross-entropy of one sigmoid per class,
+    summed over the classes and averaged over the batch. If a picture shows only difficult objects
+    of a class, that class counts neither in the loss nor in the test of this picture.
 
     Args:
-        encoder: inside `features.frozen`.
-        queries: features of the test pictures' centre crops, and which rows of the list they are.
+        encoder: frozen by `extract.frozen`.
+        lists: pictures to learn from and to judge on.
+        queries: features of the test pictures' centre crops, and their rows in the list.
         size: side of the crops in pixels.
+        card: schedule, crops and metric.
+        seed: of the layer, the order and the crops.
+        data: how the pictures are read.
     """
     features, rows = queries
     device = features.device
     layer = new_layer(features.shape[1], len(lists.classes), seed).to(device)
     optimizer = sgd([{"params": list(layer.parameters()), "lr": card.lr}], card)
     bank = copy.copy(lists.train.source)
-    bank.labels = np.arange(len(bank))  # so that a batch names the pictures it shows
+    bank.labels = np.arange(len(bank))  # so that the labels of a batch are row numbers
     targets = torch.from_numpy(lists.train.targets).to(device)
     order = Order(len(bank), fitting(card.batch_size, len(bank)), seed)
     spec = ViewSpec("voc07", size, card.scale, VIEW)
@@ -198,10 +209,10 @@ def voc07(
 def loss_of(
     logits: Float[Tensor, "b C"], targets: Int64[Tensor, "b C"], dropped: bool
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of one sigmoid a class, summed over classes and batch.
+    """Cross-entropy of one sigmoid per class, summed over classes and batch.
 
     Args:
-        dropped: leave out classes of which a picture shows only difficult objects.
+        dropped: leave out the classes of which a picture shows only difficult objects.
     """
     wanted, kept = (targets == THERE).to(logits.dtype), torch.ones_like(logits)
     if dropped:

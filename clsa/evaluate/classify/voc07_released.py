@@ -1,6 +1,6 @@
-"""What CLSA's released code computes on VOC07: neither a frozen probe nor a mean AP of classes.
+"""What CLSA's released code computes on VOC07: neither a frozen probe nor a mean AP over classes.
 
-It is here so that its figures can be compared with others; for a probe take `voc07-map`.
+It is here so that its numbers can be compared with others; for a probe use `voc07-map`.
 """
 
 import copy
@@ -38,17 +38,18 @@ PLACES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
 def voc07_released(
     encoder: nn.Module, lists: Lists, card: ReleasedCard, seed: int
 ) -> tuple[list[Found], int, nn.Module]:
-    """Numbers after the last epoch and the best on `val`, of how many pictures; the last encoder.
+    """Numbers after the last epoch and the best epoch on `val`, picture count, and last encoder.
 
-    As the code, and against the paper's text: whole pictures distorted to a square, brightness
-    changed by up to a fifth or, for half of them, a quarter made gray, a quarter mirrored, all
-    turned by up to 25 degrees; batches of 16 and the loss summed, so that the rate is 16 times what
-    it seems; a rate that goes up and down along a cosine of period 24; another mean and deviation
-    of pixels than in pretraining; batch norm in training mode, so that the encoder's statistics
-    move; tested by the mean of five crops. All processes compute all of it.
+    This follows the released code and contradicts the paper's text. Whole pictures are squeezed to
+    a square. Half of them change in brightness by up to a fifth; of the other half, a quarter
+    becomes gray. A quarter of all is mirrored, and all are rotated by up to 25 degrees. Batches
+    have 16 pictures and the loss is summed, so the rate is effectively 16 times larger. The rate
+    follows a cosine of period 24 down and up. Mean and deviation of pixels differ from pretraining.
+    Batch norm is in training mode, so the encoder's statistics change. The test takes the mean
+    logits of five crops. Every process computes all of this.
 
     Args:
-        encoder: copied, as its statistics move.
+        encoder: is copied, because the statistics of the copy change.
     """
     selecting = lists.select
     assert selecting is not None
@@ -86,14 +87,14 @@ def voc07_released(
 
 
 def rate_at(epoch: int, card: ReleasedCard) -> float:
-    """lr (1 + cos(pi epoch / period)) / 2, which rises again."""
+    """Learning rate lr (1 + cos(pi epoch / period)) / 2, which falls and rises again."""
     return card.lr * (1 + math.cos(math.pi * epoch / card.cosine_period)) / 2
 
 
 def squares(
     source: Source, side: int, cut: Cut = whole
 ) -> tuple[Int64[np.ndarray, "m"], UInt8[Tensor, "m 3 side side"]]:
-    """A cut of the readable pictures (all of them, distorted), with their numbers; on the CPU."""
+    """Numbers of the readable pictures, and a square cut of each (by default all of it), on CPU."""
     found = list(eval_crops(source, np.arange(len(source)), side, cut, torch.device("cpu")))
     if not found:
         why = f"none of its {len(source)} pictures can be read"
@@ -105,7 +106,7 @@ def squares(
 def distorted(
     images: UInt8[Tensor, "b 3 S S"], index: Int64[np.ndarray, "b"], epoch: int, seed: int
 ) -> Float32[Tensor, "b 3 S S"]:
-    """Training views of squares, in [0, 255]; drawn from (seed, epoch, picture)."""
+    """Random training views of square pictures, in [0, 255]; drawn from (seed, epoch, picture)."""
     drawn = rng.uniforms(seed, epoch, index, VIEW, SLOTS)
     views = []
     for image, (which, amount, gray, flip, turn) in zip(images, drawn.tolist(), strict=True):
@@ -125,13 +126,14 @@ def judged(
     marked: Marked,
     card: ReleasedCard,
 ) -> list[tuple[dict[str, float], int]]:
-    """Of each network `per-image-ap` and, beside it, the `map` of all points; of how many pictures.
+    """For each network `per-image-ap`, all-points `map`, and the number of pictures.
 
-    Of mean logits over the crops, whose pictures have a short side 1.1 times theirs.
+    Both are computed from the mean logits over the crops; a crop's side is 1/1.1 of the picture's
+    short side.
 
     Args:
-        networks: encoder and layer.
-        crops: one item a place: `squares` of all pictures there.
+        networks: pairs of encoder and layer.
+        crops: for each place, the `squares` of all pictures cut there.
     """
     logits: list[list[Tensor]] = [[] for _ in networks]
     targets = marked.targets
@@ -154,7 +156,10 @@ def judged(
 
 
 def crop_at(down: float, right: float) -> Cut:
-    """A square of 1/1.1 of the short side at a share of the room below and to the right."""
+    """A function that cuts squares of 1/1.1 of the short side.
+
+    `down` and `right` place the square, from 0 (top, left) to 1 (bottom, right).
+    """
 
     def cut(
         index: Int64[np.ndarray, "b"],

@@ -1,8 +1,8 @@
 """Average precision of detections: VOC's rule in NumPy, COCO's through pycocotools.
 
-Both work on boxes of edges (x1, y1, x2, y2), as `clsa.annotations` has them. VOC's code counts
-pixels, `xmax - xmin + 1` across for the first and last pixel inside; that is x2 - x1 of edges, so
-the overlaps here are VOC's own.
+Both take boxes as edges (x1, y1, x2, y2), as in `clsa.pictures.annotations`. VOC's code counts
+pixels: a box from pixel `xmin` to pixel `xmax`, both inside, is `xmax - xmin + 1` wide. In edges
+that is x2 - x1, so the overlaps here equal VOC's.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ COCO_NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 
 
 class Detections(NamedTuple):
-    """What was found in one picture, in any order.
+    """Objects that a detector found in one picture, in any order.
 
     Attributes:
         boxes: edges in pixels of the picture.
-        scores: the surer, the larger.
-        labels: positions of the classes.
-        masks: of each object, as `pack_mask` makes them; None where only boxes are predicted.
+        scores: confidence, larger is surer.
+        labels: numbers of the classes.
+        masks: one per object, as `pack_mask` makes them; None if only boxes are predicted.
     """
 
     boxes: Float[np.ndarray, "n 4"]
@@ -52,12 +52,12 @@ def overlaps(
 def voc_matches(
     found: Sequence[Detections], things: Sequence[list[Thing]], label: int, least: float
 ) -> tuple[Bool[np.ndarray, " n"], int]:
-    """Which detections of one class are right, the surest first, and how many there were to find.
+    """Which detections of one class are right, the surest first, and the number of objects to find.
 
-    VOC's rule: each detection goes to the object of its class that it overlaps most; it is right
-    where that overlap is at least `least` and no surer detection has taken the object. Later ones
-    of a taken object are wrong. Difficult objects are not to be found, and detections that go to
-    them are left out. Equal scores keep the order of the pictures.
+    VOC's rule: each detection is matched to the object of its class that it overlaps most. It is
+    right if that overlap is at least `least` and no surer detection took the same object; other
+    detections of that object are wrong. Difficult objects need not be found, and detections matched
+    to them are left out. Detections with equal scores keep the order of the pictures.
     """
     truths = [[thing for thing in each if thing.label == label] for each in things]
     positives = sum(not thing.difficult for each in truths for thing in each)
@@ -92,16 +92,16 @@ def voc_matches(
 def voc_ap(
     found: Sequence[Detections], things: Sequence[list[Thing]], num_classes: int
 ) -> dict[str, float]:
-    """Mean average precision over the classes that there are to find, in percent.
+    """Mean average precision in percent, over the classes that have objects to find.
 
     Args:
-        found: one a picture.
+        found: one entry per picture.
         things: objects of the same pictures.
 
     Returns:
-        AP50 at an overlap of 0.5, AP75, and AP, the mean over overlaps of 0.5 to 0.95, of all
-        points; the same with -11pt of 11 points, as detectron2's evaluator has all three for 2007.
-        NaN where there is nothing to find.
+        AP50 at an overlap of 0.5, AP75, and AP, the mean over overlaps of 0.5 to 0.95, all by the
+        all-points rule. The names ending in -11pt hold the same by the 11-point rule, which
+        detectron2's evaluator uses for all three on VOC 2007. NaN if there is nothing to find.
     """
     matches = {
         least: [voc_matches(found, things, label, least) for label in range(num_classes)]
@@ -129,19 +129,21 @@ def coco_ap(
     sizes: Sequence[tuple[int, int]],
     masks: bool = False,
 ) -> dict[str, float]:
-    """COCO's average precision of boxes and, if asked, of masks, in percent, by pycocotools.
+    """COCO's average precision of boxes and optionally of masks, in percent, by pycocotools.
 
-    Objects are small under 32^2, large over 96^2 pixels of area: the one that COCO's file says, or
-    that of their mask, or else of their box. Difficult objects count as crowds: not to be found.
+    Objects are small if their area is under 32^2 pixels, and large if it is over 96^2. The area is
+    the one in COCO's file, or else that of the mask, or else that of the box. Difficult objects
+    count as crowds: they need not be found.
 
     Args:
-        found: one a picture.
+        found: one entry per picture.
         things: objects of the same pictures.
-        sizes: height and width of the pictures.
+        sizes: height and width of each picture.
+        masks: judge masks too.
 
     Returns:
-        AP, AP50, AP75, AP_S, AP_M, AP_L; of masks with `mask-` before. NaN where there is nothing
-        of a kind to find.
+        AP, AP50, AP75, AP_S, AP_M and AP_L of boxes; the names starting with `mask-` are those of
+        masks. NaN if there is no object of that kind to find.
     """
     coco = require("pycocotools.coco", "evaluation", "COCO average precision")
     judge = require("pycocotools.cocoeval", "evaluation", "COCO average precision")
@@ -183,14 +185,14 @@ def coco_ap(
 
 
 def pack_mask(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
-    """A mask as pycocotools' packed run lengths, their letters as text."""
+    """A mask as pycocotools' packed run lengths, decoded to a string."""
     pixels = require("pycocotools.mask", "evaluation", "masks")
     runs = pixels.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(mask.shape), "counts": runs["counts"].decode()}
 
 
 def packed(thing: Thing, size: tuple[int, int]) -> Any:
-    """Its mask as pycocotools' packed run lengths; the box where it has none."""
+    """An object's mask as pycocotools' packed run lengths; its box if it has no mask."""
     pixels = require("pycocotools.mask", "evaluation", "masks")
     outline: Any = thing.segmentation
     if outline is None:
@@ -218,7 +220,7 @@ def _answers(found: Sequence[Detections], kind: str, pixels: Any) -> list[dict[s
 
 
 def _index(coco: Any, truth: Any, answers: list[dict[str, Any]]) -> Any:
-    """What `COCO.loadRes` makes of a list, without its checks of files."""
+    """Do what `COCO.loadRes` does with a list of detections, without its checks."""
     result = coco.COCO()
     result.dataset = {**truth.dataset, "annotations": answers}
     result.createIndex()

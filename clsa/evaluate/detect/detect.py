@@ -40,7 +40,7 @@ Read = TypeVar("Read")
 
 
 class Drawn(NamedTuple):
-    """What is shown of one train picture: its number, whether mirrored, its short side."""
+    """How one train picture is shown: its number, whether it is mirrored, its short side."""
 
     row: int
     flip: bool
@@ -65,25 +65,25 @@ def detect(
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Average precision in percent of a detector around a copy of `encoder`.
+    """Train a detector around a copy of `encoder`; return its average precision in percent.
 
-    SGD with momentum 0.9, a linear warm-up, a tenth of the rate at each of `settings.drops`;
-    batches of pictures with objects, mirrored half of the time. Crowds are not learned from,
-    difficult objects are. With several processes each takes its share of every batch and of the
-    test pictures; all return the same.
+    Training is SGD with momentum 0.9 and a linear warm-up; at each step in `settings.drops` the
+    rate falls to a tenth. Batches hold only pictures with objects, mirrored half of the time. The
+    detector learns from difficult objects, but not from crowds. With several processes, each takes
+    its share of every batch and of the test pictures; all return the same numbers.
 
     Args:
-        encoder: left as it is.
-        train, test: of the same classes.
+        encoder: is not changed.
+        train, test: pictures of the same classes.
         settings: the card.
         seed: of new layers, order, mirroring, sides, and the sampling of regions.
 
     Returns:
-        As `box_ap.voc_ap` or `box_ap.coco_ap` name them.
+        The numbers of `box_ap.voc_ap` or `box_ap.coco_ap`, by the same names.
 
     Raises:
-        ClsaError: 2 for an encoder or settings that do not fit, 65 without pictures that can be
-            used, 76 when the loss is not finite.
+        ClsaError: 2 if the encoder or the settings do not fit, 65 if there are no usable pictures,
+            76 if the loss is not finite.
     """
     if train.classes != test.classes:
         hint = "read both with the classes of the first"
@@ -97,12 +97,12 @@ def detect(
 
 
 class Boxes(NamedTuple):
-    """Pictures with objects to learn from, and to be judged on."""
+    """Pictures with objects: a part to learn from and a part to judge on."""
 
     train: Annotated
     test: Annotated
     name: str
-    """test (VOC) or val (COCO)."""
+    """Name of the test part: test (VOC) or val (COCO)."""
     several: bool = True
 
     @property
@@ -117,11 +117,11 @@ class Boxes(NamedTuple):
 
     @property
     def queries(self) -> Source:
-        """The pictures that are judged."""
+        """The pictures to judge on."""
         return self.test.source
 
     def digest(self) -> str:
-        """One sha256 of names, sizes and objects of both parts."""
+        """A sha256 of the names, sizes and objects of both parts."""
         total = hashlib.sha256()
         for part in (self.train, self.test):
             total.update(part.source.digest().encode())
@@ -131,21 +131,21 @@ class Boxes(NamedTuple):
 
 
 def read_boxes(data: DataOptions, card: DetectCard) -> Boxes:
-    """The parts that a card names, of VOC's or COCO's folders.
+    """Read the parts that a card names from VOC's or COCO's folders.
 
     Raises:
-        ClsaError: without `--data`, for a card that detectron2 judges, or as `read_voc` and
-            `read_coco`.
+        ClsaError: if `--data` is missing, if the card is one that detectron2 judges, or as
+            `read_voc` and `read_coco` do.
     """
     if card.library != "clsa":
         hint = "clsa export RUN --to detectron2, and train lvis-fpn-2x.yaml there"
         raise ClsaError("LVIS", "is trained and judged by detectron2", hint)
-    layout = "VOCdevkit" if card.measure == "voc" else "COCO's folder, or that of `clsa scenes`"
+    layout = "VOCdevkit" if card.measure == "voc" else "COCO's folder, or one of `clsa scenes`"
     if not data.data or not Path(data.data).is_dir():
-        why = "no such folder" if data.data else "there is none"
+        why = "no such folder" if data.data else "it is missing"
         raise ClsaError(f"--data {data.data}".strip(), why, f"give {layout}", Exit.NO_INPUT)
     root = Path(data.data)
-    if card.measure == "coco":  # told now, not after the training
+    if card.measure == "coco":  # fail now, not after the training
         require("pycocotools.coco", "evaluation", "COCO average precision")
     if card.measure == "voc":
         train = read_voc(root, [(year, "trainval") for year in card.years])
@@ -156,7 +156,7 @@ def read_boxes(data: DataOptions, card: DetectCard) -> Boxes:
     dropped = boxes.train.dropped + boxes.test.dropped
     if dropped:
         log = logging.getLogger("clsa")
-        log.warning("note: %d objects without area are left out", dropped)
+        log.warning("note: %d objects whose box has no area are left out", dropped)
     return boxes
 
 
@@ -170,11 +170,11 @@ def fit(
 ) -> None:
     """Train in place, then average the statistics of batch norm (precise BN)."""
     if settings.batch % dist.world_size():
-        why = f"cannot be shared by {dist.world_size()} processes"
-        raise ClsaError(f"batch {settings.batch}", why, "choose a multiple")
+        why = f"{dist.world_size()} processes cannot share it equally"
+        raise ClsaError(f"batch {settings.batch}", why, "choose a multiple of that number")
     usable = [row for row, things in enumerate(train.things) if _learnable(things)]
     if not usable:
-        raise ClsaError("train pictures", "none holds an object", "check it", Exit.BAD_DATA)
+        raise ClsaError("train pictures", "none shows an object", "check them", Exit.BAD_DATA)
     params = [param for param in detector.parameters() if param.requires_grad]
     in_norms = {
         id(param)
@@ -207,7 +207,7 @@ def fit(
             worst = dist.all_max((~torch.isfinite(loss.detach())).float())
             if worst.item():
                 why = f"not finite at step {step + 1}"
-                raise ClsaError("the detector's loss", why, "lower its lr", Exit.UNHEALTHY)
+                raise ClsaError("the detector's loss", why, "lower lr by --change", Exit.UNHEALTHY)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if settings.precise_bn:
@@ -219,7 +219,7 @@ def fit(
         kept = [norm.momentum for norm in norms]
         for number in range(settings.precise_bn):
             for norm in norms:
-                norm.momentum = 1 / (number + 1)  # a running mean of all batches
+                norm.momentum = 1 / (number + 1)  # averages over all batches
             step = settings.iters + number
             with torch.no_grad():
                 _losses(detector, next(batches), seed, step, device)
@@ -228,14 +228,14 @@ def fit(
 
 
 def lr_at(step: int, settings: DetectCard) -> float:
-    """Rate of a step, counted from 0: warm-up times drops, as in detectron2."""
+    """Learning rate of a step counted from 0: warm-up times drops, as in detectron2."""
     share = min(1.0, step / settings.warmup) if settings.warmup else 1.0
     warm = WARMUP_FROM + (1 - WARMUP_FROM) * share
     return settings.lr * warm * DROP ** sum(step >= drop for drop in settings.drops)
 
 
 def drawn(usable: Sequence[int], settings: DetectCard, seed: int, step: int) -> list[Drawn]:
-    """This process's share of batch `step`: the whole set in a new order again and again."""
+    """This process's share of batch `step`; each pass over the set has a new order."""
     places = np.arange(step * settings.batch, (step + 1) * settings.batch, dtype=np.int64)
     uniforms = rng.uniforms(seed, 0, places, VIEW, np.arange(2, dtype=np.int64))
     share = settings.batch // dist.world_size()
@@ -254,7 +254,7 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def ahead(items: Sequence[Item], read: Callable[[Item], Read]) -> Iterator[Read]:
-    """`read` of each item in order, the next ones in other threads meanwhile."""
+    """Yield `read` of each item in order, while other threads read the next items."""
     with ThreadPoolExecutor(READERS) as pool:
         waiting = [pool.submit(read, item) for item in items[:AHEAD]]
         for place in range(len(items)):
@@ -265,10 +265,10 @@ def ahead(items: Sequence[Item], read: Callable[[Item], Read]) -> Iterator[Read]
 
 
 def shown(annotated: Annotated, what: Drawn, masks: bool) -> Shown:
-    """One train picture and its objects, mirrored where drawn; labels count from 1.
+    """One train picture and its objects, mirrored if `what.flip` is set; labels count from 1.
 
     Raises:
-        ClsaError: 65 when it cannot be read.
+        ClsaError: 65 if the picture cannot be read.
     """
     image = _image(annotated, what.row)
     things = _learnable(annotated.things[what.row])
@@ -294,7 +294,7 @@ def _image(annotated: Annotated, row: int) -> Float[Tensor, "3 H W"]:
     try:
         pixels = annotated.source.read(row)
     except DecodeError as error:
-        what, hint = annotated.source.ids[row], "replace it, or take it off the lists"
+        what, hint = annotated.source.ids[row], "replace it, or remove it from the lists"
         raise ClsaError(what, str(error), hint, Exit.BAD_DATA) from None
     annotated.require_size(row, *pixels.shape[:2])
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
@@ -323,7 +323,7 @@ def _losses(
 
 @contextmanager
 def sampling(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """torchvision samples anchors and regions from the global generator: seeded here, then back."""
+    """Seed the global generator, from which torchvision samples regions; restore it afterwards."""
     at = np.array([step * dist.world_size() + dist.rank()], np.int64)
     number = int(rng.hash_bits(seed, 0, at, SAMPLING, np.zeros(1, np.int64))[0, 0]) & (2**62 - 1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -335,9 +335,9 @@ def sampling(seed: int, step: int, device: torch.device) -> Iterator[None]:
 def find(
     detector: GeneralizedRCNN, test: Annotated, settings: DetectCard, device: torch.device
 ) -> tuple[list[Detections], list[tuple[int, int]]]:
-    """What is found in each test picture, and the sizes (height, width) of the pictures.
+    """Detections in each test picture, and the sizes (height, width) of the pictures.
 
-    Each process looks at every n-th picture; all get everything.
+    Of n processes, each runs the detector on every n-th picture; all return the whole.
     """
     detector.eval()
     rows = list(range(dist.rank(), len(test.source), dist.world_size()))
@@ -364,7 +364,7 @@ def find(
 
 
 def gathered(items: list[Any], device: torch.device) -> list[Any]:
-    """The plain values of all processes, in rank order, sent as JSON: floats stay exact."""
+    """Items of all processes in rank order; they are sent as JSON, which keeps floats exact."""
     if dist.world_size() == 1:
         return items
     data = np.frombuffer(json.dumps(items).encode(), np.uint8)

@@ -1,11 +1,11 @@
-"""Faster R-CNN and Mask R-CNN of torchvision around an encoder of this package (ResNets of timm).
+"""torchvision's Faster R-CNN and Mask R-CNN around an encoder of this package (a ResNet of timm).
 
-Pictures are RGB in [0, 1], normalised by `clsa.views.MEAN` and `STD`. Batch norm takes its
-statistics over all processes. Departures from detectron2, whose C4 and FPN these follow: pictures
-are resized by plain bilinear interpolation, without smoothing, their sides rounded down; regions of
-the pyramid are pooled at 2 x 2 points a cell, without the half-pixel shift; the losses of boxes are
-torchvision's smooth L1 (beta 1/9) in place of L1; new layers begin as torchvision's do; bfloat16
-where the hardware computes in it.
+Pictures are RGB in [0, 1] and are normalised by `clsa.views.transform.MEAN` and `STD`. Batch norm
+takes its statistics over all processes. The models follow detectron2's C4 and FPN, but differ in
+these points: pictures are resized by plain bilinear interpolation without smoothing, and their
+sides are rounded down; regions of the pyramid are pooled at 2 x 2 points per cell, without the
+half-pixel shift; the box losses are torchvision's smooth L1 (beta 1/9) instead of L1; new layers
+get torchvision's initial weights; computation is in bfloat16 if the hardware supports it.
 """
 
 import copy
@@ -44,24 +44,24 @@ Maps = Float[Tensor, "B C H W"]
 
 
 class Frozen(nn.Module):
-    """Modules that stay in evaluation mode and without gradients where `freeze` says so."""
+    """A container that, if `freeze` is set, keeps its modules in evaluation mode, not learning."""
 
     def __init__(self, freeze: bool):
         super().__init__()
         self.freeze = freeze
 
     def hold(self) -> None:
-        """Freeze what is inside by now."""
+        """Freeze the modules that were added so far, if `freeze` is set."""
         if self.freeze:
             self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Frozen":
-        """Change the mode, but of frozen modules never."""
+        """Set the mode; frozen modules stay in evaluation mode."""
         return super().train(mode and not self.freeze)
 
 
 class Trunk(Frozen):
-    """Stem and the first stages of a ResNet: (B, 3, H, W) -> one map a stage."""
+    """Stem and first stages of a ResNet: (B, 3, H, W) -> one map per stage."""
 
     def __init__(self, encoder: ResNet, num_stages: int, freeze: bool):
         super().__init__(freeze)
@@ -72,7 +72,7 @@ class Trunk(Frozen):
         self.hold()
 
     def forward(self, x: Maps) -> list[Maps]:
-        """Maps of all stages, fine to coarse."""
+        """The maps of all stages, from fine to coarse."""
         maps = []
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
@@ -82,19 +82,19 @@ class Trunk(Frozen):
 
 
 class LastMap(nn.Module):
-    """The trunk's last map alone: what C4 looks at."""
+    """The trunk's last map only, as C4 uses it."""
 
     def __init__(self, trunk: Trunk):
         super().__init__()
         self.trunk = trunk
 
     def forward(self, x: Maps) -> "OrderedDict[str, Maps]":
-        """One level, "0"."""
+        """The map as the only level, "0"."""
         return OrderedDict([("0", self.trunk(x)[-1].float().contiguous())])
 
 
 class Pyramid(nn.Module):
-    """Feature pyramid with batch norm over the stages `used`, and one level pooled on top."""
+    """Feature pyramid with batch norm over the stages in `used`, and one pooled level on top."""
 
     def __init__(self, trunk: Trunk, used: Sequence[int], widths: Sequence[int], width: int):
         super().__init__()
@@ -104,16 +104,16 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, x: Maps) -> "OrderedDict[str, Maps]":
-        """Levels "0", "1", ... and "pool"."""
+        """The levels "0", "1", ... and "pool"."""
         maps = self.trunk(x)
         chosen = OrderedDict((str(level), maps[stage]) for level, stage in enumerate(self.used))
         return OrderedDict((name, each.float()) for name, each in self.pyramid(chosen).items())
 
 
 class RegionPool(nn.Module):
-    """Pixels of regions of one map, pooled to 14 x 14 (RoIAlign with the half-pixel shift).
+    """Pools regions of one map to 14 x 14 (RoIAlign with the half-pixel shift).
 
-    In training it keeps the regions that it pooled last, for `SharedMaps`.
+    In training it keeps the last regions it pooled, for `SharedMaps`.
     """
 
     def __init__(self, stride: int):
@@ -133,9 +133,9 @@ class RegionPool(nn.Module):
 
 
 class LastStage(nn.Module):
-    """Stage 4 on each region, the extra batch norm, and their mean: (R, C, 14, 14) -> (R, F).
+    """Box head of C4: stage 4, extra batch norm and mean over pixels: (R, C, 14, 14) -> (R, F).
 
-    A frozen encoder's stage 4 is frozen too; the extra norm always learns.
+    If the encoder is frozen, its stage 4 is frozen too; the extra norm always learns.
     """
 
     def __init__(self, stage: nn.Module, width: int, freeze: bool):
@@ -148,27 +148,28 @@ class LastStage(nn.Module):
         self.kept: Tensor | None = None
 
     def maps(self, regions: Maps) -> Maps:
-        """Before the mean, (R, F, 7, 7)."""
+        """Maps before the mean, (R, F, 7, 7)."""
         stage = cast(nn.Module, self.stage.layer4)
         return self.norm(stage(regions.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, regions: Maps) -> Float[Tensor, "R F"]:
-        """Features of the box head."""
+        """Mean features of each region."""
         maps = self.maps(regions)
         self.kept = maps if self.training and self.shares_maps else None
         return maps.mean((2, 3))
 
 
 class SharedMaps(nn.Module):
-    """What the mask head sees of C4: in training the very maps of the box head, as in detectron2.
+    """Input maps of C4's mask head: in training those of the box head, as in detectron2.
 
-    torchvision's heads hand over the positive regions as boxes; each is one of those pooled last,
-    and its row is looked up. A second pass would count the positives twice in the batch norm.
+    torchvision's heads pass the positive regions as boxes. Each box is among the last regions
+    pooled, so its row is looked up. A second pass through stage 4 would count the positives twice
+    in the batch norm.
     """
 
     def __init__(self, pool: RegionPool, head: LastStage):
         super().__init__()
-        self._shared = [(pool, head)]  # no submodules: they have their place already
+        self._shared = [(pool, head)]  # in a list, or they would be registered as submodules twice
 
     def forward(
         self, maps: dict[str, Maps], boxes: list[Tensor], sizes: list[tuple[int, int]]
@@ -186,33 +187,33 @@ class SharedMaps(nn.Module):
 
 
 class Resize(GeneralizedRCNNTransform):
-    """Normalise, resize, pad and put in a batch; train sides come from `sides`, one a picture."""
+    """Normalise, resize, pad and batch pictures; `sides` gives one train side per picture."""
 
     def __init__(self, settings: DetectCard):
         mean, std = list(transform.MEAN), list(transform.STD)
-        side = cast(int, (settings.test_side,))  # torchvision takes tuples too
+        side = cast(int, (settings.test_side,))  # torchvision also takes a tuple
         super().__init__(side, settings.max_side, mean, std, size_divisible=DIVISIBLE)
         self.sides: Iterator[int] = iter(())
 
     def torch_choice(self, k: list[int]) -> int:
-        """The next train side (torchvision draws it from the global generator)."""
+        """The next train side; torchvision would draw one from the global generator."""
         return next(self.sides, k[-1])
 
 
 def build_detector(
     encoder: nn.Module, num_classes: int, settings: DetectCard, seed: int
 ) -> GeneralizedRCNN:
-    """A detector around a copy of `encoder`, its new layers drawn from `seed`.
+    """Build a detector around a copy of `encoder`; `seed` decides the weights of new layers.
 
-    In training it takes pictures and targets (boxes, labels from 1 on, masks) and returns losses,
-    in evaluation it takes pictures and returns boxes, labels, scores and masks.
+    In training it takes pictures and targets (boxes, labels counted from 1, masks) and returns
+    losses. In evaluation it takes pictures and returns boxes, labels, scores and masks.
 
     Raises:
-        ClsaError: for an encoder that is no ResNet, or anchors that do not fit the pyramid.
+        ClsaError: if the encoder is not a ResNet, or the anchors do not fit the pyramid.
     """
     if not isinstance(encoder, ResNet):
-        what, hint = f"a {type(encoder).__name__} as detector", "use a ResNet"
-        raise ClsaError(what, "only ResNets have the four stages", hint)
+        what, hint = f"a detector on a {type(encoder).__name__}", "use a ResNet"
+        raise ClsaError(what, "only ResNets have the four stages it needs", hint)
     encoder = copy.deepcopy(encoder).requires_grad_(True)
     widths = [int(info["num_chs"]) for info in encoder.feature_info[1:]]
     strides = strides_of(encoder)
@@ -248,20 +249,23 @@ def build_detector(
 
 
 def _widened(module: nn.Module, given: Any, output: Any) -> Any:
-    """Outputs in float32: torchvision places boxes in the type of maps and offsets, and bfloat16
-    would put them on a grid of half a pixel at 64 pixels, of four at 800."""
+    """Convert outputs to float32.
+
+    torchvision computes boxes in the type of maps and offsets. In bfloat16 their coordinates would
+    be rounded to half a pixel at 64 pixels, and to four pixels at 800.
+    """
     if isinstance(output, Tensor):
         return output.float()
     return type(output)(_widened(module, given, each) for each in output)
 
 
 def strides_of(encoder: ResNet) -> list[int]:
-    """Pixels between neighbours on the map of each stage; 4, 8, 16, 32 but for small stems."""
+    """Stride of each stage's map in pixels; 4, 8, 16, 32 unless the stem is small."""
     return [int(info["reduction"]) // _spared(encoder) for info in encoder.feature_info[1:]]
 
 
 def _spared(encoder: ResNet) -> int:
-    """By how much a small stem is finer than what timm notes of the encoder."""
+    """Factor by which timm's recorded strides are too large for an encoder with a small stem."""
     first = encoder.conv1[0] if isinstance(encoder.conv1, nn.Sequential) else encoder.conv1
     small_conv = cast(nn.Conv2d, first).stride[0] == 1
     return (2 if small_conv else 1) * (2 if isinstance(encoder.maxpool, nn.Identity) else 1)
@@ -300,7 +304,7 @@ def _fpn(
     used = [stage for stage, stride in enumerate(strides) if stride >= PYRAMID_STRIDE]
     if len(settings.anchors) != len(used) + 1:
         why = f"the pyramid has {len(used) + 1} levels"
-        raise ClsaError(f"anchors {settings.anchors}", why, "give one side a level")
+        raise ClsaError(f"anchors {settings.anchors}", why, "give one anchor side per level")
     backbone = Pyramid(
         Trunk(encoder, 4, settings.freeze), used, [widths[stage] for stage in used], settings.width
     )

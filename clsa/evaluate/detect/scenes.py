@@ -1,8 +1,8 @@
-"""Scenes with known objects: the embedded drawings pasted on textures or on crops of photographs.
+"""Scenes with known objects: embedded drawings pasted on textures or on crops of photographs.
 
-They let object detection and instance segmentation be tried without a download. Scene number i of a
-seed is a pure function of both. Train scenes show the train drawings, test scenes the val drawings,
-so no drawing is in both.
+With them, object detection and instance segmentation can be tried without a download. A scene is a
+pure function of the seed, the split and its number. Train scenes show the train drawings and test
+scenes the val drawings, so no drawing is in both.
 """
 
 import functools
@@ -27,22 +27,22 @@ from clsa.system import files
 from clsa.system.errors import ClsaError, Exit
 from clsa.views import rng
 
-# Classes with the most train drawings (120 to 50), but for those of no one kind of thing (icon,
-# food-other, office) and those that are drawings of other classes (mapsymbol).
+# Classes with the most train drawings (120 to 50), without those that mix kinds of things (icon,
+# food-other, office) and those that draw things of other classes (mapsymbol).
 CLASSES = [
     *("flag", "people", "vehicle", "card", "mammal"),
     *("arrow", "tool", "fruit-veg", "plant", "music"),
 ]
 STREAM, SLOTS = 1_000_030, 1024
-WHITE = 238  # the embedded WebP files are lossy
-LEAST_SIDE, LEAST_FILL = 28, 0.35  # a drawing's own extent in pixels, and the share of it not white
-SIDES, MAX_THINGS = (24.0, 64.0), 4  # pixels in scenes of 128 pixels
+WHITE = 238  # not 255, because the embedded WebP files are lossy
+LEAST_SIDE, LEAST_FILL = 28, 0.35  # of a drawing: longer side in pixels, share that is not white
+SIDES, MAX_THINGS = (24.0, 64.0), 4  # sides in scenes of 128 pixels
 TRIES, MAX_COVER = 12, 0.6
 QUALITY = 95
 
 
 class Drawing(NamedTuple):
-    """A drawing cut out of its white ground."""
+    """A drawing, and a mask that excludes its white background."""
 
     pixels: UInt8[np.ndarray, "h w 3"]
     mask: Bool[np.ndarray, "h w"]
@@ -50,12 +50,12 @@ class Drawing(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """What is seen of one object of a scene.
+    """The visible part of one object in a scene.
 
     Attributes:
-        mask: its pixels that nothing else hides.
-        box: x1, y1, x2, y2 around them, edges in pixels.
-        hidden: share of its pixels that others hide.
+        mask: pixels of the object that no other object hides.
+        box: edges x1, y1, x2, y2 around the mask in pixels.
+        hidden: share of the object's pixels that others hide.
     """
 
     label: int
@@ -65,7 +65,7 @@ class Placed(NamedTuple):
 
 
 class Draws:
-    """Uniform numbers of one scene, one after the other."""
+    """The stream of uniform numbers that decides one scene."""
 
     def __init__(self, seed: int, part: int, number: int):
         at = np.array([number], np.int64)
@@ -82,12 +82,12 @@ class Draws:
         return low + (high - low) * float(self.many(1)[0])
 
     def below(self, count: int) -> int:
-        """The next number, among 0 to count - 1."""
+        """The next number as an integer from 0 to count - 1."""
         return int(self.one() * count)
 
 
 def cut_out(pixels: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
-    """What is not background: all but the near-white pixels that join the border (4 ways)."""
+    """Mask of the drawing: all but the near-white pixels connected to the border (4-connected)."""
     white = pixels.min(2) >= WHITE
     ground = np.zeros_like(white)
     ground[[0, -1]], ground[:, [0, -1]] = white[[0, -1]], white[:, [0, -1]]
@@ -105,7 +105,7 @@ def cut_out(pixels: UInt8[np.ndarray, "h w 3"]) -> Bool[np.ndarray, "h w"]:
 
 @functools.cache
 def drawings(split: Split) -> tuple[list[Drawing], ...]:
-    """The usable drawings of each of `CLASSES`, cut to their extent."""
+    """The usable drawings of each of `CLASSES`, cropped to their masks."""
     source = open_source("clipart", split, DataOptions()).with_classes(CLASSES)
     found: tuple[list[Drawing], ...] = tuple([] for _ in CLASSES)
     for row in np.flatnonzero(source.labels >= 0):
@@ -121,13 +121,13 @@ def drawings(split: Split) -> tuple[list[Drawing], ...]:
 
 
 def box_of(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int, int, int]:
-    """Edges (x1, y1, x2, y2) in pixels of the box around what is set; something must be."""
+    """Edges (x1, y1, x2, y2) in pixels of the box around a mask; the mask must not be empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def texture(draws: Draws, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """A ground of smooth noise over a colour, a gradient or stripes."""
+    """A background of smooth noise over a plain colour, a gradient or stripes."""
     first, second = 40 + 190 * draws.many(3), 40 + 190 * draws.many(3)
     across = np.linspace(0, 1, size)
     angle = draws.one(0, np.pi)
@@ -149,7 +149,7 @@ def texture(draws: Draws, size: int) -> UInt8[np.ndarray, "S S 3"]:
 
 
 def photograph(draws: Draws, source: Source, size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """A square crop, a third of the short side at least, of a picture that can be read."""
+    """A square crop of a readable picture, at least a third of its short side wide."""
     for _ in range(TRIES):
         row, share, left, top = draws.below(len(source)), *draws.many(3).tolist()
         try:
@@ -161,21 +161,22 @@ def photograph(draws: Draws, source: Source, size: int) -> UInt8[np.ndarray, "S 
         x, y = int(left * (width - side + 1)), int(top * (height - side + 1))
         crop = Image.fromarray(pixels[y : y + side, x : x + side])
         return np.array(crop.resize((size, size), Image.Resampling.BILINEAR))
-    raise ClsaError("--backgrounds", "its pictures cannot be read", "check it", Exit.BAD_DATA)
+    raise ClsaError("--backgrounds", "its pictures cannot be read", "check them", Exit.BAD_DATA)
 
 
 def compose(
     kinds: Sequence[list[Drawing]], draws: Draws, size: int, backgrounds: Source | None
 ) -> tuple[UInt8[np.ndarray, "S S 3"], list[Placed]]:
-    """One scene: one to four drawings, later ones over earlier ones, and what is seen of each.
+    """Compose one scene of one to four drawings; return it and the visible part of each drawing.
 
-    A drawing's longer side is 24 to 64 pixels in scenes of 128, log-uniform; every class is as
-    likely. A place where one box would cover over 0.6 of another is drawn again.
+    Later drawings cover earlier ones. A drawing's longer side is 24 to 64 pixels in scenes of 128,
+    log-uniform, and all classes are equally likely. A position is drawn again if the new box and
+    another one would share more than 0.6 of the smaller of the two.
 
     Args:
         kinds: drawings of each class.
         size: side of the scene in pixels.
-        backgrounds: photographs to cut grounds from; None: textures.
+        backgrounds: photographs to cut backgrounds from; None for textures.
     """
     scene = texture(draws, size) if backgrounds is None else photograph(draws, backgrounds, size)
     boxes: list[tuple[int, int, int, int]] = []
@@ -212,7 +213,7 @@ def compose(
 def scaled(
     drawing: Drawing, draws: Draws, size: int
 ) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
-    """A drawing at a drawn scale, mirrored or not: colours and opacity."""
+    """Colours and opacity of a drawing at a random scale, mirrored half of the time."""
     low, high = np.log(SIDES)
     longer = np.exp(draws.one(low, high)) * size / 128
     step = -1 if draws.one() < 0.5 else 1
@@ -227,7 +228,7 @@ def scaled(
 
 
 def _cover(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> float:
-    """Area that both boxes share, over the area of the smaller."""
+    """Area that both boxes share, divided by the area of the smaller one."""
     wide = min(one[2], other[2]) - max(one[0], other[0])
     high = min(one[3], other[3]) - max(one[1], other[1])
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (one, other)]
@@ -247,7 +248,13 @@ def scene_of(
 
 
 class Written(NamedTuple):
-    """What `scenes` wrote: scenes, objects, and those left out or flagged as half hidden."""
+    """Counts of what `scenes` wrote.
+
+    Attributes:
+        scenes: scenes of both splits.
+        things: objects in them, with those left out.
+        hidden: objects left out or marked difficult, because more than half of them is hidden.
+    """
 
     scenes: int
     things: int
@@ -258,16 +265,16 @@ def scenes(options: ScenesOptions) -> Written:
     """Write train and test scenes in the layout of COCO or of VOC.
 
     COCO: train/, val/ (the test scenes), annotations/instances_train.json and instances_val.json,
-    masks as run lengths; objects hidden by more than half are left out. VOC: VOCdevkit/VOC2007, its
-    trainval being the train scenes (the first half of them `train`, the rest `val`); objects hidden
-    by more than half are `difficult`.
+    with masks as run lengths; objects that are more than half hidden are left out. VOC:
+    VOCdevkit/VOC2007, with the train scenes as `trainval` (the first half is `train`, the rest
+    `val`) and the test scenes as `test`; objects that are more than half hidden are `difficult`.
 
     Raises:
-        ClsaError: 2 for a folder that holds something, 66 or 65 for bad backgrounds.
+        ClsaError: 2 if the folder is not empty, 66 or 65 for bad backgrounds.
     """
     out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ClsaError(str(out), "is there already", "choose another --out, or remove it")
+        raise ClsaError(str(out), "is not an empty folder", "choose another --out, or remove it")
     photos = None
     if options.backgrounds is not None:
         photos = open_source(options.backgrounds, "train", DataOptions())
@@ -316,7 +323,7 @@ def _jpeg(scene: UInt8[np.ndarray, "S S 3"]) -> bytes:
 
 
 def run_lengths(mask: Bool[np.ndarray, "h w"]) -> dict[str, Any]:
-    """COCO's uncompressed run lengths: column by column, the first run of zeros, maybe of none."""
+    """COCO's uncompressed run lengths by column; the first run is of zeros and may be empty."""
     flat = mask.T.reshape(-1)
     changes = np.flatnonzero(np.diff(flat)) + 1
     edges = np.concatenate([[0], changes, [flat.size]])

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: of centre crops, or of strongly augmented views."""
+"""Extract features of centre crops or of strongly augmented views with a frozen encoder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,17 +23,17 @@ from clsa.views.specs import ViewSpec, strong_eval_spec
 
 @contextmanager
 def frozen(encoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards every submodule is in its mode again.
+    """Hold an encoder in evaluation mode without gradients; restore every module's mode at the end.
 
     Raises:
-        ClsaError: 76 when a weight or a buffer is not what it was before, to the bit.
+        ClsaError: 76 if a weight or a buffer changed meanwhile, even by a bit.
     """
     modes = [(module, module.training) for module in encoder.modules()]
     before = digests.digest(encoder.state_dict())
     encoder.eval()
     compiled = [(module, module._compiled_call_impl) for module in encoder.modules()]
     for module, _ in compiled:
-        module._compiled_call_impl = None  # for training only
+        module._compiled_call_impl = None  # compiled code is for training only
     try:
         with torch.no_grad():
             yield
@@ -44,18 +44,19 @@ def frozen(encoder: nn.Module) -> Iterator[None]:
             module.training = training
     if digests.digest(encoder.state_dict()) != before:
         why = "its layers change in evaluation mode too"
-        raise ClsaError("evaluation moved the encoder", why, "use another one", Exit.UNHEALTHY)
+        raise ClsaError("evaluation changed the encoder", why, "use another one", Exit.UNHEALTHY)
 
 
 @torch.no_grad()
 def encode(
     encoder: nn.Module, images: Float[Tensor, "b 3 S S"], batch_size: int
 ) -> Float32[Tensor, "b F"]:
-    """Features of normalised pictures, at most `batch_size` at a time.
+    """Features of normalised pictures, computed for at most `batch_size` at a time.
 
-    In float32 (convolutions on CUDA in TF32, torch's default), although bf16 takes 0.45 of the time
-    on a CPU that has it: features of an untrained encoder are nearly parallel, and on Fashion-MNIST
-    rounding them moved 20-NN top-1 by 0.6 points (73.5 to 72.9), logistic regression by none.
+    Computed in float32 (convolutions on CUDA in TF32, torch's default), although bf16 takes 0.45 of
+    the time on a CPU that supports it. The reason: features of an untrained encoder are nearly
+    parallel, and on Fashion-MNIST rounding them to bf16 changed top-1 of 20-NN by 0.6 points (73.5
+    to 72.9), that of logistic regression not at all.
     """
     parts = images.contiguous(memory_format=torch.channels_last).split(batch_size)
     return torch.cat([encoder(part).float() for part in parts])
@@ -71,20 +72,21 @@ def extract(
     strong_seed: int | None = None,
     shared: bool = False,
 ) -> tuple[Int64[np.ndarray, "m"], Float32[Tensor, "m F"]]:
-    """Features of the given pictures, which should be extracted inside `frozen(encoder)`.
+    """Features of the given pictures; call it inside `frozen(encoder)`.
 
     Args:
         rows: numbers of pictures in the source.
         options: side and centre crop of the pictures, scale of strong crops.
-        strong_seed: draw one strong view of each picture (`views.strong_eval_spec`, epoch 0)
-            instead of its centre crop.
-        shared: all processes call this together; each encodes a share, all return the whole.
+        batch_size: number of pictures encoded at a time.
+        strong_seed: if given, draw one strong view of each picture (`specs.strong_eval_spec`,
+            epoch 0) with this seed, instead of its centre crop.
+        shared: all processes call this together; each encodes a share, and all return the whole.
 
     Returns:
-        Numbers of the pictures that could be read, in order, and their features on the device.
+        Numbers of the readable pictures, in order, and their features on the device.
 
     Raises:
-        ClsaError: 65 when none of them can be read.
+        ClsaError: 65 if none of the pictures can be read.
     """
     own = _share(rows) if shared else rows
     if strong_seed is None:
@@ -107,7 +109,7 @@ def extract(
 
 
 def _share(rows: Int64[np.ndarray, "n"], rank: int | None = None) -> Int64[np.ndarray, "b"]:
-    """A process's contiguous share, of whole chunks: batches are those of one process."""
+    """A process's contiguous share, in whole chunks, so that batches are the same as on one."""
     chunks = -(-len(rows) // EVAL_CHUNK)
     size = -(-chunks // dist.world_size()) * EVAL_CHUNK
     return rows[(dist.rank() if rank is None else rank) * size :][:size]
@@ -116,7 +118,7 @@ def _share(rows: Int64[np.ndarray, "n"], rank: int | None = None) -> Int64[np.nd
 def _gathered(
     numbers: Int64[np.ndarray, "b"], found: Float32[Tensor, "b F"], room: int
 ) -> tuple[Int64[np.ndarray, "m"], Float32[Tensor, "m F"]]:
-    """The shares of all processes in order; `room` rows hold the largest."""
+    """Join the shares of all processes in order; each share has at most `room` rows."""
     if dist.world_size() == 1:
         return numbers, found
     padded = found.new_zeros(room, found.shape[1])
@@ -131,7 +133,7 @@ def _gathered(
 def centre_views(
     source: Source, rows: Int64[np.ndarray, "n"], options: ViewOptions, device: torch.device
 ) -> Iterator[tuple[Int64[np.ndarray, "b"], Float32[Tensor, "b 3 S S"]]]:
-    """Normalised centre crops of the pictures that can be read, with their numbers."""
+    """Numbers and normalised centre crops of the readable pictures."""
     for numbers, crops in eval_images(source, rows, options.size, options.eval_crop, device):
         yield numbers, color.normalize(crops / 255, transform.MEAN, transform.STD)
 
@@ -139,9 +141,9 @@ def centre_views(
 def projections(
     source: Source, options: ViewOptions, device: torch.device, network: Network
 ) -> Float32[Tensor, "n D"]:
-    """Unit projections of the centre crop of every picture, in the set's order, on the CPU.
+    """Unit projections of the centre crop of every picture, in the order of the set, on the CPU.
 
-    Each process embeds a contiguous share of the set; rows of unreadable pictures are zeros.
+    Each process projects a contiguous share of the set; rows of unreadable pictures are zeros.
     """
     share = -(-len(source) // dist.world_size())
     first = share * dist.rank()
@@ -161,7 +163,7 @@ def drawn_views(
     seed: int,
     device: torch.device,
 ) -> Iterator[tuple[Int64[np.ndarray, "b"], Float32[Tensor, "b 3 S S"]]]:
-    """One view of each picture that can be read, drawn from (seed, epoch 0), with its number."""
+    """Numbers of the readable pictures, and one view of each, drawn from (seed, epoch 0)."""
 
     def cut(
         index: Int64[np.ndarray, "b"],

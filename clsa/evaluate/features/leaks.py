@@ -1,4 +1,4 @@
-"""Evaluation pictures that the encoder was pretrained on: exact copies and near duplicates."""
+"""Find evaluation pictures that the encoder was pretrained on: exact copies, near duplicates."""
 
 import contextlib
 import hashlib
@@ -25,30 +25,30 @@ CHUNK, MAX_NAMED = 1 << 12, 3
 
 
 class Leaks(NamedTuple):
-    """Which evaluation pictures stand among the pretraining pictures, in the first's order."""
+    """Which evaluation pictures are also pretraining pictures; one entry per evaluation picture."""
 
     exact: Bool[np.ndarray, "n"]
-    """The same pixels, at a side of 16."""
+    """The thumbnails of side 16 are equal."""
     near: Bool[np.ndarray, "n"]
-    """Not exact, but too alike to be another picture."""
+    """The thumbnails are not equal, but too similar to show different pictures."""
     twins: Int64[np.ndarray, "n"]
-    """The pretraining picture most like each."""
+    """Number of the most similar pretraining picture."""
 
     @property
     def count(self) -> int:
-        """Exact and near ones."""
+        """Number of exact copies and near duplicates."""
         return int(self.exact.sum() + self.near.sum())
 
 
 def find_leaks(pretraining: UInt8[Tensor, "N d"], judged: UInt8[Tensor, "n d"]) -> Leaks:
-    """Compare thumbnails: near where their correlation is at least 0.98.
+    """Compare thumbnails; pictures are near duplicates if the correlation is at least 0.98.
 
-    The correlation is that of all pixels and colours, so that brightness, contrast, size and
-    compression hardly matter; a mirrored, cropped or turned copy goes unseen. Measured on the 667
-    drawings of the embedded test split: their copies as JPEGs of quality 50 correlate by 0.987 and
-    more, at half the size by 0.992, with less light and contrast by 0.999; no drawing of the
-    training split, from which near duplicates were kept away, by more than 0.965. Thumbnails of
-    nearly one colour (deviation under 2 of 255) are compared for equality only.
+    The correlation is over all pixels and colours, so brightness, contrast, size and compression
+    hardly matter. A mirrored, cropped or rotated copy is not found. Measured on the 667 drawings of
+    the embedded test split: copies as JPEGs of quality 50 correlate by at least 0.987, at half the
+    size by 0.992, and with less light and contrast by 0.999. Drawings of the training split, which
+    has no near duplicates of test drawings, correlate by at most 0.965. Thumbnails of nearly one
+    colour (deviation under 2 of 255) are compared for equality only.
     """
     bank, queries = _centred(pretraining), _centred(judged)
     twins, best = [], []
@@ -67,7 +67,7 @@ def find_leaks(pretraining: UInt8[Tensor, "N d"], judged: UInt8[Tensor, "n d"]) 
 
 
 def _centred(thumbnails: UInt8[Tensor, "n d"]) -> Float32[Tensor, "n d"]:
-    """Rows without the mean of each colour, of length 1; zeros where nearly nothing is left."""
+    """Rows of length 1 without the mean of each colour; zeros if nearly nothing is left."""
     rows = thumbnails.float().view(len(thumbnails), 3, -1)
     rows = (rows - rows.mean(2, keepdim=True)).flatten(1)
     flat = rows.square().mean(1, keepdim=True).sqrt() < MIN_DEVIATION
@@ -75,7 +75,7 @@ def _centred(thumbnails: UInt8[Tensor, "n d"]) -> Float32[Tensor, "n d"]:
 
 
 def thumbnails(source: Source) -> UInt8[Tensor, "n d"]:
-    """Every picture, whole, at 16 x 16 pixels; a row each, zeros where it cannot be read."""
+    """Every whole picture at 16 x 16 pixels, as one row each; zeros if it cannot be read."""
     rows = np.arange(len(source), dtype=np.int64)
     found = torch.zeros(len(source), 3 * SIDE * SIDE, dtype=torch.uint8)
     for numbers, images in eval_crops(source, rows, SIDE, whole, torch.device("cpu")):
@@ -84,7 +84,7 @@ def thumbnails(source: Source) -> UInt8[Tensor, "n d"]:
 
 
 def remembered(source: Source, path: Path) -> UInt8[Tensor, "n d"]:
-    """`thumbnails`, kept in a file under the set's digest, so that they are made once a run."""
+    """`thumbnails`, kept in a file with the set's digest, so that a run makes them only once."""
     wanted = hashlib.sha256(source.digest().encode()).digest()
     try:
         kept = np.load(path, allow_pickle=False)
@@ -95,20 +95,20 @@ def remembered(source: Source, path: Path) -> UInt8[Tensor, "n d"]:
     found = thumbnails(source)
     head = torch.zeros(1, found.shape[1], dtype=torch.uint8)
     head[0, : len(wanted)] = torch.from_numpy(np.frombuffer(wanted, np.uint8).copy())
-    with contextlib.suppress(ClsaError):  # it is only remembered
+    with contextlib.suppress(ClsaError):  # the file is only a cache
         files.write_atomic(path, lambda file: np.save(file, torch.cat([head, found]).numpy()))
     return found
 
 
 def warn_of_leaks(leaks: Leaks, judged: Source, pretraining: Source) -> None:
-    """Say how many evaluation pictures the run learned from, and name some."""
+    """Warn how many evaluation pictures the run learned from, and name some of them."""
     if not leaks.count:
         return
     rows = np.flatnonzero(leaks.exact | leaks.near)[:MAX_NAMED].tolist()
     pairs = [f"{judged.ids[i]} = {pretraining.ids[int(leaks.twins[i])]}" for i in rows]
     logging.getLogger("clsa").warning(
         "warning: %d of %d evaluation pictures were pretrained on (%d exact copies, %d near "
-        "duplicates; %s%s): accuracy on them flatters",
+        "duplicates; %s%s): accuracy on them is optimistic",
         leaks.count, len(judged), leaks.exact.sum(), leaks.near.sum(), ", ".join(pairs),
         ", ..." if leaks.count > len(rows) else "",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Projections of a whole set too large for memory: streamed to the disk, and gone on with there."""
+"""Projections of a whole set: in memory or, if too large, on disk, where they can be resumed."""
 
 import json
 import os
@@ -19,32 +19,32 @@ from clsa.runs import digests
 from clsa.system import dist, files
 from clsa.system.errors import ClsaError, Exit
 
-LIMIT = 256 << 20  # bytes of float32 rows that are kept in memory
-NOTED = 1 << 14  # rows between two notes of how far a process is
+LIMIT = 256 << 20  # bytes of float32 rows that may be kept in memory
+NOTED = 1 << 14  # rows between two notes of a process's progress
 
 
 class Projections:
-    """`features.projections` for a run: in memory, or as float16 on the disk where that is large.
+    """`extract.projections` for a run: in memory, or as float16 on disk if they are large.
 
-    On the disk each process writes its share of one file, named by a digest of the network, and
-    notes beside it how many rows are done. A run that is stopped meanwhile and started again has
-    the same network, finds the file and goes on, to the same bits.
+    On disk, all processes write their shares to one file, named by a digest of the network. Each
+    process notes in a second file how many rows are done. If the run stops meanwhile and is started
+    again, it has the same network, finds the file and continues, with the same result to the bit.
 
     Args:
         source: the pictures.
         options: side and centre crop.
         device: where the network is.
-        folder: of the files; made when it is needed. All processes must see it.
+        folder: for the files; created if needed. All processes must see it.
     """
 
     def __init__(self, source: Source, options: ViewOptions, device: torch.device, folder: Path):
         self.source, self.options, self.device, self.folder = source, options, device, folder
 
     def __call__(self, network: Network) -> Float[Tensor, "n D"]:
-        """Unit rows in the set's order, zeros where a picture cannot be read; on the CPU.
+        """Unit rows in the order of the set, on the CPU; zeros if a picture cannot be read.
 
         Raises:
-            ClsaError: 74 when the disk refuses, 66 when the processes do not see one folder.
+            ClsaError: 74 if writing fails, 66 if the processes do not see the same folder.
         """
         count, dim = len(self.source), network.dim
         if 4 * count * dim <= LIMIT:
@@ -61,14 +61,14 @@ class Projections:
             self._write(network, path, notes[dist.rank()])
             self._wait()
         if not all(note.exists() for note in notes):
-            why = "not all processes write there"
+            why = "not all processes write to it"
             raise ClsaError(
                 str(self.folder), why, "give all machines the same --out", Exit.NO_INPUT
             )
         return torch.from_numpy(np.memmap(path, np.float16, "c", shape=(count, dim)))
 
     def _write(self, network: Network, path: Path, note: Path) -> None:
-        """This process's share, from where its note says."""
+        """Write this process's share, starting after the rows that its note counts as done."""
         share = -(-len(self.source) // dist.world_size())
         first = min(share * dist.rank(), len(self.source))
         end = min(first + share, len(self.source))
@@ -87,7 +87,7 @@ class Projections:
             _note(note, end - first, file)
 
     def clear(self) -> None:
-        """Delete what is on the disk; every process calls it when it is no longer looked at."""
+        """Delete the files; every process calls this when the projections are no longer used."""
         self._wait()
         if dist.rank() == 0 and self.folder.exists():
             for path in [*self.folder.glob("*.f16"), *self.folder.glob("*.json")]:
@@ -99,14 +99,14 @@ class Projections:
 
 
 def _note(path: Path, rows: int, file: IO[bytes]) -> None:
-    """Say that so many rows are on the disk, once they are."""
+    """Make sure that the rows are on disk, then write down their number."""
     file.flush()
     os.fsync(file.fileno())
     files.write_text(path, json.dumps({"rows": rows}) + "\n")
 
 
 def _read(path: Path) -> int:
-    """What `_note` wrote, 0 before."""
+    """The number that `_note` wrote; 0 if there is none."""
     try:
         return int(json.loads(path.read_text("utf-8"))["rows"])
     except (OSError, ValueError, LookupError, TypeError):

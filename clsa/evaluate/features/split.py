@@ -1,4 +1,4 @@
-"""Which labelled pictures classifiers learn from, and which they are judged on."""
+"""Decide which labelled pictures classifiers learn from, and which they are judged on."""
 
 import copy
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from clsa.system.errors import ClsaError, Exit
 from clsa.views import rng
 
 MIN_LABELLED = 5
-CHOICE_SLOT = 1  # of the fifth of the bank on which a rate or an L2 weight is chosen
+CHOICE_SLOT = 1  # draws the fifth of the bank on which a rate or an L2 weight is chosen
 MAX_NAMED = 5
 
 
@@ -23,8 +23,9 @@ class Split(NamedTuple):
     bank: Source
     queries: Source
     name: str
-    """val: `queries` are the set's own; holdout: they are a fifth of the labelled pictures;
-    val-holdout: the same of `--val`, the training pictures having no labels."""
+    """val: `queries` are the set's own test pictures. holdout: they are a fifth of the labelled
+    training pictures. val-holdout: they are a fifth of the labelled pictures of `val`, because
+    the training pictures have no labels."""
 
     @property
     def classes(self) -> list[str]:
@@ -32,7 +33,7 @@ class Split(NamedTuple):
         return self.bank.classes
 
     several = False
-    """A picture is of one class."""
+    """Each picture has one class."""
 
     def digest(self) -> str:
         """One sha256 for both parts."""
@@ -42,10 +43,11 @@ class Split(NamedTuple):
 def hold_out(
     count: int, seed: int, slot: int
 ) -> tuple[Int64[np.ndarray, "kept"], Int64[np.ndarray, "held"]]:
-    """Rows 0 to count - 1 as the kept four fifths and the held-out fifth, each in order.
+    """Split rows 0 to count - 1 into four kept fifths and a held-out fifth, each in order.
 
     Args:
         count: at least 2.
+        seed: of the draw.
         slot: number of the draw; another slot gives an independent choice.
     """
     rows, slots = np.arange(count, dtype=np.int64), np.array([slot], np.int64)
@@ -56,9 +58,9 @@ def hold_out(
 
 
 def without_held_out_labels(train: Source) -> Source:
-    """`train` with the labels hidden (-1) that `split` holds out of it with seed 0.
+    """`train` without the labels (-1 instead) that `split` with seed 0 holds out.
 
-    A method that learns from labels must not have seen those it is judged on.
+    A method that learns from labels must not see those of the pictures it is judged on.
     """
     labelled = np.flatnonzero(train.labels >= 0)
     if len(labelled) < MIN_LABELLED:
@@ -70,30 +72,32 @@ def without_held_out_labels(train: Source) -> Source:
 
 
 def with_few_bank_labels(parts: Split, spec: str, seed: int) -> Split:
-    """The same queries, and a bank of the few pictures that `few_labels` chooses."""
+    """The same queries, and a bank of only the pictures that `with_few_labels` chooses."""
     held = [] if parts.name == "val" else parts.queries.ids
     few = with_few_labels(parts.bank, spec, seed, held)
     return parts._replace(bank=few.subset(np.flatnonzero(few.labels >= 0)))
 
 
 def split(train: Source, val: Source | None, seed: int) -> Split:
-    """The labelled pictures of `train` as bank, those of `val` as queries.
+    """Take the labelled pictures of `train` as bank and those of `val` as queries.
 
-    Without `val` a seeded fifth of the labelled pictures is held out as queries (pretraining saw
-    the pixels of those, never their labels). When `train` has no labels, a fifth of `val` is.
+    Without `val`, a seeded fifth of the labelled pictures is held out as queries (pretraining saw
+    their pixels, but never their labels). If `train` has no labels, a fifth of `val` is held out
+    in the same way, and the rest of `val` is the bank.
 
     Args:
-        val: its labels number `train.classes` (see `intake.open_val`).
+        val: its labels are positions in `train.classes` (see `opening.open_val`).
+        seed: of the held-out fifth.
 
     Raises:
-        ClsaError: 65 when one of them has no labels to speak of.
+        ClsaError: 65 if there are too few labels.
     """
     labelled = np.flatnonzero(train.labels >= 0)
     if not len(labelled) and val is not None and (val.labels >= 0).any():
         return split(val, None, seed)._replace(name="val-holdout")
     if len(labelled) < MIN_LABELLED:
         why = f"{len(labelled)} of {len(train)} training pictures have labels"
-        step = "put pictures in one subfolder a class, or use a list file of `path<tab>label`"
+        step = "put pictures in one subfolder per class, or use a list file of `path<tab>label`"
         raise ClsaError("too few labels to judge features", why, step, Exit.BAD_DATA)
     if val is None:
         kept, held = hold_out(len(labelled), seed, slot=0)
@@ -103,6 +107,6 @@ def split(train: Source, val: Source | None, seed: int) -> Split:
         names = ", ".join(train.classes[:MAX_NAMED])
         names += ", ..." if len(train.classes) > MAX_NAMED else ""
         why = f"none of its {len(val)} pictures is of a class of the training pictures ({names})"
-        raise ClsaError("no val picture to judge features on", why, "name classes alike in both",
+        raise ClsaError("no val picture to judge features on", why, "use the same names in both",
                         Exit.BAD_DATA)  # fmt: skip
     return Split(train.subset(labelled), val.subset(known), "val")

@@ -1,4 +1,4 @@
-"""What evaluation learned to say of pictures: a linear layer, saved so that it can be used."""
+"""Classifiers (heads) that evaluation learned: save them, and load them for `clsa predict`."""
 
 import hashlib
 import json
@@ -22,48 +22,48 @@ INIT_STD = 0.01
 
 
 class Head(NamedTuple):
-    """A linear layer on features, and the encoder of these where it is not the run's own."""
+    """A linear layer on features, and the encoder of the features if it is not the run's own."""
 
     layer: nn.Linear
     encoder: nn.Module | None = None
 
 
 class HeadFacts(Config):
-    """What is saved with a head: what it says, and of what encoder's features."""
+    """Facts saved with a head: its classes, and the protocol and encoder it was learned with."""
 
     protocol: str
     card: str
     settings: str
     classes: tuple[str, ...]
     several: bool
-    """A picture may be of several classes, each with a probability of its own."""
+    """Whether a picture can have several classes, each with its own probability."""
     encoder_digest: str
-    """Of the run's encoder that it was learned on, or began with."""
+    """Digest of the run's encoder that the layer learned on, or that fine-tuning started from."""
     model: ModelOptions
     views: ViewOptions
     number: int = 0
-    """How many heads of the run were saved before it."""
+    """Order of saving: higher than the numbers of all heads that the run saved before."""
 
     @property
     def name(self) -> str:
-        """The card's; a departure from it has a hash of its own behind it."""
+        """Name of the file: the protocol, followed by a hash if its card was changed."""
         if not self.settings:
             return self.protocol
-        told = hashlib.sha256(f"{self.card} {self.settings}".encode()).hexdigest()[:6]
-        return f"{self.protocol}-{told}"
+        suffix = hashlib.sha256(f"{self.card} {self.settings}".encode()).hexdigest()[:6]
+        return f"{self.protocol}-{suffix}"
 
     @property
     def told(self) -> str:
-        """For the user."""
+        """Description for the user."""
         return f"{self.protocol} ({self.settings})" if self.settings else self.protocol
 
     def probabilities(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-        """Of each class: softmax, or, where a picture may be of several, sigmoid."""
+        """Probability of each class: softmax, or sigmoid if a picture can have several classes."""
         return logits.sigmoid() if self.several else logits.softmax(1)
 
 
 def new_layer(features: int, num_classes: int, seed: int) -> nn.Linear:
-    """A linear layer with weights from N(0, 0.01^2) and no bias yet."""
+    """A linear layer with weights from N(0, 0.01^2) and zero biases."""
     layer = nn.Linear(features, num_classes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -73,19 +73,19 @@ def new_layer(features: int, num_classes: int, seed: int) -> nn.Linear:
 
 
 def layer_of(weights: Float[Tensor, "C F"], biases: Float[Tensor, "C"]) -> nn.Linear:
-    """A linear layer with these weights."""
+    """A linear layer with these weights and biases."""
     layer = nn.Linear(weights.shape[1], len(weights))
     layer.load_state_dict({"weight": weights.float(), "bias": biases.float()})
     return layer
 
 
 def heads_folder(run: Path) -> Path:
-    """Where the heads of a run lie, or those of an encoder's file."""
+    """Folder of heads: in the run folder, or next to an encoder's file."""
     return (run if run.is_dir() else run.parent) / "heads"
 
 
 def save_head(run: Path, head: Head, facts: HeadFacts) -> Path:
-    """Write heads/NAME.safetensors, in place of an older one of the same settings."""
+    """Write heads/NAME.safetensors; an older head with the same settings is replaced."""
     numbers = [number for _, number in saved_heads(run)]
     facts = facts.model_copy(update={"number": max(numbers, default=0) + 1})
     path = heads_folder(run) / f"{facts.name}.safetensors"
@@ -98,14 +98,14 @@ def save_head(run: Path, head: Head, facts: HeadFacts) -> Path:
         if module is not None
         for name, tensor in module.state_dict().items()
     }
-    told = {"clsa": json.dumps(facts.model_dump(mode="json"))}
-    data = safetensors.torch.save(tensors, metadata=told)
+    metadata = {"clsa": json.dumps(facts.model_dump(mode="json"))}
+    data = safetensors.torch.save(tensors, metadata=metadata)
     files.write_atomic(path, lambda file: file.write(data))
     return path
 
 
 def saved_heads(run: Path) -> list[tuple[str, int]]:
-    """Names of the heads of a run and the numbers they were saved under, the first one first."""
+    """Names of a run's heads and the numbers they were saved under, in the order of saving."""
     found = []
     for path in heads_folder(run).glob("*.safetensors"):
         try:
@@ -113,26 +113,26 @@ def saved_heads(run: Path) -> list[tuple[str, int]]:
                 facts = json.loads((opened.metadata() or {})["clsa"])
             found.append((path.stem, int(facts["number"])))
         except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError):
-            found.append((path.stem, 0))  # damaged: told when it is asked for
+            found.append((path.stem, 0))  # damaged: `load_head` reports it
     return sorted(found, key=lambda head: (head[1], head[0]))
 
 
 def load_head(run: Path, name: str | None, encoder: nn.Module) -> tuple[Head, HeadFacts]:
-    """The head of a protocol; without a name, the one that was saved last.
+    """Load the head with this name or, if `name` is None, the one saved last.
 
     Args:
-        encoder: the run's; a head of another one is refused.
+        encoder: of the run; a head of another encoder is refused.
 
     Raises:
-        ClsaError: 66 when there is none, 77 when the file is not what `save_head` writes, 2 when
-            it belongs to another encoder.
+        ClsaError: 66 if there is no such head, 77 if the file is not one that `save_head` wrote, 2
+            if the head belongs to another encoder.
     """
     folder, names = heads_folder(run), [head for head, _ in saved_heads(run)]
     if not names or (name is not None and name not in names):
         what = f"head {name}" if name else str(folder)
         close = nearest(name or "", names)
         hint = f"did you mean {close}?" if close else f"clsa evaluate {run} --protocol linear-clsa"
-        raise ClsaError(what, "there is none yet", hint, Exit.NO_INPUT)
+        raise ClsaError(what, "no such head is saved yet", hint, Exit.NO_INPUT)
     path = folder / f"{names[-1] if name is None else name}.safetensors"
     try:
         with safetensors.safe_open(path, framework="pt") as opened:  # pyright: ignore

@@ -1,4 +1,4 @@
-"""How far a long protocol is: a line on the terminal that goes away."""
+"""Show the progress of a long protocol: a line on the terminal that disappears at the end."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,11 +13,11 @@ Item = TypeVar("Item")
 
 
 def watched(items: Iterable[Item], total: int, doing: str) -> Iterator[Item]:
-    """The items, counted on the terminal of rank 0, if there is one.
+    """Yield the items, and count them on the terminal of rank 0, if it has one.
 
     Args:
-        total: how many there will be.
-        doing: what is done with them, in a word or two.
+        total: number of items.
+        doing: name of the work, in a word or two.
     """
     quiet = dist.rank() > 0 or not sys.stderr.isatty()
     yield from track(

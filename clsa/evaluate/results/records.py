@@ -1,4 +1,4 @@
-"""What an evaluation found: accuracies, the records of results.json, and their table."""
+"""Results of an evaluation: accuracies, the records of results.json, and their table."""
 
 import json
 from collections.abc import Iterable
@@ -23,43 +23,44 @@ class Found(NamedTuple):
     value: float
     """In percent."""
     chosen: str = ""
-    """last or best: which epoch's; nothing where there are no epochs."""
+    """last or best: the epoch it belongs to; empty if there are no epochs."""
     epoch: int | None = None
     """Counted from 1."""
 
 
 class Record(NamedTuple):
-    """One number and all that it depends on."""
+    """One number and everything it depends on."""
 
     protocol: str
     card: str
-    """Hash of the protocol's card (`Card.hash`), departures from it included."""
+    """Hash of the protocol's card with all changes (`Card.hash`)."""
     settings: str
-    """Departures from the card, as `field=value` words; nothing: as it stands."""
+    """Changes to the card, as words `field=value`; empty if there are none."""
     metric: str
     value: float
     """In percent."""
     chosen: str
-    """last or best: which epoch's; the best is chosen on the pictures it is judged on."""
+    """last or best: the epoch it belongs to; the best is chosen on the pictures it is judged on."""
     epoch: int | None
     encoder: str
-    """random: as the run started; trained: as it ended."""
+    """random: the run's initial encoder; trained: its final one."""
     split: str
-    """val: the set's own test pictures; holdout: a fifth of the labelled ones; or a list's name."""
+    """val: the set's own test pictures; holdout: a fifth of the labelled pictures; val-holdout: the
+    same of `--val`; or the name of a list."""
     n: int
     """Number of pictures judged."""
     bank: int
-    """Number of labelled pictures learned from, or compared with."""
+    """Number of labelled pictures to learn from, or to compare with."""
     seed: int
     encoder_digest: str
     encoder_digest_after: str
-    """The same for frozen protocols."""
+    """Equal to `encoder_digest` for frozen protocols."""
     data_digest: str
     leaked: int | None
-    """How many of the judged pictures the run learned from; None: not looked."""
+    """How many of the judged pictures the run learned from; None if not searched."""
 
     def key(self) -> tuple:
-        """What makes two records answers to one question: all but what was found."""
+        """All fields but the results; records with equal keys answer the same question."""
         return tuple(
             self._replace(value=0, n=0, bank=0, epoch=None, encoder_digest_after="", leaked=None)
         )
@@ -68,7 +69,7 @@ class Record(NamedTuple):
 def accuracies(predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"]) -> dict[str, float]:
     """`top1`, the share of right predictions, and `balanced`, the mean of each class's share.
 
-    A class without pictures does not count in `balanced`. Both in percent.
+    Both are in percent. A class without pictures does not count in `balanced`.
     """
     right = (predicted == labels).double()
     _, place = labels.unique(return_inverse=True)
@@ -77,10 +78,12 @@ def accuracies(predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"]) -> dic
 
 
 def accuracies_of(scores: Float[Tensor, "n C"], labels: Int64[Tensor, "n"]) -> dict[str, float]:
-    """`accuracies` of the highest scores, and from five classes on `top5`; of equals the first.
+    """`accuracies` of the highest scores, and `top5` if there are at least five classes.
+
+    Among equal scores the first class counts as higher.
 
     Raises:
-        ClsaError: 76 when a score is not finite.
+        ClsaError: 76 if a score is not finite.
     """
     require_finite(scores)
     own = scores.gather(1, labels[:, None])
@@ -93,53 +96,53 @@ def accuracies_of(scores: Float[Tensor, "n C"], labels: Int64[Tensor, "n"]) -> d
 
 
 def require_finite(scores: Float[Tensor, "n C"]) -> None:
-    """Refuse to rank by what is no number."""
+    """Raise ClsaError 76 if a score is not finite: it cannot be ranked."""
     if not torch.isfinite(scores).all():
         why = "its scores are not finite: it has diverged"
         raise ClsaError("a classifier", why, "lower its rate by --change lr=...", Exit.UNHEALTHY)
 
 
 def findings(values: dict[str, float], chosen: str = "", epoch: int | None = None) -> list[Found]:
-    """Numbers of one epoch, or of none."""
+    """`Found` for each number; `chosen` and `epoch` stay empty if there are no epochs."""
     return [Found(metric, value, chosen, epoch) for metric, value in values.items()]
 
 
 def last_and_best(epochs: list[dict[str, float]], headline: str = "top1") -> list[Found]:
-    """Numbers after the last epoch, and after the first of those with the highest headline."""
+    """Numbers after the last epoch, and after the first epoch with the highest `headline`."""
     best = max(range(len(epochs)), key=lambda place: epochs[place][headline])
     last = findings(epochs[-1], "last", len(epochs))
     return last + findings(epochs[best], "best", best + 1)
 
 
 def results_path(run: Path) -> Path:
-    """results.json of a run folder, or beside an encoder's file."""
+    """Path of results.json: in the run folder, or next to an encoder's file."""
     return (run if run.is_dir() else run.parent) / "results.json"
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a results.json, none when there is no such file.
+    """The records of a results.json; none if there is no such file.
 
     Raises:
-        ClsaError: 65 when the file holds something else.
+        ClsaError: 65 if the file holds something else.
     """
     try:
         return [Record(**entry) for entry in json.loads(path.read_text("utf-8"))]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:
-        why = f"not a list of results, or an earlier version's ({type(error).__name__})"
-        raise ClsaError(str(path), why, "move it out of the way", Exit.BAD_DATA) from None
+        why = f"not a list of results, or one of an earlier version ({type(error).__name__})"
+        raise ClsaError(str(path), why, "move or rename it", Exit.BAD_DATA) from None
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Add records to a results.json in one step; an older one of the same key is replaced."""
+    """Add records to a results.json in one step; they replace older records with the same key."""
     merged = {record.key(): record for record in [*read_records(path), *records]}
     entries = [record._asdict() for record in merged.values()]
     files.write_text(path, json.dumps(entries, indent=1) + "\n")
 
 
 def table(records: Iterable[Record]) -> Table:
-    """Random against trained encoder, one row a metric, difference in percentage points."""
+    """Random against trained encoder, one row per metric, differences in percentage points."""
     rows: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
         name = f"{record.metric} ({record.chosen})" if record.chosen else record.metric

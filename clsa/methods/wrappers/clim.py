@@ -1,4 +1,4 @@
-"""CLIM (Li et al. 2020) around a method with keys: pictures mixed with neighbours, resolutions."""
+"""CLIM (Li et al. 2020) around a method with keys: mix pictures with neighbours, resolutions."""
 
 import functools
 import math
@@ -22,31 +22,31 @@ from clsa.views.specs import at_sizes
 
 
 class CLIM(Wrapper):
-    """Center-wise local image mixture: the queries of a method see a picture and its partner.
+    """Center-wise local image mixture: a query sees a mix of a picture and its partner.
 
     L_mix = mean_i lambda_i NCE(f_q(x_mix), f_k(x_i)) + (1 - lambda_i) NCE(f_q(x_mix), f_k(x~_i))
-    takes the place of the method's contrast, for each of its weak queries; other terms (PCL's
-    prototypes) stay, and see x_mix. The partner x~_i is one of the positives of `Neighbours`, drawn
-    anew at each visit; it stands in the batch behind the anchors. With resolutions R, crop and
-    colour of a view are the same at each, and so is the box: L = mean over R x R of
-    L_mix(x_mix^r, x^r') (the paper's sum with `reduce="sum"`); local queries have one size. Before
-    the first refresh there are no partners, and L is the method's contrast at all resolutions.
+    replaces the method's contrast, for each of its weak queries; other terms (PCL's prototypes)
+    stay, computed on x_mix. The partner x~_i is one of the positives of `Neighbours`, drawn again
+    at each visit; partners follow the anchors in the batch. With resolutions R, a view has the same
+    crop, colours and box at each resolution: L = mean over R x R of L_mix(x_mix^r, x^r') (the
+    paper's sum with `reduce="sum"`); local queries have one size. Before the first refresh there
+    are no partners, and L is the method's contrast at all resolutions.
 
-    lambda is that of the box at the largest size. Keys are of unmixed views; only a picture's own,
-    at full size, are queued. Around AdCo the negatives learn from the term of the own key alone.
-    The divergence of `Stronger` compares mixed weak and mixed strong queries with both keys and the
-    rest of the bank.
+    lambda is computed from the box at the largest size. Keys come from unmixed views; only the
+    picture's own key, at full size, is queued. Around AdCo the negatives learn only from the term
+    of the own key. The divergence of `Stronger` compares mixed weak and mixed strong queries with
+    both keys and the rest of the bank.
     """
 
     def __init__(self, base: Method, options: RunOptions, extent: Extent):
         super().__init__(base, options, extent)
         self.options, self.seed, self.batch_size = options.mixture, options.seed, options.batch_size
         if not base.has_keys or getattr(options.method, "symmetric", False):
-            what, why = f"--clim with {options.method.name}", "no view of it is a key alone"
+            what, why = f"--clim with {options.method.name}", "none of its views is only a key"
             raise ClsaError(what, why, "use moco (without method.symmetric), adco or pcl")
         sizes, num_queries = options.mixture.resolutions, len(base.view_specs) - 1
         require_sizes(base.network.encoder, options.model.encoder, sizes)
-        self.num_main = 1 + len(options.views.weak.sizes)  # the key, and queries that are not local
+        self.num_main = 1 + len(options.views.weak.sizes)  # key and non-local queries
         self.view_specs = base.view_specs + at_sizes(base.view_specs[: self.num_main], sizes)
         self.first = math.ceil(options.mixture.start * extent.num_steps / extent.steps_per_epoch)
         self.neighbours = Neighbours(extent.num_pictures, options.mixture, options.seed)
@@ -57,22 +57,22 @@ class CLIM(Wrapper):
         self.landmarks = base.landmarks.scaled(sum(self.weights) * (1 + len(sizes)) / num_queries)
 
     def refreshes(self, epoch: int) -> bool:
-        """From `mixture.start` on, every `mixture.refresh_epochs`."""
+        """Every `mixture.refresh_epochs` epochs, from `mixture.start` on."""
         return epoch >= self.first and (epoch - self.first) % self.options.refresh_epochs == 0
 
     def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
-        """Embed the whole set by the key network and select; also what the inner method does."""
+        """Embed the set with the key network and choose positives; then as the inner method."""
         embed, found = functools.cache(embed), {}  # PCL asks for the same
         if self.refreshes(epoch):
             found = self.neighbours.fit(lambda: embed(cast(Network, self.base.key_network)), epoch)
         return found | self.base.before_epoch(epoch, embed)
 
     def companions(self) -> Partners | None:
-        """One partner a picture, after the first refresh."""
+        """One partner per picture, after the first refresh."""
         return self.neighbours.partners(self.batch_size)
 
     def query(self, images: Float[Tensor, "rows 3 S S"], batch: Batch) -> Float[Tensor, "b D"]:
-        """As the inner method, of the mixed views of pictures and partners."""
+        """As the inner method, on views of pictures mixed with their partners."""
         return self.base.query(self._mixed(images, batch), batch.part(0, self.count))
 
     def _mixture(self, batch: Batch) -> Mixture:
@@ -85,11 +85,9 @@ class CLIM(Wrapper):
         return mix(images[: self.count], images[self.count :], self._mixture(batch))
 
     def _keys(self, views: list[Tensor], batch: Batch, first: int) -> list[Float[Tensor, "B D"]]:
-        network, first = cast(Network, self.base.key_network), rng.MIXTURE_KEYS + first
-        return [
-            encode_shuffled(network, view, self.seed, batch.step, stream)
-            for stream, view in enumerate(views, first)
-        ]
+        network, step = cast(Network, self.base.key_network), batch.step
+        first += rng.MIXTURE_KEYS  # each set of keys has its own stream of draws
+        return [encode_shuffled(network, v, self.seed, step, s) for s, v in enumerate(views, first)]
 
     def forward(self, batch: Batch) -> Output:
         """The contrast of every mixed query with both keys, at all pairs of resolutions."""
@@ -113,5 +111,5 @@ class CLIM(Wrapper):
         if partners:
             metrics = {**metrics, "partner_similarity": (own[0] * partners[0]).sum(1).mean()}
             bank, candidates = with_both(own[0], partners[0], rest, candidates)
-        told = Comparison(queries[: len(compared)], bank, positive, candidates)
-        return Output(losses, output.state, [told], metrics)
+        comparison = Comparison(queries[: len(compared)], bank, positive, candidates)
+        return Output(losses, output.state, [comparison], metrics)

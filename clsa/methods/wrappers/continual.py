@@ -1,4 +1,4 @@
-"""Continual pretraining around a method (CCSSL; Lin, Wang and Lin 2021): learn, forget little."""
+"""Continual pretraining around a method (CCSSL; Lin, Wang, Lin 2021): learn, but forget little."""
 
 from typing import Any, cast
 
@@ -18,19 +18,19 @@ from clsa.views.specs import centre_spec
 
 
 class Continual(Wrapper):
-    """A method on the pictures of a stage and on exemplars of the stages before it.
+    """A method on the pictures of a stage and on exemplars from the stages before it.
 
-    L = L_base + extra_weight L_extra + distill_weight L_kd from the second stage on.
-    L_extra: every query is contrasted with its own key and an extra queue X of keys of exemplars,
+    From the second stage on, L = L_base + extra_weight L_extra + distill_weight L_kd.
+    L_extra: every query is contrasted with its own key and an extra queue X of exemplar keys,
     CE([q . k; q . X] / T, 0), at the base's temperature. L_kd: over the exemplars O of the global
     batch, mean_i KL(softmax(f_T(q_i) . f_T(a_j) / T_t) || softmax(f(q_i) . f(a_j) / T)), where a_j
-    is the centre crop of j; the student's anchors learn too. The teacher f_T starts each stage as
-    the network and moves by 1 - teacher_momentum after each epoch. With `Stronger` the rows of X
-    join each bank.
+    is the centre crop of j; the student's anchors receive gradient too. At the start of a stage
+    the teacher f_T is a copy of the network; after each epoch it moves towards the network by
+    1 - teacher_momentum. With `Stronger` the rows of X join each bank.
 
-    Two defects of the published code are absent: the teacher takes over the running statistics of
-    batch norm (as they are at the stage's start, and then by the same momentum), and it stays in
-    evaluation mode. Anchors are those of all processes, not of one; of a single exemplar in the
+    Two defects of the published code are fixed: the teacher takes over the running statistics of
+    batch norm (copied at the start of the stage, then moved by the same momentum), and it stays in
+    evaluation mode. Anchors come from all processes, not from one; with a single exemplar in the
     batch L_kd is 0.
     """
 
@@ -52,30 +52,30 @@ class Continual(Wrapper):
             self.view_specs = [*base.view_specs, centre_spec(options.views, len(base.view_specs))]
 
     def train(self, mode: bool = True) -> "Continual":
-        """As any module, but the teacher stays in evaluation mode."""
+        """As for any module, but the teacher stays in evaluation mode."""
         super().train(mode).teacher.eval()
         return self
 
     @torch.no_grad()
     def begin(self, keys: Tensor) -> None:
-        """Start a stage: the teacher becomes the network, statistics and all.
+        """Start a stage: copy the network, with its statistics, to the teacher.
 
         Args:
-            keys: what the extra queue starts with, repeated where they are too few.
+            keys: first rows of the extra queue, repeated if there are too few.
         """
         self.teacher.load_state_dict(self.network.state_dict())
         self.extra.start(keys)
 
     @torch.no_grad()
     def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
-        """Move the teacher, after each epoch of a stage."""
+        """Move the teacher after each epoch of a stage; then as the base."""
         if epoch and self.num_exemplars:
             momentum = self.options.teacher_momentum
             move_towards(self.teacher, self.network, momentum, statistics=True)
         return self.base.before_epoch(epoch, embed)
 
     def forward(self, batch: Batch) -> Output:
-        """The base's terms, and both of remembering where there are exemplars."""
+        """The base's terms; if there are exemplars, L_extra and L_kd too."""
         *views, anchors = batch.views if self.num_exemplars else [*batch.views, None]
         output = self.base(batch._replace(views=views))
         if anchors is None:
@@ -113,7 +113,7 @@ class Continual(Wrapper):
         return cross - entropy
 
     def after_step(self, state: Any, step: int) -> None:
-        """As the base; then the keys of exemplars go to the extra queue."""
+        """As the base; then enqueue the keys of exemplars in the extra queue."""
         inner, keys, old = state
         self.base.after_step(inner, step)
         if keys is not None:

@@ -13,17 +13,17 @@ from clsa.views.specs import strong_specs
 
 
 class Stronger(Wrapper):
-    """A method and the divergence of strong views: L = L_base + beta L_D (CLSA Eq. 8).
+    """A method plus the divergence of strong views: L = L_base + beta L_D (CLSA Eq. 8).
 
     L_D = mean_i - sum_j t_ij log r_ij (Eq. 6-7): t compares a weak query of the method with its
     bank, r a strong query with the same rows. L_D is summed over the pairs of weak and strong
-    queries (25 for CLSA*), or averaged with `reduce="mean"`; methods that average their loss over
-    weak views tell a comparison for each, and L_D is averaged over these too. Around MoCo this is
-    CLSA, as its code computes it (`bank="batch+queue"`) or as its equations read (`"queue"`).
+    queries (25 for CLSA*), or averaged with `reduce="mean"`. Methods that average their loss over
+    weak views return one comparison per view, and L_D is averaged over these too. Around MoCo this
+    is CLSA, as its code computes it (`bank="batch+queue"`) or as its equations say (`"queue"`).
     Deviation from the code: positives are found by the global rank, so several machines work.
 
-    `target="key"` takes the target from the positive, `"one-hot"` replaces L_D by L_C of the strong
-    query (Table 5, 68.0); both need a method with positives.
+    `target="key"` computes the target from the positive; `"one-hot"` replaces L_D by L_C of the
+    strong query (Table 5, 68.0). Both need a method with positives.
     """
 
     def __init__(self, base: Method, options: RunOptions, extent: Extent):
@@ -33,13 +33,13 @@ class Stronger(Wrapper):
             raise ClsaError(
                 f"strong.target {self.options.target}",
                 "this method compares with prototypes, none of which is the positive",
-                "use the target `query`",
+                "set strong.target to `query`",
             )
         strong = strong_specs(options.views, options.strong, len(base.view_specs))
         self.view_specs = base.view_specs + strong
 
     def forward(self, batch: Batch) -> Output:
-        """Both terms; each strong view goes through the network on its own (own statistics)."""
+        """Both terms; each strong view goes through the network alone (own batch statistics)."""
         num_weak = len(self.base.view_specs)
         output = self.base(batch._replace(views=batch.views[:num_weak]))
         strong = [self.base.query(view, batch) for view in batch.views[num_weak:]]

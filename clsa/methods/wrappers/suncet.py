@@ -1,4 +1,4 @@
-"""SuNCEt (Assran et al. 2020) around any method: few labels pull pictures of one class together."""
+"""SuNCEt (Assran et al. 2020) around any method: a few labels pull each class together."""
 
 import numpy as np
 import torch
@@ -17,19 +17,20 @@ from clsa.system.errors import ClsaError
 
 
 class SuNCEt(Wrapper):
-    """A method on the unlabelled batch and SuNCEt's loss on labelled pictures beside it.
+    """A method on the unlabelled batch, and SuNCEt's loss on labelled pictures appended to it.
 
-    L = L_base + weight L_sun: each step shows `classes` classes with `per_class` labelled pictures
-    each (`Stratified`), in two weak views of the base, or one where it has no other. A class of a
-    single picture thus has its other view for a positive. The labelled rows go through the network
-    on their own (own batch statistics), after the base's; all rows of all processes are compared,
-    which share their classes. After `epochs` epochs the base goes on alone.
+    L = L_base + weight L_sun. Each step shows `classes` classes with `per_class` labelled pictures
+    each (`Stratified`), in two weak views of the base, or in one if the base has only one. With two
+    views, a class with a single picture has the picture's other view as its positive. The labelled
+    rows go through the network separately (own batch statistics), after those of the base. The
+    labelled rows of all processes are compared: all processes show the same classes. After `epochs`
+    epochs the base continues alone.
 
-    With `Stronger` the labelled rows take part in its divergence: as queries, and as rows of the
-    bank by their other view. Methods of one view or without positives leave them out of it.
+    With `Stronger` the labelled rows take part in its divergence: as queries and, by their other
+    view, as rows of the bank. With methods of one view or without positives they do not.
 
-    Deviation from SuNCEt's code: its unlabelled loss holds the gathered views constant; the base
-    here is what it is without labels.
+    Deviation from SuNCEt's code: its unlabelled loss holds the gathered views constant; here the
+    base is the same as without labels.
     """
 
     over: Bool[Tensor, ""]
@@ -45,7 +46,7 @@ class SuNCEt(Wrapper):
         weak = [i for i, name in enumerate(names) if name.startswith(("key", "weak"))]
         self.places = weak[:2]
         if len(weak) < 2 and self.options.per_class < 2:
-            why = "with one view a picture has no positive but another of its class"
+            why = "with one view, a positive must be another picture of the same class"
             raise ClsaError("suncet.per_class 1", why, "set it to 2")
         least = 2 * max(dist.world_size(), options.model.norm_groups)
         if self.sampler.count < least:
@@ -54,16 +55,16 @@ class SuNCEt(Wrapper):
         self.joins = options.stronger and len(weak) > 1 and base.has_positives
 
     def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
-        """As the base; after `epochs` epochs the labels are over."""
+        """As the base; after `epochs` epochs the labels are no longer used."""
         self.over.fill_(self.options.epochs is not None and epoch >= self.options.epochs)
         return self.base.before_epoch(epoch, embed)
 
     def refreshes(self, epoch: int) -> bool:
-        """Where the labelled pictures are left out."""
+        """As the base, and at the epoch from which labelled pictures are left out."""
         return epoch == self.options.epochs or self.base.refreshes(epoch)
 
     def companions(self) -> Companions | None:
-        """The labelled pictures, as long as they are asked for."""
+        """The labelled pictures, for the first `epochs` epochs."""
         return None if self.over else self.sampler
 
     def forward(self, batch: Batch) -> Output:
@@ -82,7 +83,7 @@ class SuNCEt(Wrapper):
         return output._replace(losses={**output.losses, "suncet": loss}, comparisons=comparisons)
 
     def query(self, images: Float[Tensor, "b 3 S S"], batch: Batch) -> Float[Tensor, "rows D"]:
-        """As the base, the labelled rows on their own; without them where they take no part."""
+        """As the base; labelled rows go separately, and only if they join the divergence."""
         rows = [self.base.query(images[: self.count], batch.part(0, self.count))]
         if self.joins and len(images) > self.count:
             rows.append(self.base.query(images[self.count :], batch.part(self.count)))
@@ -99,7 +100,7 @@ def _known(extent: Extent) -> Int64[np.ndarray, " n"]:
 def _joined(
     comparison: Comparison, queries: Float[Tensor, "l D"], others: Float[Tensor, "l D"]
 ) -> Comparison:
-    """With labelled queries, and the labelled rows of all ranks, by another view, in the bank."""
+    """Add labelled queries, and to the bank the other view of all ranks' labelled rows."""
     _, bank, positive, candidates = comparison
     assert positive is not None
     rows = [torch.cat([each, queries]) for each in comparison.rows()]

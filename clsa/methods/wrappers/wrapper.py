@@ -1,4 +1,4 @@
-"""What goes around a learning method, and is itself one."""
+"""The class of wrappers, which are methods around another method, and how to look inside them."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from clsa.options.run import RunOptions
 
 
 class Wrapper(Method):
-    """What goes around a method and is one: all that it does not define is the inner method's.
+    """A method around another one; whatever it does not define is done by the inner method.
 
     Attributes:
         base: the inner method.
@@ -27,7 +27,7 @@ class Wrapper(Method):
 
     @property
     def network(self) -> Network:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The inner method's: all queries share it."""
+        """The inner method's network: all queries share it."""
         return self.base.network
 
     def after_step(self, state: Any, step: int) -> None:
@@ -52,14 +52,14 @@ class Wrapper(Method):
 
 
 def innermost(method: Method) -> Method:
-    """The learning method without all that goes around it."""
+    """The learning method inside all its wrappers."""
     while isinstance(method, Wrapper):
         method = method.base
     return method
 
 
 def key_network_of(method: Method) -> Network | None:
-    """The momentum copy of a method's network, where it has one."""
+    """The momentum copy of a method's network, or None if it has none."""
     inner = innermost(method)
     found = getattr(inner, "key_network", getattr(inner, "teacher", None))
     return found if isinstance(found, Network) else None

@@ -9,7 +9,7 @@ from clsa.evaluate.classify.voc07 import mean_ap, per_picture_ap
 
 
 def slow(right: list[bool], positives: int, points: str) -> float:
-    """From the definition: every recall, the best precision at it or beyond."""
+    """By the definition: for every recall, the best precision at that recall or a higher one."""
     hits, pairs = 0, []
     for place, one in enumerate(right, start=1):
         hits += one
@@ -49,13 +49,13 @@ def test_every_short_ranking_against_the_definition(points: str) -> None:
                     assert found == pytest.approx(slow(list(right), positives, points), abs=1e-12)
 
 
-def test_per_picture_and_per_class_are_other_things() -> None:
+def test_per_picture_and_per_class_ap_differ() -> None:
     scores, there = np.array([[0.2, 0.1], [0.8, 0.9]]), np.array([[1, 0], [0, 1]])
     assert per_picture_ap(scores, there == 1) == 100.0
     assert mean_ap(scores, there, "all", dropped=True) == 75.0
 
 
-def test_per_picture_equals_scikit_learn_ties_and_empty_pictures_too() -> None:
+def test_per_picture_equals_scikit_learn_with_ties_and_empty_pictures() -> None:
     drawn = np.random.default_rng(0)
     scores = drawn.integers(0, 6, (60, 7)) / 6.0  # many ties
     there = drawn.random((60, 7)) < 0.3

@@ -30,7 +30,7 @@ def blobs(seed: int, count: int, num_classes: int) -> tuple[Tensor, Tensor]:
 QUERY = torch.tensor([[2.0, 0.0]])
 
 
-def test_hand_value_weighted_takes_the_near_one_and_plain_the_many() -> None:
+def test_weighted_votes_follow_the_nearest_row_and_plain_votes_the_majority() -> None:
     bank, labels = at_similarities(0.9, 0.8, 0.8), torch.tensor([0, 1, 1])
     weighted = knn_predict(QUERY, bank, labels, 2, 3, 0.07)[0] * math.exp(0.9 / 0.07)
     torch.testing.assert_close(
@@ -88,7 +88,7 @@ def test_limits_of_neighbours_and_temperature() -> None:
     torch.testing.assert_close(hot, counts, atol=1e-3, rtol=0)
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     (bank, labels), (queries, _) = blobs(1, 101, 3), blobs(2, 50, 3)
     whole = knn_predict(queries, bank, labels, 3)
     monkeypatch.setattr(module, "MAX_SIMILARITIES", 7 * 101)

@@ -57,7 +57,7 @@ def values(found: list[Found]) -> dict[str, float]:
     return {one.metric: one.value for one in found}
 
 
-def test_logistic_is_good_deterministic_and_deaf_to_scale_and_constants() -> None:
+def test_logistic_is_good_deterministic_and_ignores_scale_and_constants() -> None:
     bank, (asked, labels) = problem(1, 400), problem(2, 200)
     card = CARDS["logistic"]
     found, layer = logistic(bank, (asked, labels), 4, card, seed=0)
@@ -93,7 +93,7 @@ def slow_sgd(
     return layer
 
 
-def test_rates_learned_together_are_those_learned_one_by_one() -> None:
+def test_rates_learned_together_equal_rates_learned_one_by_one() -> None:
     bank, rates = problem(1, 100), (0.1, 3.0)
     card = LinearFastCard(about="", source="", epochs=3, batch_size=32, weight_decay=0.01)
     weights, biases = fit(bank, 4, rates, card, seed=5)

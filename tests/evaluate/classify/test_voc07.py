@@ -47,7 +47,7 @@ def lists(devkit: Path) -> Lists:
 
 
 class MeanColour(nn.Module):
-    """The share of red, green and blue: squares shift it."""
+    """An encoder that gives the mean of each colour, which coloured squares change."""
 
     head_hidden_size = 3
 
@@ -60,7 +60,7 @@ class MeanColour(nn.Module):
         return self.gain * self.norm(images).mean((2, 3))
 
 
-def test_targets_know_what_is_difficult(lists: Lists) -> None:
+def test_targets_mark_difficult_objects(lists: Lists) -> None:
     assert lists.classes == ["blue", "green", "red"]
     assert len(lists.train.source) == 36 and len(lists.test.source) == 30
     # picture 0 of train: red, and a difficult blue; picture 1: green and blue
@@ -68,7 +68,7 @@ def test_targets_know_what_is_difficult(lists: Lists) -> None:
     assert lists.several and lists.digest() != lists._replace(train=lists.test).digest()
 
 
-def test_one_years_folder_will_do_and_other_folders_are_refused(
+def test_the_folder_of_one_year_is_enough_and_other_folders_are_refused(
     devkit: Path, tmp_path: Path, lists: Lists
 ) -> None:
     again = read_lists(DataOptions(data=str(devkit / "VOC2007")), "trainval", None)
@@ -125,13 +125,13 @@ def test_eleven_points_are_another_number_of_the_same_layer(devkit: Path, tmp_pa
     assert {r.n for r in judged} == {30} and {r.split for r in judged} == {"test"}
     assert {r.metric for r in judged} == {"map"}
     assert all(r.encoder_digest == r.encoder_digest_after for r in judged)
-    names = {name.rpartition("-")[0] for name, _ in saved_heads(run)}  # without what changed
+    names = {name.rpartition("-")[0] for name, _ in saved_heads(run)}  # without the hashes
     assert names == {"voc07-map", "voc07-map-11pt"}
     assert {r.leaked for r in judged} == {0}
 
 
 def saved(folder: Path) -> Path:
-    """A run's encoder, which learned from drawings."""
+    """A run folder with an encoder whose facts say that it learned from drawings."""
     encoder = models.build_encoder(MODEL, seed=3)
     facts = saved_encoder.EncoderFacts(
         model=MODEL, views=VIEWS, data=DataOptions(data="clipart"), recipe="clsa", seed=7, step=1,
@@ -216,7 +216,7 @@ def test_the_cost_is_the_best_of_the_folds_and_half_for_rare_classes() -> None:
     assert chosen_cost(features, np.where(np.arange(60) < 2, 1, -1), SVM) == 0.5
 
 
-def test_few_shots_learn_more_from_more() -> None:
+def test_few_shot_accuracy_rises_with_more_shots() -> None:
     generator = np.random.default_rng(0)
     labels, asked = np.arange(200) % 4, np.arange(80) % 4
     centres = generator.normal(size=(4, 12))
@@ -236,7 +236,7 @@ def test_few_shots_learn_more_from_more() -> None:
 
 
 def test_every_field_of_the_cards_moves_the_number(lists: Lists, devkit: Path) -> None:
-    """What a card accepts and records, it uses."""
+    """Every setting that a card accepts and records has an effect."""
     encoder, cpu = MeanColour().eval(), torch.device("cpu")
     base = MAP.model_copy(update={"epochs": 2, "batch_size": 12, "lr": 0.3})
     with frozen(encoder):
@@ -253,7 +253,7 @@ def test_every_field_of_the_cards_moves_the_number(lists: Lists, devkit: Path) -
             {"lr": 0.1}, {"scale": (0.5, 1.0)}, {"train_difficult": "negative"},
         ):  # fmt: skip
             assert not torch.equal(layer(**over), first), over
-    own = {"version", "train", "metric", "test_difficult"}  # of the lists, and of judging alone
+    own = {"version", "train", "metric", "test_difficult"}  # only affect lists or judging
     tried = {"epochs", "batch_size", "momentum", "weight_decay", "lr", "scale", "train_difficult"}
     assert set(MAP.settings()) == own | tried
     scores = np.random.default_rng(0).random((30, 3))
@@ -293,6 +293,6 @@ def test_voc_and_class_cards_keep_to_their_pictures(devkit: Path, tmp_path: Path
     assert "--protocol knn-20, voc07-map - they take different kinds" in text and code == 2
     for data in (devkit, devkit / "VOC2007"):
         text, code = judged("knn-20", data=data)
-        assert "VOC's folders have no class a picture" in text and code == 2
+        assert "VOC's pictures have several classes" in text and code == 2
     text, code = judged("voc07-map", labels="1%")
     assert "--labels 1%" in text and "leave it out" in text and code == 2

@@ -40,18 +40,18 @@ def test_hand_values(right: list[int], positives: int, every: float, eleven: flo
     assert average_precision(flags, positives, "11") == pytest.approx(eleven, abs=1e-6, nan_ok=True)
 
 
-def test_where_precision_only_falls_it_is_scikit_learns() -> None:
+def test_equals_scikit_learn_if_precision_only_falls() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     for right in ([1, 1, 0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1]):
         theirs = metrics.average_precision_score(right, -np.arange(len(right)))
         ours = average_precision(np.array(right, bool), sum(right))
         assert ours == pytest.approx(theirs)
-    right = np.array([0, 1, 1, 0, 1], bool)  # where it rises, the envelope lies above
+    right = np.array([0, 1, 1, 0, 1], bool)  # precision rises, so the envelope is higher
     assert average_precision(right, 3) > metrics.average_precision_score(right, -np.arange(5))
 
 
 def test_overlap_counts_pixels_as_vocs_code_does() -> None:
-    # inclusive pixels 1..10 and 6..15 there: 5 x 10 shared of 150
+    # in VOC's inclusive pixels 1..10 and 6..15: 5 x 10 shared of 150
     boxes, others = np.array([[0, 0, 10, 10.0]]), np.array([[5, 0, 15, 10.0], [10, 0, 20, 10.0]])
     assert overlaps(boxes, others).tolist() == [[pytest.approx(1 / 3), 0.0]]
     assert overlaps(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0.0]]
@@ -84,7 +84,7 @@ def test_a_detection_is_not_passed_on_to_the_next_best_object() -> None:
     assert voc_matches([found], [things], 0, 0.5)[0].tolist() == [True, False]
 
 
-def test_voc_means_over_the_classes_that_there_are() -> None:
+def test_voc_averages_over_the_classes_with_objects() -> None:
     things = [[Thing((0, 0, 10, 10), 0)], [Thing((0, 0, 10, 10), 0), Thing((0, 0, 8, 8), 2)]]
     found = [
         detections((0, 0, 10, 10, 0.9, 0), (0, 0, 5, 5, 0.2, 1)),
@@ -124,7 +124,7 @@ def random_case(seed: int) -> tuple[list[Detections], list[list[Thing]], list[tu
     return found, things, [(200, 200)] * 12
 
 
-def test_coco_is_what_pycocotools_says_of_its_own_files() -> None:
+def test_coco_equals_pycocotools_on_its_own_format() -> None:
     coco = pytest.importorskip("pycocotools.coco")
     judge = pytest.importorskip("pycocotools.cocoeval")
     pixels = pytest.importorskip("pycocotools.mask")
@@ -177,7 +177,7 @@ def test_coco_of_perfect_and_of_no_detections() -> None:
     assert np.isnan(coco_ap([detections()] * 2, [[], []], 2, [(9, 9)] * 2)["AP"])
 
 
-def test_voc_on_many_detections_is_its_slow_rule() -> None:
+def test_voc_equals_a_slow_copy_of_its_rule_on_many_detections() -> None:
     found, things, _ = random_case(4)
     for label in range(3):
         ranked = sorted(

@@ -112,7 +112,7 @@ def test_crowds_are_not_learned_from(pair: tuple[Annotated, Annotated]) -> None:
     assert picture.target["boxes"].tolist() == [[55, 2, 63, 9]]  # 64 wide
     assert picture.target["masks"][0, 2:9, 55:63].all() and picture.target["masks"].sum() == 56
     empty = train._replace(things=[[crowd]] * len(train.things))
-    with pytest.raises(ClsaError, match="none holds an object") as error:
+    with pytest.raises(ClsaError, match="none shows an object") as error:
         detect(build_encoder(ModelOptions(encoder="resnet10-w32"), 0), empty, empty,
                settings(), 0, CPU)  # fmt: skip
     assert error.value.code == Exit.BAD_DATA
@@ -163,7 +163,7 @@ def test_same_seed_same_numbers_and_a_frozen_encoder_stays(
 def test_boxes_come_back_in_pixels_of_the_picture(
     pair: tuple[Annotated, Annotated], encoder: nn.Module
 ) -> None:
-    """Whatever the side that the detector sees, and not rounded to bfloat16."""
+    """For any side that the detector sees, and without rounding to bfloat16."""
     _, test = pair
     detector = build_detector(encoder, 3, settings(test_side=160, max_side=320), 0)
     found, sizes = find(detector, test, settings(), CPU)
@@ -176,13 +176,13 @@ def test_boxes_come_back_in_pixels_of_the_picture(
         image = torch.from_numpy(test.source.read(2)).permute(2, 0, 1).float() / 255
         alone = detector([image])[0]
     assert np.allclose(alone["boxes"].numpy(), found[2].boxes)
-    assert not np.allclose(boxes * 4, np.rint(boxes * 4))  # on no grid of bfloat16
+    assert not np.allclose(boxes * 4, np.rint(boxes * 4))  # not rounded to bfloat16
 
 
 def test_precise_statistics_are_the_mean_of_the_batches(
     pair: tuple[Annotated, Annotated], encoder: nn.Module
 ) -> None:
-    """With one batch they are that batch's; rates of zero are as good as no training."""
+    """With one batch they are that batch's statistics; the tiny rate changes no weight."""
     chosen = settings(model="c4", masks=False, anchors=(16, 32), iters=1, warmup=0, lr=1e-12,
                       precise_bn=1)  # fmt: skip
     detector = build_detector(encoder, 3, chosen, 0)
@@ -223,7 +223,7 @@ def test_reading_ahead_keeps_the_order_and_brings_errors() -> None:
         list(ahead(range(3), lambda n: 1 // n))
 
 
-def test_what_cannot_be_used_is_refused(
+def test_unusable_classes_losses_and_pictures_are_refused(
     pair: tuple[Annotated, Annotated], encoder: nn.Module, tmp_path: Path
 ) -> None:
     train, test = pair
@@ -250,7 +250,7 @@ def nan_of(encoder: nn.Module) -> nn.Module:
 
 
 def test_two_processes_agree_and_each_looks_at_its_share(folder: Path, tmp_path: Path) -> None:
-    """Weights equal on both to the bit; pictures in order; batch norm as of one process."""
+    """Weights agree to the bit, pictures stay in order, and batch norm is as on one process."""
     script = Path(detecting.__file__)
     chosen = json.dumps({**TINY, "precise_bn": 1})
     command = [

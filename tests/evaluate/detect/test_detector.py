@@ -92,7 +92,7 @@ def test_small_encoders_and_frozen_ones(model: str, masks: bool) -> None:
 
 
 def held(detector: GeneralizedRCNN) -> nn.ModuleList:
-    """The encoder's own layers: trunk, and stage 4 where it stands in the heads."""
+    """The encoder's own layers: the trunk, and stage 4 if it is part of the heads."""
     trunk = detector.backbone.get_submodule("trunk")
     head = detector.roi_heads.box_head
     return nn.ModuleList([trunk, head.stage] if isinstance(head, LastStage) else [trunk])
@@ -136,7 +136,7 @@ def test_new_layers_come_from_the_seed_and_the_encoder_is_left_alone() -> None:
     assert one == same != other and digests.digest(SMALL.state_dict()) == before
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_encoders_and_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ClsaError, match="only ResNets"):
         build_detector(timm.create_model("vit_tiny_patch16_224"), 3, settings(), 0)
     with pytest.raises(ClsaError, match="the pyramid has 3 levels"):

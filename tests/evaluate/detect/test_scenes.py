@@ -1,4 +1,4 @@
-"""Scenes: what is cut out, what stays visible, the same again, and files that others can read."""
+"""Scenes: cutting out drawings, visible parts, repeatability, and files that others can read."""
 
 import contextlib
 import io
@@ -36,10 +36,10 @@ def kinds() -> tuple[list[Drawing], ...]:
 def test_white_inside_a_closed_outline_belongs_to_the_drawing() -> None:
     pixels = np.full((7, 8, 3), 255, np.uint8)
     pixels[1:6, 2:7] = 0
-    pixels[2:5, 3:6] = 250  # inside of the ring
+    pixels[2:5, 3:6] = 250  # inside the ring
     mask = cut_out(pixels)
     assert mask.sum() == 25 and box_of(mask) == (2, 1, 7, 6)
-    pixels[1, 4] = 255  # the ring opens, and the ground flows in
+    pixels[1, 4] = 255  # the ring opens, so its inside becomes background
     assert cut_out(pixels).sum() == 25 - 1 - 9
     assert not cut_out(np.full((4, 4, 3), 255, np.uint8)).any()
     assert cut_out(np.zeros((4, 4, 3), np.uint8)).all()
@@ -94,7 +94,7 @@ def test_draws_suffice_for_every_kind_of_ground() -> None:
     assert min(spread) > 2
 
 
-def test_coco_layout_is_read_back_and_by_pycocotools(tmp_path: Path) -> None:
+def test_coco_layout_is_read_by_this_package_and_by_pycocotools(tmp_path: Path) -> None:
     coco = pytest.importorskip("pycocotools.coco")
     written = scenes(ScenesOptions(out=tmp_path / "s", train=6, test=4, classes=4, seed=1))
     train, test = (read_coco(tmp_path / "s", split) for split in ("train", "val"))
@@ -142,9 +142,9 @@ def test_photographs_can_be_the_ground(tmp_path: Path) -> None:
         scenes(ScenesOptions(out=tmp_path / "t", train=1, test=1, backgrounds=photos))
 
 
-def test_a_folder_that_holds_something_is_left_alone(
+def test_a_folder_that_is_not_empty_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "x").write_text("mine")
     assert main(["scenes", "--out", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err

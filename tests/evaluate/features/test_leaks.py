@@ -18,7 +18,7 @@ def val() -> Pictures:
 
 
 def changed(image: np.ndarray, kind: str) -> np.ndarray:
-    """A copy as they turn up: compressed, halved and enlarged again, or with other light."""
+    """A copy as found in practice: compressed, halved and enlarged again, or with other light."""
     picture = Image.fromarray(image)
     if kind == "jpeg":
         stream = io.BytesIO()
@@ -43,14 +43,14 @@ def test_copies_are_found(val: Pictures, kind: str) -> None:
     assert (found.twins == np.arange(200)).mean() > 0.98  # some drawings are alike
 
 
-def test_other_pictures_are_not(val: Pictures) -> None:
-    """The embedded halves were parted so that near duplicates stay together."""
+def test_other_pictures_are_not_found(val: Pictures) -> None:
+    """The embedded set was split so that near duplicates are in the same split."""
     train = Pictures(*NAMED["clipart"]("", "train"))
     found = find_leaks(thumbnails(train), thumbnails(val))
     assert found.count == 0
 
 
-def test_exact_ones_are_told_apart_and_plain_ones_are_no_match() -> None:
+def test_exact_copies_are_counted_apart_and_plain_pictures_never_match() -> None:
     drawn = np.random.default_rng(0)
     images = drawn.integers(0, 256, (6, 20, 20, 3)).astype(np.uint8)
     images[4] = 255  # blank paper
@@ -64,7 +64,7 @@ def test_exact_ones_are_told_apart_and_plain_ones_are_no_match() -> None:
 
 
 def test_plain_colours_and_tints_are_no_duplicates() -> None:
-    """What is left without the mean of each colour decides."""
+    """Only what is left without the mean of each colour is compared."""
     plain = np.zeros((4, 20, 20, 3), np.uint8)
     plain[:] = np.array([[200, 30, 30], [180, 50, 40], [30, 200, 30], [210, 25, 35]])[:, None, None]
     found = find_leaks(thumbnails(of(plain[:2])), thumbnails(of(plain[2:])))

@@ -1,4 +1,4 @@
-"""CLIM around a method, and runs with it from end to end: refreshes, resuming, what is drawn."""
+"""CLIM around a method, and whole runs with it: refreshes, resuming, the sheet of neighbours."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_resolutions_share_crop_and_draws() -> None:
 
 def test_three_systems_do_not_go_together() -> None:
     for given in ({"labels": "10%"}, {"stages": ["classes:2"]}):
-        with pytest.raises(ClsaError, match="do not go together"):
+        with pytest.raises(ClsaError, match="cannot be combined"):
             resolve({"recipe": "clim-small", **given})
 
 
@@ -104,7 +104,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_refresh_is_told_apart_and_drawn(whole: Path) -> None:
+def test_a_refresh_is_logged_apart_and_drawn(whole: Path) -> None:
     refreshed = [line for line in lines_of(whole) if "refresh_s" in line]
     assert [line["epoch"] for line in refreshed] == [1.0, 3.0]
     for line in refreshed:
@@ -173,4 +173,4 @@ def test_neighbours_are_shown_on_demand(
     plain = pretrain(options(drawings, tmp_path / "plain", max_steps=1, clim=False))
     assert main(["preview", str(plain), "--neighbours"]) == Exit.USAGE
     text = capsys.readouterr().err
-    assert "not found yet" in text and "runs without --clim" in text and text.count("\n") < 12
+    assert "not been found yet" in text and "runs without --clim" in text and text.count("\n") < 12

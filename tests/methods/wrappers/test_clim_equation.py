@@ -1,4 +1,4 @@
-"""CLIM's loss against its equation, what is mixed and queued, embeddings on the disk."""
+"""CLIM's loss against its equation, which views are mixed and queued, embeddings on disk."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def clim(recipe: str, **over: Any) -> CLIM:
 
 
 def slow_contrast(method: CLIM, batch: Any) -> Tensor:
-    """L of the docstring, each term by the public loss over its whole bank."""
+    """L of CLIM's docstring, each term by the public loss over its whole bank."""
     count, base, options = method.count, method.base, method.options
     size = max(spec.size for spec in method.view_specs)
     mixture = draw(options, size, method.seed, batch.step, batch.index[:count])
@@ -190,7 +190,7 @@ def test_a_resolution_that_the_encoder_does_not_take_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 60 drawings in three folders."""
+    """About 60 drawings in three folders."""
     return clipart_folder(tmp_path_factory.mktemp("pictures"), classes=3, each=22)
 
 
@@ -237,7 +237,7 @@ def test_an_interrupted_embedding_goes_on_to_the_same_bits(
     assert torch.equal(embed(network), whole)
     assert len(calls) == 5 + -(-(len(source) - 33) // 8)
     other = Network(ModelOptions(encoder="resnet10-w32", projector_dim=8), seed=1)
-    assert not torch.equal(embed(other), whole)  # another network begins anew
+    assert not torch.equal(embed(other), whole)  # another network starts again
     embed.clear()
 
 
@@ -251,7 +251,7 @@ def test_each_process_writes_its_share(
     embed.clear()
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     monkeypatch.setattr(dist, "all_max", lambda value: value)
-    with pytest.raises(ClsaError, match="not all processes write there"):
+    with pytest.raises(ClsaError, match="not all processes write to it"):
         embed(network)
     for rank in (1, 2, 3):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
@@ -261,6 +261,6 @@ def test_each_process_writes_its_share(
     torch.testing.assert_close(embed(network), whole, atol=1e-3, rtol=0)
 
 
-def test_streams_of_draws_are_apart() -> None:
+def test_streams_of_draws_do_not_overlap() -> None:
     numbers = [value for name, value in vars(rng).items() if name.isupper() and name[0] != "_"]
     assert len(set(numbers)) == len(numbers)

@@ -40,7 +40,7 @@ def continual(method: Method) -> Continual:
 
 
 def batch_of(method: Method, old: list[int], step: int = 0) -> Batch:
-    """Random pixels; the given rows are of exemplars."""
+    """Random pixels; the rows in `old` are exemplars."""
     generator = torch.Generator().manual_seed(step)
     views = [
         torch.randn(ROWS, 3, spec.size, spec.size, generator=generator)
@@ -152,7 +152,7 @@ def test_every_query_is_contrasted_with_its_key_and_the_extra_queue() -> None:
 
 @pytest.mark.parametrize("stronger", [False, True])
 @pytest.mark.parametrize("recipe", TEACHING)
-def test_any_method_with_positives_remembers(recipe: str, stronger: bool) -> None:
+def test_any_method_with_positives_gets_both_terms(recipe: str, stronger: bool) -> None:
     method = build(recipe, stronger=stronger)
     optimizer = build_optimizer(method, OptimOptions())
     for step, old in enumerate(([0, 3], [], [5])):
@@ -197,7 +197,7 @@ def test_the_distillation_is_the_loop_over_exemplars() -> None:
     assert found == pytest.approx(sum(terms) / 3, rel=1e-3)
 
 
-def test_the_teacher_starts_as_the_network_statistics_and_all() -> None:
+def test_the_teacher_starts_as_the_network_with_its_statistics() -> None:
     """The published code copies weights only, and leaves the statistics as they were."""
     method = build()
     inner = continual(method)

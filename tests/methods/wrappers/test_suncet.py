@@ -1,4 +1,4 @@
-"""SuNCEt: its loss, its sampler, which labels it sees, and how it stands around a method."""
+"""SuNCEt: its loss, its sampler, which labels it sees, and how it wraps a method."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ def build(recipe: str, extent: Extent = LABELLED, **over: Any) -> Method:
 
 
 def batch_of(method: Method, step: int = 0) -> Batch:
-    """The rows that the loader would give: those of the order, then the labelled ones."""
+    """The rows that the loader would give: those of the order, then the labelled rows."""
     order = Order(EXTENT.num_pictures, ROWS, 0)
     index, companions = order.indices(step), method.companions()
     if companions is not None:
@@ -66,7 +66,7 @@ def test_the_loss_is_the_slow_loop(temperature: float) -> None:
 @pytest.mark.parametrize(
     "labels", [[0, -1, 1, -1, 1, 0], [0, 1, 2, 2, 2, -1], [0, 1, 2, 3, -1, -1]]
 )
-def test_rows_of_unknown_class_or_alone_in_it_count_for_nothing(labels: list[int]) -> None:
+def test_rows_of_unknown_class_or_alone_in_theirs_do_not_count(labels: list[int]) -> None:
     rows = unit(6).double().requires_grad_()
     loss = suncet(rows, torch.tensor(labels), 0.2)
     expected = reference.suncet(rows.detach(), torch.tensor(labels), 0.2)
@@ -130,11 +130,11 @@ def test_a_list_names_paths_or_files(tmp_path: Path) -> None:
     path.write_text("a/1.png\n3.png\tb\n\nb/1.png\n3.png\n")
     assert with_few_labels(source, str(path), 0).labels.tolist() == [0, -1, 1, 1, -1]
     for text, why in (
-        ("a/1.png\nnone.png\nnil.png\n", r"none\.png - no picture of the set \(2 such lines\)"),
+        ("a/1.png\nnone.png\nnil.png\n", r"none\.png - not in the set \(2 such lines\)"),
         ("1.png\n", "several pictures have this name"),
         ("x.png\n", "has no label in the set"),
         ("\n", "names no picture"),
-        ("a/1.png\ta\n3.png\ta\n", r"3\.png - is of another class in the set \(1 such lines\)"),
+        ("a/1.png\ta\n3.png\ta\n", r"3\.png - has another class in the set \(1 such lines\)"),
     ):
         path.write_text(text)
         with pytest.raises(ClsaError, match=why):
@@ -154,11 +154,11 @@ def test_a_list_may_name_what_judging_holds_out(tmp_path: Path) -> None:
     path.write_text("1.png\n2.png\n3.png\n")
     assert with_few_labels(source, str(path), 0, held).labels.tolist() == [0, -1, 1]
     assert num_held(str(path), held) == 1 and num_held("10%", held) == 0
-    assert describe_labels(source, 1).endswith("; judging holds out 1 of the list")
+    assert describe_labels(source, 1).endswith("; held out for evaluation: 1 more of the list")
     with pytest.raises(ClsaError, match="has no label in the set"):
         with_few_labels(source, str(path), 0)
     path.write_text("2.png\n")
-    with pytest.raises(ClsaError, match="judging holds out all its pictures"):
+    with pytest.raises(ClsaError, match="evaluation holds out all its pictures"):
         with_few_labels(source, str(path), 0, held)
 
 
@@ -184,13 +184,13 @@ def test_a_step_shows_some_classes_and_as_many_pictures_of_each() -> None:
         assert (classes == classes[:, :1]).all() and len(set(classes[:, 0])) == 3
         for members, c in zip(rows.index.reshape(3, 4), classes[:, 0], strict=True):
             size = int((c == LABELS).sum())
-            assert len(set(members.tolist())) == min(size, 4)  # all of them before one comes again
+            assert len(set(members.tolist())) == min(size, 4)  # each one before any is repeated
         assert rows.drawn.min() >= order.count and len(set(rows.drawn.tolist())) == 12
         assert (sampler.rows(order, step).index == rows.index).all()
         seen |= set(rows.index.tolist())
     assert seen == set(np.flatnonzero(LABELS >= 0).tolist())
     drawn = [sampler.rows(order, step).drawn for step in range(3)]
-    assert len(set(np.concatenate(drawn).tolist())) == 36  # within an epoch no view comes again
+    assert len(set(np.concatenate(drawn).tolist())) == 36  # within an epoch no view is repeated
 
 
 def test_more_classes_than_there_are_is_all_of_them() -> None:
@@ -202,7 +202,7 @@ def test_more_classes_than_there_are_is_all_of_them() -> None:
 
 @pytest.mark.parametrize("stronger", [False, True])
 @pytest.mark.parametrize("recipe", METHODS | {"moco": None})
-def test_any_method_learns_beside_labels(recipe: str, stronger: bool) -> None:
+def test_any_method_learns_with_labels_added(recipe: str, stronger: bool) -> None:
     names = {"moco": "moco-v2"}
     method = build(names.get(recipe, recipe), stronger=stronger)
     batch = batch_of(method)
@@ -219,7 +219,7 @@ def test_any_method_learns_beside_labels(recipe: str, stronger: bool) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["moco-v2", "simclr", "instdisc"])
-def test_the_base_is_what_it_is_without_labels(recipe: str) -> None:
+def test_the_base_is_the_same_as_without_labels(recipe: str) -> None:
     method = build(recipe)
     assert isinstance(method, SuNCEt)
     alone = build_method(tiny(recipe), EXTENT)
@@ -249,7 +249,7 @@ def test_classes_of_one_picture_have_their_other_view() -> None:
     batch = batch_of(method)
     batch = batch._replace(labels=torch.cat([batch.labels[:ROWS], torch.arange(4)]))
     assert method(batch).losses["suncet"].isfinite()
-    with pytest.raises(ClsaError, match="with one view a picture has no positive"):
+    with pytest.raises(ClsaError, match="with one view, a positive must be"):
         build("instdisc", single, suncet={"per_class": 1})
 
 
@@ -281,14 +281,14 @@ def test_the_divergence_takes_the_labelled_rows_in() -> None:
     assert len(method.query(batch.views[2], batch)) == ROWS + 8
 
 
-def test_prototypes_and_single_views_leave_them_out_of_the_divergence() -> None:
+def test_labels_stay_out_of_the_divergence_with_prototypes_or_one_view() -> None:
     for recipe in ("swav", "instdisc"):
         method = build(recipe, stronger=True)
         batch = batch_of(method)
         assert len(method.query(batch.views[-1], batch)) == ROWS
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_options_are_refused() -> None:
     with pytest.raises(ClsaError, match="fewer than two classes have a label"):
         build("simclr", EXTENT._replace(labels=np.full(30, -1)))
     with pytest.raises(ClsaError, match=r"batch norm needs 16 labelled pictures a step, not 8"):
