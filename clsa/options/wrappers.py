@@ -85,7 +85,7 @@ class SuNCEtOptions(Config):
     classes: Annotated[int, pydantic.Field(ge=2)] = 20
     """Number of classes drawn for each step (all classes, if there are fewer)."""
     per_class: Count = 2
-    """Labelled pictures per class, drawn with replacement if a class has fewer."""
+    """Labelled pictures per class; a class with fewer gives each of them in turn."""
     temperature: Positive = 0.1
     """Temperature of the similarities."""
     weight: NotNegative = 1.0

@@ -104,7 +104,7 @@ def test_a_sweep_runs_each_cell_once_and_resumes(
     calls.clear()
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     start()
-    assert calls == [] and "done already" in capsys.readouterr().err
+    assert calls == [] and "already done" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
     # one more seed and one more protocol: only the new runs are trained
