@@ -46,7 +46,7 @@ def _lower_half(alpha: float) -> tuple[Float64[np.ndarray, " n"], Float64[np.nda
     return 0.5 * total / total[-1], s
 
 
-def beta_quantile(uniforms: Float64[Tensor, " b"], alpha: float) -> Float64[Tensor, " b"]:
+def beta_quantile(uniforms: Float[Tensor, " b"], alpha: float) -> Float64[Tensor, " b"]:
     """Quantiles of Beta(alpha, alpha): its inverse distribution function, to about 1e-4.
 
     The variance of Beta(alpha, alpha) is 1 / (4 (2 alpha + 1)); alpha = 1 is the identity.
@@ -65,7 +65,7 @@ def beta_quantile(uniforms: Float64[Tensor, " b"], alpha: float) -> Float64[Tens
 
 
 def boxed(
-    share: Float64[Tensor, " b"], centre: Float64[Tensor, "b 2"], size: int
+    share: Float64[Tensor, " b"], centre: Float[Tensor, "b 2"], size: int
 ) -> tuple[Float64[Tensor, " b"], Float64[Tensor, "b 4"]]:
     """The boxes of CutMix (Yun et al. 2019), and the share of the picture that each box leaves.
 

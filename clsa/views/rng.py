@@ -55,7 +55,10 @@ def hash_bits(seed: int, epoch: int, index: Ints, view: int, slots: Ints) -> Int
 
 
 def uniforms(seed: int, epoch: int, index: Ints, view: int, slots: Ints) -> Ints:
-    """Uniform numbers in [0, 1), float64 on a grid of 2^-24 (exact in float32), shape (..., S)."""
+    """Uniform numbers in [0, 1) on a grid of 2^-24, shape (..., S).
+
+    float64 for arrays, float32 for tensors; both hold every point of the grid exactly.
+    """
     return _shift_right(hash_bits(seed, epoch, index, view, slots), 40) * 2.0**-24
 
 

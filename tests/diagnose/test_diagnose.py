@@ -25,7 +25,7 @@ from clsa.options.commands import DiagnoseOptions, EvaluateOptions
 from clsa.options.config import merge
 from clsa.options.run import DataOptions, RunOptions
 from clsa.recipes import resolve
-from clsa.runs import checkpoint, saved_encoder
+from clsa.runs import checkpoint, digests, saved_encoder
 from clsa.runs.snapshots import kept_encoders, open_run
 from clsa.system.errors import Exit
 from clsa.training import start
