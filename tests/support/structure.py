@@ -23,6 +23,7 @@ import clsa
 
 ROOT = Path(clsa.__file__).parent
 ENTRY = re.compile(r"    (\w+)(\.py|/) +(.+)")
+DEPTHS = (1, 2, 3)  # calls below the first function
 BESIDE = ("recipes",)
 """Folders that stand next to a wing and do not count as a wing."""
 
@@ -117,45 +118,52 @@ def longest_chain(names: list[str]) -> list[str]:
 class Route:
     """The files that a run enters, in order, from its start to its first step.
 
-    Args:
-        depth: how many calls below the first function are looked at; deeper ones are details that
-            a reader may take on trust.
+    A route of depth 1 has only what the first function calls; deeper ones have the details that a
+    reader may take on trust.
     """
 
-    def __init__(self, depth: int):
-        self.depth, self.files = depth, list[str]()
+    def __init__(self) -> None:
+        self.files: dict[int, list[str]] = {depth: [] for depth in DEPTHS}
         self.base: FrameType | None = None
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         """For `sys.setprofile`."""
-        path = Path(frame.f_code.co_filename)
-        if event != "call" or not path.is_relative_to(ROOT) or frame.f_code.co_name[0] == "<":
+        name = module_of(frame.f_code.co_filename) if event == "call" else ""
+        if not name or frame.f_code.co_name[0] == "<":
             return
         if frame.f_code.co_name == "train_step":
             sys.setprofile(None)
             return
         self.base = self.base or frame
         outer, depth = frame.f_back, 0
-        while outer is not None and outer is not self.base:
-            depth += Path(outer.f_code.co_filename).is_relative_to(ROOT)
+        while outer is not None and outer is not self.base and depth < max(DEPTHS):
+            depth += bool(module_of(outer.f_code.co_filename))
             outer = outer.f_back
-        name = name_of(path.with_suffix("")).removesuffix(".__init__")
-        if depth < self.depth and self.files[-1:] != [name]:
-            self.files.append(name)
+        for limit, files in self.files.items():
+            if depth < limit and files[-1:] != [name]:
+                files.append(name)
 
-    def climbs(self, names: list[str]) -> int:
-        """How often the route goes from a file to one that comes after it in reading order."""
+    def climbs(self, names: list[str], depth: int) -> int:
+        """How often the route goes from a file to one that stands after it in reading order."""
         place = {name: number for number, name in enumerate(names)}
-        known = [place[name] for name in self.files if name in place]
+        known = [place[name] for name in self.files[depth] if name in place]
         return sum(after > before for before, after in itertools.pairwise(known))
 
 
-def route_of_a_start(depth: int) -> Route:
+@functools.cache
+def module_of(filename: str) -> str:
+    """Name of the module in a file of this package; empty for any other file."""
+    path = Path(filename)
+    inside = path.is_relative_to(ROOT)
+    return name_of(path.with_suffix("")).removesuffix(".__init__") if inside else ""
+
+
+def route_of_a_start() -> Route:
     """The route of a small run on the embedded drawings."""
     from clsa.recipes import resolve
     from clsa.training.start import pretrain
 
-    route = Route(depth)
+    route = Route()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         values = {
             "recipe": "clsa-small",
@@ -165,6 +173,7 @@ def route_of_a_start(depth: int) -> Route:
             "max_steps": 1,
             "probe_every": 0,
             "device": "cpu",
+            "tensorboard": "off",
         }
         options = resolve(values)
         sys.setprofile(route)
@@ -188,12 +197,14 @@ def main() -> None:
     print(f"\nmodules: {len(names)}; imports between them: {arrows}")
     print(f"imports that run upward: {len(upward(names))}")
     print(f"longest chain of imports: {len(chain)} ({' > '.join(chain)})")
-    for depth in (1, 2, 3):
-        route = route_of_a_start(depth)
-        summary = f"{len(route.files)} files entered, {route.climbs(names)} climbs"
-        print(f"start of a run, {depth} calls deep: {summary}")
-        if depth < 3:
-            print(f"  {' > '.join(route.files)}")
+    route = route_of_a_start()
+    for depth, files in route.files.items():
+        print(
+            f"start of a run, {depth} calls deep: {len(files)} files entered, "
+            f"{route.climbs(names, depth)} climbs"
+        )
+        if depth < max(DEPTHS):
+            print(f"  {' > '.join(files)}")
 
 
 if __name__ == "__main__":
