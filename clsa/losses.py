@@ -1,11 +1,33 @@
-"""The losses of this package, for use on their own: pure functions of tensors and a temperature.
+"""The losses of this package, to be used alone: pure functions of tensors and a temperature.
 
     from clsa import losses
 
     loss = losses.info_nce(query, bank, positive, temperature=0.2)
 
-They need no run, no options and no other part of clsa. Each docstring gives the equation and its
-source; shapes are in the signatures: B batch, N candidates, K prototypes, D projection dim.
+They need no run and no options. Rows of queries, keys and banks are expected to be normalised.
+Each docstring gives the equation and its source; shapes stand in the signatures: b and B rows of
+this process and of all, N rows of a bank, M of them that may be hidden, K prototypes, D projection
+dim. Under torch.distributed, `nt_xent` and `suncet` use the rows of all processes.
+
+    over a bank of rows
+      info_nce                   contrast with one positive (MoCo)
+      distribution_divergence    CLSA's divergence between a weak and a strong query
+      contrast_and_divergence    both in one pass
+      bank_statistics            the pass itself: log-sum-exp and mean similarity of each query
+      noise_contrastive          InstDisc
+      soft_bank_cross_entropy    relations to a bank (continual pretraining)
+      lowest_info_nce            the smallest value that info_nce can take
+    between the rows of a batch
+      nt_xent                    SimCLR
+      suncet                     rows of one class attract each other
+      cosine_regression          BYOL, SimSiam
+    between assignments to prototypes
+      swapped_prediction         SwAV, DINO
+      sinkhorn, sharpened        targets of SwAV, of DINO
+      similarity, entropy
+    to share one pass among several losses
+      streams                    queries with their statistics over a bank, as `Stream`
+      contrast, divergence       of such streams; `Divergence`, `Losses` are what comes back
 """
 
 from clsa.learning.assignments import (
@@ -23,17 +45,14 @@ from clsa.learning.losses import (
     bank_statistics,
     contrast,
     contrast_and_divergence,
-    cosine_regression,
     distribution_divergence,
     divergence,
     info_nce,
     lowest_info_nce,
     noise_contrastive,
-    nt_xent,
     streams,
-    suncet,
 )
-from clsa.learning.mixture_loss import mixed_contrast
+from clsa.learning.pair_losses import cosine_regression, nt_xent, suncet
 
 __all__ = [
     "Divergence",
@@ -48,7 +67,6 @@ __all__ = [
     "entropy",
     "info_nce",
     "lowest_info_nce",
-    "mixed_contrast",
     "noise_contrastive",
     "nt_xent",
     "sharpened",

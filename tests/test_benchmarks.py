@@ -157,7 +157,7 @@ def test_a_commit_is_marked_dirty_if_files_differ(
     answers = {"rev-parse": "abc1234", "status": ""}
     monkeypatch.setattr(report, "said", lambda *command: answers[command[1]])
     assert report.commit() == "abc1234"
-    answers["status"] = " M clsa/data.py"
+    answers["status"] = " M clsa/loading/loader.py"
     assert report.commit() == "abc1234+dirty"
     answers["rev-parse"] = ""
     assert report.commit() == ""

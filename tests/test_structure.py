@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ WINGS = [
 ORDER = structure.modules()
 FILES = [*ORDER, "losses", "__main__", ""]
 FOLDERS = [path.parent for path in sorted(ROOT.rglob("__init__.py"))]
+NAMED = re.compile(r"`(clsa(?:\.\w+)+)")
+PATHS = re.compile(r"`((?:clsa|tests|benchmarks|docs)/[a-z0-9_/]+\.(?:py|md|sh|yaml))`")
 MAX_FILES, MAX_LINES, MAX_METHOD_LINES = 14, 400, 80
 
 
@@ -53,8 +56,9 @@ def test_a_folder_lists_its_files_and_says_what_it_is_for(folder: Path) -> None:
     assert listed == (kept | inner) - outside
     assert len(kept) <= MAX_FILES
     if folder != ROOT:
-        text = structure.docstring(folder)
-        assert "\nIn come" in text and " Out go" in text, "what comes in, what goes out"
+        text = " ".join(structure.docstring(folder).split())
+        said = " In come" in text and " Out go" in text
+        assert said, "the docstring says what comes in (In come ...) and what goes out (Out go ...)"
 
 
 def test_imports_run_downward_only() -> None:
@@ -73,6 +77,66 @@ def test_the_losses_only_hand_on_names() -> None:
     for name in ("info_nce", "distribution_divergence", "bank_statistics"):
         assert getattr(clsa, name) is getattr(clsa.losses, name)
     assert "moco" in clsa.methods.METHODS
+
+
+def test_the_losses_need_little() -> None:
+    code = """
+import sys
+import clsa.losses
+wanted = {"timm", "pydantic", "tyro", "rich", "PIL", "clsa.options", "clsa.runs"} & set(sys.modules)
+print(sorted(wanted))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_a_command_stands_in_a_file_of_its_name() -> None:
+    from clsa.cli.main import COMMANDS
+
+    homes = {name: command.__module__ for name, command in COMMANDS.items()}
+    assert all(home.rpartition(".")[2] == name for name, home in homes.items())
+    files = {path.stem for path in (ROOT / "cli").glob("*/*.py")} - {"__init__", "next_steps"}
+    assert files == set(COMMANDS)
+
+
+def test_tests_stand_in_the_same_wings() -> None:
+    tests = Path(__file__).parent
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")} - {Path()}
+    assert {str(path) for path in folders if not (ROOT / path).is_dir()} == {"fault"}
+    assert not [path for path in tests.glob("*.py") if not path.name.startswith("test_")]
+
+
+def test_the_readme_has_the_line_of_each_wing() -> None:
+    text = (ROOT.parent / "README.md").read_text("utf-8")
+    for entry in entries(ROOT):
+        assert f"\n  {entry.name + '/':12} {entry.text}\n" in text, entry.name
+    picture = (ROOT.parent / "docs" / "images" / "flow.svg").read_text("utf-8")
+    assert all(f"{entry.name}/" in picture for entry in entries(ROOT))
+
+
+def names_in(module: object, dotted: str) -> bool:
+    """Whether a dotted name that docs mention is a module or a name in one."""
+    for part in dotted.split(".")[1:]:
+        if not hasattr(module, part):
+            try:
+                importlib.import_module(f"{getattr(module, '__name__', '')}.{part}")
+            except ImportError:
+                return False
+        module = getattr(module, part)
+    return True
+
+
+def test_names_that_docs_mention_exist() -> None:
+    import clsa
+
+    files = [path_of(name) for name in FILES]
+    files += [*ROOT.parent.glob("*.md"), *(ROOT.parent / "docs").glob("*.md")]
+    texts = {path: path.read_text("utf-8") for path in files if path.name != "CHANGELOG.md"}
+    names = {(path, name) for path, text in texts.items() for name in NAMED.findall(text)}
+    missing = [(path.name, name) for path, name in names if not names_in(clsa, name)]
+    assert missing == []
+    paths = {(path, name) for path, text in texts.items() for name in PATHS.findall(text)}
+    assert [(path.name, name) for path, name in paths if not (ROOT.parent / name).exists()] == []
 
 
 def test_the_package_itself_imports_nothing_when_imported() -> None:
@@ -116,9 +180,7 @@ def test_code_is_counted_without_words() -> None:
     assert lines_of_code(ast.parse(head + body)) == {6, 9, 11, 12, 13}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ORDER if name.startswith("methods.") and "__" not in name]
-)
+@pytest.mark.parametrize("name", [name for name in ORDER if name.startswith("methods.")])
 def test_a_method_fits_on_a_page(name: str) -> None:
     assert len(lines_of_code(tree_of(name))) <= MAX_METHOD_LINES
 

@@ -5,7 +5,8 @@ inside the commands, so that help and errors come at once.
 
     command.py  what every command shares
     pictures/   commands about pictures
-    judge/      commands that look at a run
+    show/       commands that list what there is to choose from
+    use/        commands that judge, look into and use a run
     train/      commands that train
     main.py     the list of commands; errors to exit codes
 """

@@ -6,22 +6,22 @@ import traceback
 
 from clsa import __version__
 from clsa.cli.command import Command, complain
-from clsa.cli.judge.diagnose import diagnose
-from clsa.cli.judge.embed import embed
-from clsa.cli.judge.evaluate import evaluate
-from clsa.cli.judge.export import export
-from clsa.cli.judge.predict import predict
-from clsa.cli.judge.preview import preview
-from clsa.cli.judge.protocols import protocols
 from clsa.cli.pictures.pack import pack
 from clsa.cli.pictures.scenes import scenes
+from clsa.cli.show.protocols import protocols
+from clsa.cli.show.recipes import recipes
 from clsa.cli.train.demo import demo
-from clsa.cli.train.digest import digest
 from clsa.cli.train.extend import extend
 from clsa.cli.train.pretrain import pretrain
-from clsa.cli.train.recipes import recipes
 from clsa.cli.train.replay import replay
 from clsa.cli.train.sweep import sweep
+from clsa.cli.use.diagnose import diagnose
+from clsa.cli.use.digest import digest
+from clsa.cli.use.embed import embed
+from clsa.cli.use.evaluate import evaluate
+from clsa.cli.use.export import export
+from clsa.cli.use.predict import predict
+from clsa.cli.use.preview import preview
 from clsa.options.config import nearest
 from clsa.system.errors import ClsaError, Exit, memory_errors
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from clsa.diagnose.inputs import Bench, Finding
+from clsa.diagnose.inputs import Finding, Inputs
 from clsa.diagnose.parts import NEEDS_LABELS, PARTS
 from clsa.evaluate.features.extract import frozen
 from clsa.options.commands import DiagnoseOptions
@@ -57,13 +57,13 @@ def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]
         ClsaError: if there is no run or no picture, or if a part fails that cannot be left out.
     """
     keep_freed_memory()
-    bench = Bench(options)
+    inputs = Inputs(options)
     home = options.run if options.run.is_dir() else options.run.parent
     out = options.out or home / "diagnostics"
     findings, drawings = [], {}
     modules = {
         id(module): module
-        for snapshot in bench.snapshots
+        for snapshot in inputs.snapshots
         for module in (snapshot.encoder, snapshot.query, snapshot.key)
         if module is not None
     }
@@ -72,9 +72,9 @@ def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]
             stack.enter_context(frozen(module))
         for name in options.only or tuple(PARTS):
             try:
-                part = PARTS[name](bench)
+                part = PARTS[name](inputs)
             except ClsaError as error:
-                if options.only or not _may_be_left_out(name, bench):
+                if options.only or not _may_be_left_out(name, inputs):
                     raise
                 print(f"left out: {name} ({error})", file=sys.stderr)
                 continue
@@ -82,7 +82,7 @@ def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]
             drawings |= part.figures
     with files.output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    files.write_text(out / NUMBERS, json.dumps(_facts(bench, findings), indent=1) + "\n")
+    files.write_text(out / NUMBERS, json.dumps(_facts(inputs, findings), indent=1) + "\n")
     written = []
     try:
         for module in ("matplotlib.figure", "sklearn.manifold"):
@@ -97,22 +97,22 @@ def diagnose(options: DiagnoseOptions) -> tuple[list[Finding], Path, list[Path]]
     return findings, out / NUMBERS, written
 
 
-def _may_be_left_out(name: str, bench: Bench) -> bool:
+def _may_be_left_out(name: str, inputs: Inputs) -> bool:
     """Whether a failed part can be skipped: it needs labels, or a network that is missing."""
     if name in NEEDS_LABELS:
         return True
-    return name == "similarity" and bench.snapshots[0].query is None
+    return name == "similarity" and inputs.snapshots[0].query is None
 
 
-def _facts(bench: Bench, findings: list[Finding]) -> dict[str, object]:
-    opened: Opened = bench.opened
+def _facts(inputs: Inputs, findings: list[Finding]) -> dict[str, object]:
+    opened: Opened = inputs.opened
     return {
-        "run": str(bench.options.run),
+        "run": str(inputs.options.run),
         "recipe": opened.facts.recipe,
         "step": opened.facts.step,
         "run_seed": opened.facts.seed,
         "temperature": opened.temperature,
-        "options": bench.options.model_dump(mode="json", exclude={"run", "out"}),
+        "options": inputs.options.model_dump(mode="json", exclude={"run", "out"}),
         "findings": [finding._asdict() for finding in findings],
     }
 

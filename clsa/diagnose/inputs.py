@@ -47,7 +47,7 @@ class Part(NamedTuple):
     figures: dict[str, Callable[[], bytes]]
 
 
-class Bench:
+class Inputs:
     """The networks and pictures of a run, shared by all parts."""
 
     def __init__(self, options: DiagnoseOptions):

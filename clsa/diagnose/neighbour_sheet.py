@@ -38,7 +38,7 @@ def preview(options: PreviewOptions) -> Path:
     folder = RunFolder(options.run)
     run = RunOptions.parse(read_yaml(folder.config), str(folder.config))
     if not options.neighbours:
-        raise ClsaError("clsa preview", "it was not told what to show", "add --neighbours")
+        raise ClsaError("clsa preview", "nothing to show was chosen", "add --neighbours")
     if not run.clim:
         why = "its pictures have no neighbours: it runs without --clim"
         raise ClsaError(str(options.run), why, "give a run with --clim")

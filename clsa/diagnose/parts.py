@@ -1,4 +1,4 @@
-"""The parts of `clsa diagnose`: each takes a `Bench` and returns findings and figures."""
+"""The parts of `clsa diagnose`: each takes the `Inputs` and returns findings and figures."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsa.diagnose import figures, measures, operations
-from clsa.diagnose.inputs import LEAST, Bench, Part, spread_over
+from clsa.diagnose.inputs import LEAST, Inputs, Part, spread_over
 from clsa.evaluate.classify.knn import knn_predict
 from clsa.evaluate.features.extract import centre_views, extract, frozen
 from clsa.evaluate.results.records import accuracies
@@ -21,35 +21,35 @@ NEIGHBOURS, VOTE_TEMPERATURE, MAX_KNN_BANK = 20, 0.07, 10_000
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def _pairs(bench: Bench) -> list[tuple[Network, Network]]:
+def _pairs(inputs: Inputs) -> list[tuple[Network, Network]]:
     """Query and key network of each snapshot.
 
     Raises:
         ClsaError: if there are only encoders, without projector and key network.
     """
-    pairs = [(each.query, each.key) for each in bench.snapshots]
+    pairs = [(each.query, each.key) for each in inputs.snapshots]
     found = [(query, key) for query, key in pairs if query is not None and key is not None]
     if len(found) < len(pairs):
         why = "this encoder has no projector and key network (not a checkpoint of a single run)"
         hint = "give the run folder; for a run in stages, give one of its stage-N folders"
-        raise ClsaError(str(bench.options.run), why, hint, Exit.NO_INPUT)
+        raise ClsaError(str(inputs.options.run), why, hint, Exit.NO_INPUT)
     return found
 
 
-def similarity(bench: Bench) -> Part:
+def similarity(inputs: Inputs) -> Part:
     """P+, Var-, entropy, KL and retrieval of weak and strong queries (CLSA Fig. 3 and 6)."""
-    queries, keys = zip(*_pairs(bench), strict=True)
-    specs, options, temperature = bench.specs(), bench.options, bench.opened.temperature
-    bank_rows = spread_over(len(bench.source), options.bank + 1)
-    kept, banks = bench.encoded(specs["key"], bank_rows, keys)
+    queries, keys = zip(*_pairs(inputs), strict=True)
+    specs, options, temperature = inputs.specs(), inputs.options, inputs.opened.temperature
+    bank_rows = spread_over(len(inputs.source), options.bank + 1)
+    kept, banks = inputs.encoded(specs["key"], bank_rows, keys)
     positive = spread_over(len(kept), options.queries)
     asked = {
-        kind: bench.encoded(specs[kind], kept[positive], queries)[1] for kind in ("weak", "strong")
+        kind: inputs.encoded(specs[kind], kept[positive], queries)[1] for kind in ("weak", "strong")
     }
-    own, n, negatives = torch.from_numpy(positive).to(bench.device), len(positive), len(kept) - 1
+    own, n, negatives = torch.from_numpy(positive).to(inputs.device), len(positive), len(kept) - 1
     settings = f"temperature={temperature} negatives={negatives}"
     findings, positives, variances = [], [], []
-    for k, snapshot in enumerate(bench.snapshots):
+    for k, snapshot in enumerate(inputs.snapshots):
         bank, weak, strong = banks[k], asked["weak"][k], asked["strong"][k]
         stands = {
             kind: measures.positive_statistics(rows, bank, own, temperature)
@@ -57,7 +57,7 @@ def similarity(bench: Bench) -> Part:
         }
 
         def add(name: str, value: float, unit: str, of: Snapshot = snapshot) -> None:
-            findings.append(bench.finding("similarity", name, value, unit, of, n, settings))
+            findings.append(inputs.finding("similarity", name, value, unit, of, n, settings))
 
         for kind, stand in stands.items():
             for name, values in (("P+", stand.positive), ("Var-", stand.variance)):
@@ -79,34 +79,34 @@ def similarity(bench: Bench) -> Part:
                   for field in ("positive", "variance")]  # fmt: skip
         positives.append(figures.Curve(snapshot.name, *curves[0]))
         variances.append(figures.Curve(snapshot.name, *curves[1]))
-    note = bench.note(n, f" · K = {negatives:,} negatives · T = {temperature}")
+    note = inputs.note(n, f" · K = {negatives:,} negatives · T = {temperature}")
     draw = {"similarity": lambda: figures.similarity(positives, variances, negatives, note)}
     return Part(findings, draw)
 
 
-def neighbours(bench: Bench) -> Part:
+def neighbours(inputs: Inputs) -> Part:
     """20-NN accuracy of centre crops and strong queries, with kept checkpoints (CLSA Fig. 5)."""
-    bank, asked, name = bench.parts
+    bank, asked, name = inputs.parts
     settings = f"neighbours={NEIGHBOURS} knn_temperature={VOTE_TEMPERATURE} split={name}"
     rows = spread_over(len(bank), MAX_KNN_BANK)
-    queries = spread_over(len(asked), bench.options.num_pictures)
-    digest, findings, n = bench.parts.digest(), [], 0
+    queries = spread_over(len(asked), inputs.options.num_pictures)
+    digest, findings, n = inputs.parts.digest(), [], 0
     found: dict[str, tuple[float, float]] = {}
-    run = bench.opened.options
-    kept = iter(()) if run is None else kept_encoders(bench.options.run, run)
-    random, trained = bench.snapshots
-    last = f"step {bench.opened.facts.step}"
+    run = inputs.opened.options
+    kept = iter(()) if run is None else kept_encoders(inputs.options.run, run)
+    random, trained = inputs.snapshots
+    last = f"step {inputs.opened.facts.step}"
     steps = (snapshot_of(step, each) for step, each in kept if step != last)
     for snapshot in _in_turn(random, steps, trained):
-        encoder = snapshot.encoder.to(bench.device)
+        encoder = snapshot.encoder.to(inputs.device)
         with frozen(encoder):
-            known, features = extract(encoder, bank, rows, bench.views, bench.device)
+            known, features = extract(encoder, bank, rows, inputs.views, inputs.device)
             values = []
-            for kind, seed in (("clean", None), ("strong", bench.options.seed)):
+            for kind, seed in (("clean", None), ("strong", inputs.options.seed)):
                 seen, of = extract(
-                    encoder, asked, queries, bench.views, bench.device, strong_seed=seed
+                    encoder, asked, queries, inputs.views, inputs.device, strong_seed=seed
                 )
-                labels = [torch.from_numpy(source.labels[numbers]).to(bench.device)
+                labels = [torch.from_numpy(source.labels[numbers]).to(inputs.device)
                           for source, numbers in ((bank, known), (asked, seen))]  # fmt: skip
                 scores = knn_predict(
                     of, features, labels[0], len(bank.classes), NEIGHBOURS, VOTE_TEMPERATURE
@@ -114,7 +114,7 @@ def neighbours(bench: Bench) -> Part:
                 values.append(accuracies(scores.argmax(1), labels[1])["top1"])
                 n = len(seen)
                 findings.append(
-                    bench.finding(
+                    inputs.finding(
                         "neighbours",
                         f"20-NN {kind}",
                         values[-1],
@@ -126,7 +126,7 @@ def neighbours(bench: Bench) -> Part:
                     )
                 )
         found[snapshot.name] = (values[0], values[1])
-    note = bench.note(n, f" · bank of {len(rows):,} · {name}")
+    note = inputs.note(n, f" · bank of {len(rows):,} · {name}")
     return Part(findings, {"neighbours": lambda: figures.neighbours(found, note)})
 
 
@@ -136,18 +136,18 @@ def _in_turn(first: Snapshot, between: Iterator[Snapshot], last: Snapshot) -> It
     yield last
 
 
-def classes(bench: Bench) -> Part:
+def classes(inputs: Inputs) -> Part:
     """Cosine within and between classes, and a map of the pictures (CLIM's figure; t-SNE)."""
-    source = bench.parts.queries
-    rows = spread_over(len(source), bench.options.num_pictures)
-    images = centre_views(source, rows, bench.views, bench.device)
-    kept, found = bench.through(images, [each.encoder for each in bench.snapshots])
+    source = inputs.parts.queries
+    rows = spread_over(len(source), inputs.options.num_pictures)
+    images = centre_views(source, rows, inputs.views, inputs.device)
+    kept, found = inputs.through(images, [each.encoder for each in inputs.snapshots])
     labels, names, n = source.labels[kept], source.classes, len(kept)
-    numbers = torch.from_numpy(labels).to(bench.device)
-    digest, findings = bench.parts.digest(), []
+    numbers = torch.from_numpy(labels).to(inputs.device)
+    digest, findings = inputs.parts.digest(), []
     within: dict[str, dict[str, float]] = {}
     between: dict[str, float] = {}
-    for snapshot, rows_of in zip(bench.snapshots, found, strict=True):
+    for snapshot, rows_of in zip(inputs.snapshots, found, strict=True):
         alike = measures.intra_class_similarity(rows_of, numbers)
         if not alike:
             why = "no class has two of the pictures that were chosen"
@@ -160,30 +160,30 @@ def classes(bench: Bench) -> Part:
         values |= {f"within {name}": value for name, value in within[snapshot.name].items()}
         for name, value in values.items():
             findings.append(
-                bench.finding("classes", name, value, "cosine", snapshot, n, "features", digest)
+                inputs.finding("classes", name, value, "cosine", snapshot, n, "features", digest)
             )
     chosen = spread_over(n, figures.MAX_TSNE)
-    seed, note = bench.options.seed, bench.note(n, f" · {bench.parts.name}")
+    seed, note = inputs.options.seed, inputs.note(n, f" · {inputs.parts.name}")
 
     def maps() -> bytes:
         shown = {each.name: figures.tsne(_array(rows_of)[chosen], seed)
-                 for each, rows_of in zip(bench.snapshots, found, strict=True)}  # fmt: skip
+                 for each, rows_of in zip(inputs.snapshots, found, strict=True)}  # fmt: skip
         return figures.maps(shown, labels[chosen], names, note)
 
     draw = {"classes": lambda: figures.class_bars(within, between, note), "tsne": maps}
     return Part(findings, draw)
 
 
-def spread(bench: Bench) -> Part:
+def spread(inputs: Inputs) -> Part:
     """Alignment, uniformity, RankMe and singular values of features, and of projections."""
-    specs, rows = bench.specs(), spread_over(len(bench.source), bench.options.num_pictures)
-    encoders = [each.encoder for each in bench.snapshots]
-    images = centre_views(bench.source, rows, bench.views, bench.device)
-    kept, centres = bench.through(images, encoders)
-    first, second = (bench.encoded(specs[kind], kept, encoders)[1] for kind in ("key", "weak"))
+    specs, rows = inputs.specs(), spread_over(len(inputs.source), inputs.options.num_pictures)
+    encoders = [each.encoder for each in inputs.snapshots]
+    images = centre_views(inputs.source, rows, inputs.views, inputs.device)
+    kept, centres = inputs.through(images, encoders)
+    first, second = (inputs.encoded(specs[kind], kept, encoders)[1] for kind in ("key", "weak"))
     seen = [
         (f"{snapshot.name} features", snapshot, three)
-        for snapshot, *three in zip(bench.snapshots, centres, first, second, strict=True)
+        for snapshot, *three in zip(inputs.snapshots, centres, first, second, strict=True)
     ]
     seen += [
         (
@@ -205,12 +205,12 @@ def spread(bench: Bench) -> Part:
         kind = name.removeprefix(f"{snapshot.name} ")
         for what, value in values.items():
             findings.append(
-                bench.finding("spread", f"{what} of {kind}", value, "", snapshot, n, kind)
+                inputs.finding("spread", f"{what} of {kind}", value, "", snapshot, n, kind)
             )
         shown = (values["alignment"], values["uniformity"], values["rank"], centre.shape[1])
         found.append(figures.Spread(name, *shown))
         spectra[name] = _array(measures.singular_values(centre))
-    note = bench.note(n)
+    note = inputs.note(n)
     draw = {
         "spread": lambda: figures.spread(found, note),
         "spectrum": lambda: figures.spectrum(spectra, note),
@@ -218,24 +218,24 @@ def spread(bench: Bench) -> Part:
     return Part(findings, draw)
 
 
-def distortions(bench: Bench) -> Part:
+def distortions(inputs: Inputs) -> Part:
     """Whether centre crops are still found after each strong operation at each magnitude."""
-    networks = [snapshot.query or snapshot.encoder for snapshot in bench.snapshots]
-    rows = spread_over(len(bench.source), bench.options.num_distorted)
-    kept, images = operations.clean_crops(bench.source, rows, bench.views, bench.device)
-    n, temperature, seed = len(kept), bench.opened.temperature, bench.options.seed
+    networks = [snapshot.query or snapshot.encoder for snapshot in inputs.snapshots]
+    rows = spread_over(len(inputs.source), inputs.options.num_distorted)
+    kept, images = operations.clean_crops(inputs.source, rows, inputs.views, inputs.device)
+    n, temperature, seed = len(kept), inputs.opened.temperature, inputs.options.seed
     if n < LEAST:
         why = f"only {n} of its pictures can be read"
-        raise ClsaError(bench.data.data, why, f"give {LEAST} or more", Exit.BAD_DATA)
+        raise ClsaError(inputs.data.data, why, f"give {LEAST} or more", Exit.BAD_DATA)
     settings = f"temperature={temperature} bank={n}"
     findings, found = [], {}
-    for snapshot, network in zip(bench.snapshots, networks, strict=True):
-        size = bench.options.batch_size
+    for snapshot, network in zip(inputs.snapshots, networks, strict=True):
+        size = inputs.options.batch_size
         effects = operations.measure(network, images, kept, temperature, seed, size)
         found[snapshot.name] = effects
 
         def add(name: str, value: float, unit: str, of: Snapshot = snapshot) -> None:
-            findings.append(bench.finding("operations", name, value, unit, of, n, settings))
+            findings.append(inputs.finding("operations", name, value, unit, of, n, settings))
 
         for effect in effects:
             level = f" v={effect.level} {effect.text()}" if effect.level else ""
@@ -245,7 +245,7 @@ def distortions(bench: Bench) -> Part:
             add(f"{name} cosine", effect.cosine, "cosine")
         add("mean retrieval", float(np.mean([each.retrieved for each in effects])), "%")
         add("mean KL", float(np.mean([each.divergence for each in effects])), "nats")
-    note = bench.note(n, f" · chance {100 / n:.2g} % · T = {temperature}")
+    note = inputs.note(n, f" · chance {100 / n:.2g} % · T = {temperature}")
     draw = {
         "operations": lambda: figures.operation_maps(found, figures.RETRIEVED, note),
         "operations-divergence": lambda: figures.operation_maps(found, figures.DIVERGENCE, note),
@@ -253,7 +253,7 @@ def distortions(bench: Bench) -> Part:
     return Part(findings, draw)
 
 
-PARTS: dict[str, Callable[[Bench], Part]] = {
+PARTS: dict[str, Callable[[Inputs], Part]] = {
     "similarity": similarity,
     "neighbours": neighbours,
     "classes": classes,

@@ -1,8 +1,9 @@
-"""How good an encoder is: protocols, each beside the same encoder at its random start.
+"""How good an encoder is: protocols that compare it with its random initialisation.
 
 In come a run folder and labelled pictures. Out go records in results.json, classifiers that were
 learned on the way, and tables of features and predictions.
 
+    progress.py  how far a long protocol is
     features/    the pictures to judge on, and their features
     results/     records, tables, learned classifiers
     classify/    protocols of pictures with one class or several

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from clsa.evaluate.features.extract import centre_views, encode, frozen
+from clsa.evaluate.progress import watched
 from clsa.evaluate.results.heads import load_head
-from clsa.evaluate.results.progress import watched
 from clsa.loading.loader import EVAL_CHUNK
 from clsa.options.commands import PredictOptions
 from clsa.options.run import DataOptions

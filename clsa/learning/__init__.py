@@ -5,7 +5,8 @@ In come views, queries and keys. Out go features, projections, losses and optimi
     models.py           encoders (timm), projector, momentum copy, batch norm in groups
     norm_statistics.py  a copy of batch norm's running statistics, to undo a bad step
     bank.py             key queue, memory rows, prototypes, learned negatives
-    losses.py           bank_statistics, info_nce, distribution_divergence, nt_xent ...
+    losses.py           losses over a bank: info_nce, distribution_divergence ...
+    pair_losses.py      losses between the rows of a batch: nt_xent, suncet ...
     mixture_loss.py     the contrastive loss of mixed pictures (CLIM)
     assignments.py      losses between assignments to prototypes (SwAV, DINO)
     clustering.py       k-means and nearest neighbours of a whole set (PCL, CLIM)

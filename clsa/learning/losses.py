@@ -13,9 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clsa.learning.bank import own_rows
-from clsa.system import dist
-
 CHUNK = 1024  # bank rows per tile; 1024 x 128 queries of float32 stay in a core's cache
 CUDA_CHUNK = 16384
 
@@ -131,7 +128,7 @@ class Stream(NamedTuple):
 
     def entropy(self) -> PerQuery:
         """Entropy of the similarity distribution in nats: H = lse - q . E / T."""
-        return self.lse - _dot(self.query, self.expected_key) / self.temperature
+        return self.lse - dot(self.query, self.expected_key) / self.temperature
 
 
 class Divergence(NamedTuple):
@@ -174,7 +171,7 @@ def contrast(
 ) -> Float[Tensor, ""]:
     """`info_nce` summed over sets of queries, from their streams over `bank`."""
     keys = bank[positive].to(weak[0].lse.dtype)
-    terms = [stream.lse - _dot(stream.query, keys) / stream.temperature for stream in weak]
+    terms = [stream.lse - dot(stream.query, keys) / stream.temperature for stream in weak]
     return torch.stack(terms).sum(0).mean()
 
 
@@ -186,7 +183,7 @@ def divergence(targets: list[Stream], predicted: list[Stream]) -> Divergence:
     """
     expected = torch.stack([stream.expected_key for stream in targets]).sum(0)
     terms = [
-        len(targets) * stream.lse - _dot(stream.query, expected) / stream.temperature
+        len(targets) * stream.lse - dot(stream.query, expected) / stream.temperature
         for stream in predicted
     ]
     total = torch.stack(terms).sum(0).mean()
@@ -290,71 +287,9 @@ def contrast_and_divergence(
     return Losses(total, *divergence(targets, predicted))
 
 
-def _dot(left: Tensor, right: Tensor) -> PerQuery:
+def dot(left: Tensor, right: Tensor) -> PerQuery:
+    """Similarity of each row of `left` with the same row of `right`, in the type of `right`."""
     return (left.to(right.dtype) * right).sum(1)
-
-
-def nt_xent(first: Queries, second: Queries, temperature: float = 0.1) -> Float[Tensor, ""]:
-    """SimCLR's loss over both views of the global batch (Chen et al. 2020, Eq. 1).
-
-    l(i, j) = -log[ exp(z_i . z_j / T) / sum_{k != i} exp(z_i . z_k / T) ] over the 2B rows of all
-    ranks, L = 1/2B sum over both directions of every pair. A row never sees itself; all other
-    rows are candidates, and all receive gradient, across ranks too. Deviation: the official code
-    returns twice this loss (the sum of two means). Logits of 2b x 2B are held, in float32.
-
-    Args:
-        first, second: unit rows of this rank's pictures, the same number on every rank.
-        temperature: T > 0.
-    """
-    kind = torch.promote_types(first.dtype, torch.float32)
-    first, second = first.to(kind), second.to(kind)
-    everyone = torch.cat([dist.all_gather_with_grad(rows) for rows in (first, second)])
-    own, count = own_rows(len(first), first.device), len(everyone) // 2
-    itself, positive = torch.cat([own, own + count]), torch.cat([own + count, own])
-    with torch.autocast(first.device.type, enabled=False):
-        logits = torch.cat([first, second]) @ everyone.T / temperature
-        return F.cross_entropy(logits.scatter_(1, itself[:, None], -torch.inf), positive)
-
-
-def suncet(rows: Queries, labels: Int[Tensor, " B"], temperature: float = 0.1) -> Float[Tensor, ""]:
-    """Supervised noise contrastive estimation over the labelled rows of all ranks (SuNCEt, Assran
-    et al. 2020): rows of one class attract.
-
-    L = mean_i -log[ sum_{j != i, y_j = y_i} exp(z_i . z_j / T) / sum_{j != i} exp(z_i . z_j / T) ]:
-    the sum over a class is inside the logarithm. L is 0 for one class, and for equal rows of c
-    classes with b rows each -ln((b - 1) / (c b - 1)). Every row takes gradient, across ranks too.
-    The mean over i leaves out rows of unknown class, or alone in their class (they stand in for
-    unreadable pictures).
-
-    Args:
-        rows: unit rows of this rank, the same number on every rank.
-        labels: classes of the rows, -1 unknown.
-        temperature: T > 0.
-    """
-    kind = torch.promote_types(rows.dtype, torch.float32)
-    rows = rows.to(kind)
-    everyone, classes = dist.all_gather_with_grad(rows), dist.all_gather(labels)
-    own = own_rows(len(rows), rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
-        logits = (rows @ everyone.T / temperature).scatter(1, own[:, None], -torch.inf)
-        same = (labels[:, None] == classes) & (classes >= 0)
-        alike = same.scatter(1, own[:, None], False)
-        counts = alike.any(1, keepdim=True)  # else both sums are equal: loss and gradient are 0
-        terms = logits.logsumexp(1) - logits.masked_fill(~alike & counts, -torch.inf).logsumexp(1)
-        number = dist.all_sum(counts.sum().to(kind)).clamp(min=1)
-        return terms.sum() * dist.world_size() / number
-
-
-def cosine_regression(prediction: Queries, target: Queries) -> Float[Tensor, ""]:
-    """Squared distance of unit rows (BYOL, Grill et al. 2020, Eq. 2): mean_i 2 - 2 p_i . t_i.
-
-    In [0, 4]. The target receives no gradient. SimSiam's -cos is half of this loss, minus one.
-
-    Args:
-        prediction, target: unit rows.
-    """
-    kind = torch.promote_types(prediction.dtype, torch.float32)
-    return (2 - 2 * _dot(prediction, target.detach().to(kind))).mean()
 
 
 def noise_contrastive(
@@ -385,5 +320,5 @@ def noise_contrastive(
     shift = log_normalizer.detach() + math.log(len(sampled) / num_rows)
     with torch.autocast(query.device.type, enabled=False):
         negatives = query @ sampled.T / temperature - shift
-    positives = _dot(query, own) / temperature - shift
+    positives = dot(query, own) / temperature - shift
     return -(F.logsigmoid(positives) + F.logsigmoid(-negatives).sum(1)).mean()

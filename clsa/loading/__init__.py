@@ -4,8 +4,8 @@ In come a `Source`, the views that a method wants, and a range of steps. Out go 
 crops on the device, the same whatever the number of workers.
 
     order.py       which pictures a step shows, and which stand in for unreadable ones
-    crops.py       the crops of one picture for all views
-    few_labels.py  which pictures count as labelled; labelled ones beside each batch (SuNCEt)
+    crops.py       what a batch shows, and the crops of a picture for all views
+    few_labels.py  which pictures count as labelled; labelled pictures added to each batch
     streaming.py   batches of sets that are read from the disk by worker processes
     loader.py      batches for training and for evaluation, from memory or from the disk
 """

@@ -16,7 +16,7 @@ computes losses and changes nothing, `after_step` moves key weights and banks.
     moco_v3.py     MoCo v3
     dino.py        DINO
     supervised.py  cross-entropy with labels, the reference
-    wrappers/      what is put around a method, and is one
+    wrappers/      methods that wrap another method
 """
 
 from clsa.methods.adco import AdCo

@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clsa.learning.bank import KeyQueue, own_rows
-from clsa.learning.losses import cosine_regression
 from clsa.learning.models import Network, build_predictor, momentum_copy, move_towards
 from clsa.learning.optim import momentum_at
+from clsa.learning.pair_losses import cosine_regression
 from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
 from clsa.options.methods import BYOLOptions
 from clsa.options.run import RunOptions

@@ -5,8 +5,9 @@ import math
 import torch
 
 from clsa.learning.bank import own_rows
-from clsa.learning.losses import lowest_info_nce, nt_xent
+from clsa.learning.losses import lowest_info_nce
 from clsa.learning.models import Network
+from clsa.learning.pair_losses import nt_xent
 from clsa.methods.method import Batch, Comparison, Extent, Landmarks, Method, Output
 from clsa.options.methods import SimCLROptions
 from clsa.options.run import RunOptions

@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clsa.learning.bank import KeyQueue, own_rows
-from clsa.learning.losses import cosine_regression
 from clsa.learning.models import Network, build_predictor
+from clsa.learning.pair_losses import cosine_regression
 from clsa.methods.method import Batch, Extent, Landmarks, Method, Output, crossed, sum_of
 from clsa.options.methods import SimSiamOptions
 from clsa.options.run import RunOptions

@@ -19,9 +19,10 @@ from clsa.views.specs import weak_specs
 class Supervised(Method):
     """One linear layer on the features: L = mean over labelled rows of -log softmax(W f + b)_y.
 
-    Rows without a label do not count; pictures that the evaluation holds out (`evaluate.split`)
-    have no label here. With `stronger`, the normalised rows of W are the bank that features are
-    compared with, like the prototypes in SwAV; in that divergence rows without a label count too.
+    Rows without a label do not count; pictures that the evaluation holds out have no label here
+    (`evaluate.features.split`). With `stronger`, the normalised rows of W are the bank that features
+    are compared with, like the prototypes in SwAV; in that divergence rows without a label count
+    too.
     """
 
     has_positives = False

@@ -5,7 +5,7 @@ unknown names, wrong types and values out of range are refused here.
 
     config.py           base class of all options: YAML in and out, the nearest name for a typo
     methods.py          options of the learning methods, a class each
-    wrappers.py         options of what is put around a method
+    wrappers.py         options of the wrappers: --stronger, --clim, --labels, --stages
     run.py              all options of a run
     cards.py            protocol cards: each way of judging, as data
     detection_cards.py  the cards of detection

@@ -21,7 +21,7 @@ from clsa.system.errors import ClsaError
 NAMED = 3
 
 
-class Roster(NamedTuple):
+class Fingerprints(NamedTuple):
     """One row per picture."""
 
     names: UInt64[np.ndarray, " N"]
@@ -32,31 +32,33 @@ class Roster(NamedTuple):
     """Digest of the whole source; it decides whether anything has changed."""
 
 
-def roster(source: Source, digest: str) -> Roster:
-    """The roster of a source."""
+def fingerprints_of(source: Source, digest: str) -> Fingerprints:
+    """The fingerprints of the pictures of a source."""
     hashes = b"".join(blake2b(os.fsencode(name), digest_size=8).digest() for name in source.ids)
     classes = np.array([zlib.crc32(os.fsencode(name)) for name in [*source.classes, ""]], "<u8")
     mixed = source.marks().astype("<u8") * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ classes[source.labels]) * np.uint64(0xD6E8FEB86659FD93)  # label -1: the last
-    return Roster(np.frombuffer(hashes, "<u8"), (mixed >> np.uint64(32)).astype("<u4"), digest)
+    return Fingerprints(
+        np.frombuffer(hashes, "<u8"), (mixed >> np.uint64(32)).astype("<u4"), digest
+    )
 
 
 def keep(path: Path, source: Source, digest: str) -> None:
-    """Write the roster of a run that begins, unless the file already holds one of this digest.
+    """Write the fingerprints of a new run, unless the file already holds those of this digest.
 
     Raises:
         ClsaError: 73 or 74 if it cannot be written.
     """
     before = _read(path)
     if before is None or before.digest != digest:
-        names, held, _ = roster(source, digest)
+        names, held, _ = fingerprints_of(source, digest)
         files.write_atomic(
             path, lambda file: write_arrays(file, {"digest": digest}, names=names, held=held)
         )
 
 
-def _read(path: Path) -> Roster | None:
-    """The saved roster. None if missing or damaged: no error, as it only explains a refusal."""
+def _read(path: Path) -> Fingerprints | None:
+    """The saved fingerprints; None if missing or damaged: they only explain a refusal."""
     try:
         found = read_arrays(path)
         if found is None:
@@ -64,7 +66,7 @@ def _read(path: Path) -> Roster | None:
         names, held = found[1]["names"], found[1]["held"]
         if names.dtype != np.uint64 or held.dtype != np.uint32 or names.shape != held.shape:
             return None
-        return Roster(names, held, str(found[0]["digest"])) if len(names) else None
+        return Fingerprints(names, held, str(found[0]["digest"])) if len(names) else None
     except (ClsaError, LookupError, TypeError):
         return None
 
@@ -73,7 +75,7 @@ def describe_change(path: Path, source: Source, before: str, now: str) -> str:
     """What differs between the pictures that a run began with and those of `source`.
 
     Args:
-        path: of the saved roster.
+        path: of the saved fingerprints.
         before: digest of the pictures that the run began with.
         now: digest of `source`.
 
@@ -85,7 +87,7 @@ def describe_change(path: Path, source: Source, before: str, now: str) -> str:
     kept = _read(path)
     if kept is None or kept.digest != before:
         return f"{digests}, {path.name} does not say which pictures"
-    found = roster(source, now)
+    found = fingerprints_of(source, now)
     order = np.argsort(kept.names, kind="stable")
     known, held = kept.names[order], kept.held[order]
     place = np.searchsorted(known, found.names).clip(max=len(known) - 1)

@@ -1,6 +1,7 @@
 """Named runs: what each sets apart from the defaults of `options`.
 
-In comes a name such as `clsa-small`, with what the user sets besides. Out go the options of a run.
+In comes a name such as `clsa-small`, and the options that the user sets. Out go all options of a
+run.
 
     recipe.py    what a recipe is
     imagenet.py  as published, 224 pixels
@@ -61,7 +62,7 @@ def resolve(values: Overrides, source: str = "options") -> RunOptions:
     return RunOptions.parse(merge(overrides, values), source)
 
 
-def described(name: str) -> str:
+def describe_recipe(name: str) -> str:
     """Three lines about a recipe: what it is, the source of its values and its cost, results."""
     recipe, options = RECIPES[name], resolve({"recipe": name})
     strong = options.strong.sizes if options.stronger else ()

@@ -124,7 +124,8 @@ def _small(name: str) -> Overrides:
         "model": {"encoder": "resnet10-w32", "projector_hidden": 256},
         "optim": {"schedule": "cosine"},
     }
-    return merge(merge(merge(values, form), _PLAIN_SGD), _CHANGES.get(name, _QUEUE))
+    own = _QUEUE if values["method"]["name"] == "moco" else {}
+    return merge(merge(merge(values, form), _PLAIN_SGD), _CHANGES.get(name, own))
 
 
 # Gains over the random encoder on clipart; see docs/evidence.md.

@@ -135,7 +135,7 @@ class RunFolder:
         once = options.model_copy(update={"accept_data_change": False})  # for this start only
         files.write_text(self.config, once.to_yaml())
         since = f"epochs {before} -> {options.epochs} at step {step}"
-        text = f"{since}: rates follow the longer schedule from here on, unlike in a run started so"
+        text = f"{since}: rates follow the longer schedule from here on, not from the start"
         return text if before != options.epochs else ""
 
     def note(self, step: int, **told: Any) -> None:

@@ -75,7 +75,8 @@ def load_encoder_facts(path: Path) -> tuple[nn.Module, EncoderFacts]:
 def load_encoder(path: str | Path) -> nn.Module:
     """The trained encoder of a run folder or of an encoder.safetensors, in eval mode.
 
-    Takes (B, 3, S, S) pictures, scaled to [0, 1] and normalised by `clsa.views.MEAN` and `STD`,
+    Takes (B, 3, S, S) pictures, scaled to [0, 1] and normalised by `clsa.views.transform.MEAN` and
+    `STD`,
     and returns (B, F) features.
     """
     return load_encoder_facts(Path(path))[0]

@@ -4,6 +4,6 @@ In comes a YAML file or a preset that says which options vary. Out go one run fo
 table with means and deviations.
 
     grid.py   which runs a grid holds
-    table.py  what became of them: mean and deviation over the seeds
+    table.py  the results: mean and deviation over the seeds
     sweep.py  running them, one after the other
 """

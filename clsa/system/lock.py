@@ -51,7 +51,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # before the lock is released: later it may be another's
+            path.unlink()  # before the lock is released: afterwards another process may own it
         os.close(handle)
         with suppress(OSError):
             for path in made:  # succeeds only if they are empty

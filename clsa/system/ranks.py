@@ -28,7 +28,7 @@ BEAT_S = 1.0
 _LOST = re.compile(r"gloo|nccl|connection|broken pipe|timed out|timeout", re.IGNORECASE)
 
 
-class Said(NamedTuple):
+class Report(NamedTuple):
     """What a process reports to the others."""
 
     text: str
@@ -39,13 +39,13 @@ class Said(NamedTuple):
     """Name of the signal that ended it, if one did."""
 
     @classmethod
-    def of(cls, error: BaseException) -> "Said":
+    def of(cls, error: BaseException) -> "Report":
         """The report of a process that ends with this error."""
         text = f"{type(error).__name__}: {first_line(error)}"
         return cls(text, int(code_of(error)), signal_of(error))
 
 
-class Peers:
+class ProcessGroup:
     """The processes of one group, as this one sees them.
 
     Args:
@@ -64,7 +64,7 @@ class Peers:
             device_id=gpu,
         )  # fmt: skip
 
-    def say(self, said: Said) -> None:
+    def say(self, said: Report) -> None:
         """Report to the others, once only, why this process ends or where it is."""
         if not self.ended:
             self.ended = True
@@ -73,18 +73,18 @@ class Peers:
 
     def lost(self, step: int, error: BaseException) -> ClsaError:
         """The error for a failed collective; asks the others, for a few seconds, where they are."""
-        reports = {self.rank: Said(f"at step {step}")}
+        reports = {self.rank: Report(f"at step {step}")}
         _within(ROLL_S + BEAT_S, lambda: self._call_roll(reports))
         return _lost_error(dict(reports), self.world, self.rank, step, error)
 
-    def _call_roll(self, reports: dict[int, Said]) -> None:
+    def _call_roll(self, reports: dict[int, Report]) -> None:
         until = time.monotonic() + ROLL_S
         self.say(reports[self.rank])
         for rank in set(range(self.world)) - {self.rank}:
             left = timedelta(seconds=max(until - time.monotonic(), 0.01))
             with suppress(RuntimeError):
                 self.store.wait([f"at/{rank}"], left)
-                reports[rank] = Said(*json.loads(self.store.get(f"at/{rank}")))
+                reports[rank] = Report(*json.loads(self.store.get(f"at/{rank}")))
 
     def linger(self, code: int) -> None:
         """Keep rank 0, which may hold the store, alive until the others have read why it ends.
@@ -96,7 +96,7 @@ class Peers:
             others = [f"at/{rank}" for rank in range(1, self.world)]
             with suppress(RuntimeError):
                 self.store.wait(others, timedelta(seconds=ROLL_S))
-                time.sleep(BEAT_S / 4)  # they have written, and read next
+                time.sleep(BEAT_S / 4)  # the others have written and are about to read
             with suppress(RuntimeError):
                 self.store.set("left/0", "")
         elif code == Exit.PREEMPTED:
@@ -147,18 +147,18 @@ class Peers:
             ends.append(str(error))
 
 
-_peers: list[Peers] = []
+_peers: list[ProcessGroup] = []
 
 
 @contextmanager
 def joined(backend: str, timeout_s: float, gpu: torch.device | None) -> Iterator[None]:
     """Join the group that torchrun announces, and leave it at the end."""
-    peers = Peers(backend, timeout_s, gpu)
+    peers = ProcessGroup(backend, timeout_s, gpu)
     _peers.append(peers)
     try:
         with named(lambda: 0):
             yield
-        peers.say(Said("it had finished", Exit.OK))
+        peers.say(Report("it had finished", Exit.OK))
     except BaseException as error:
         with stop_on_signals():  # ignore them: this process ends anyway
             traceback.clear_frames(error.__traceback__)  # DistributedDataParallel holds the group
@@ -190,7 +190,7 @@ def named(step: Callable[[], int]) -> Iterator[None]:
             str(error)
         ):
             raise _peers[-1].lost(step(), error) from error
-        _peers[-1].say(Said.of(error))
+        _peers[-1].say(Report.of(error))
         raise
 
 
@@ -235,7 +235,7 @@ def _within(limit_s: float, call: Callable[[], object]) -> None:
 
 
 def _lost_error(
-    reports: dict[int, Said], world: int, own: int, step: int, error: BaseException
+    reports: dict[int, Report], world: int, own: int, step: int, error: BaseException
 ) -> ClsaError:
     """The error that says, from the reports of the ranks, why a collective failed."""
     silent = [str(rank) for rank in range(world) if rank not in reports]

@@ -9,9 +9,9 @@ In come the options of a run. Out goes a run folder with a trained encoder.
     setup.py         what a run is made of, and where it stands
     fit.py           `fit`: the loop around the step
     start.py         a run from its options to its exit code
-    replay.py        a bad step taken again
-    extend.py        a run made longer
+    replay.py        computes a bad step again
+    extend.py        trains a run for more epochs
     exemplars.py     which pictures of a stage are kept
     forgetting.py    accuracy on every earlier stage
-    stages.py        one run a stage, each going on where the last one ended
+    stages.py        one run per stage; each continues from the one before
 """

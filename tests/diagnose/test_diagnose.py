@@ -16,7 +16,7 @@ from clsa.cli.main import main
 from clsa.diagnose import diagnose as diagnose_module
 from clsa.diagnose.diagnose import diagnose, table
 from clsa.diagnose.figures import Curve, Spread, maps, neighbours, similarity, tsne
-from clsa.diagnose.inputs import Bench, Finding, spread_over
+from clsa.diagnose.inputs import Finding, Inputs, spread_over
 from clsa.evaluate.evaluate import evaluate
 from clsa.learning.models import Network
 from clsa.methods import build_method
@@ -127,16 +127,16 @@ def test_the_same_command_gives_the_same_numbers(
 
 def test_positives_by_a_slow_loop(run: Path, found: tuple[list[Finding], Path, list[Path]]) -> None:
     """Compute P+ again from the same views, one query at a time."""
-    bench = Bench(DiagnoseOptions(run=run, **SMALL))
-    trained, specs = bench.snapshots[1], bench.specs()
+    inputs = Inputs(DiagnoseOptions(run=run, **SMALL))
+    trained, specs = inputs.snapshots[1], inputs.specs()
     assert trained.query is not None and trained.key is not None
     rows = spread_over(48, 41)
     with torch.no_grad():
         trained.query.eval()
         trained.key.eval()
-        _, (bank,) = bench.encoded(specs["key"], rows, [trained.key])
+        _, (bank,) = inputs.encoded(specs["key"], rows, [trained.key])
         places = spread_over(41, 20)
-        _, (asked,) = bench.encoded(specs["strong"], rows[places], [trained.query])
+        _, (asked,) = inputs.encoded(specs["strong"], rows[places], [trained.query])
     shares = []
     for query, own in zip(asked.double(), places, strict=True):
         weights = [float(torch.exp(query @ key / 0.2)) for key in bank.double()]
@@ -160,7 +160,7 @@ def test_nearest_neighbours_are_those_of_evaluate(
 
 
 def test_views_use_the_runs_options_but_separate_draws(run: Path) -> None:
-    specs = Bench(DiagnoseOptions(run=run, **SMALL)).specs()
+    specs = Inputs(DiagnoseOptions(run=run, **SMALL)).specs()
     assert {name: spec.size for name, spec in specs.items()} == {
         "key": 16, "weak": 16, "strong": 16,
     }  # fmt: skip

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from clsa.learning.assignments import sharpened, similarity, sinkhorn, swapped_prediction
 from clsa.learning.bank import KeyQueue, keys_with_queue
-from clsa.learning.losses import cosine_regression, info_nce, nt_xent
+from clsa.learning.losses import info_nce
+from clsa.learning.pair_losses import cosine_regression, nt_xent
 from clsa.methods import build_method
 from clsa.methods.dino import DINO
 from clsa.methods.method import Batch, Method

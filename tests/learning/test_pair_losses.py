@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from clsa.learning.losses import cosine_regression, nt_xent
 from clsa.learning.optim import build_optimizer, set_lr
+from clsa.learning.pair_losses import cosine_regression, nt_xent
 from clsa.methods import simsiam
 from clsa.methods.byol import BYOL
 from clsa.methods.method import Batch, Method, sum_of

@@ -9,7 +9,7 @@ from clsa.cli.main import main
 from clsa.options.config import flatten, merge, read_yaml
 from clsa.options.methods import KINDS
 from clsa.options.run import RunOptions
-from clsa.recipes import RECIPES, described, overrides_of, resolve
+from clsa.recipes import RECIPES, describe_recipe, overrides_of, resolve
 from clsa.recipes.cifar import CIFAR
 from clsa.recipes.imagenet import IMAGENET
 from clsa.system.errors import ClsaError, Exit
@@ -259,7 +259,7 @@ def test_a_merge_does_not_change_the_recipe() -> None:
 def test_every_recipe_describes_its_purpose_source_cost_and_results(
     name: str,
 ) -> None:
-    first, values, status = (line[28:] for line in described(name).splitlines())
+    first, values, status = (line[28:] for line in describe_recipe(name).splitlines())
     assert len(first) > 20 and first.endswith(".")
     assert values.startswith("values: ") and " epochs of batch " in values and "pixels" in values
     assert "not measured here" in status or "measured: " in status
@@ -270,7 +270,7 @@ def test_a_recipe_is_shown_as_yaml_that_gives_it_again(
 ) -> None:
     assert main(["recipes", "swav-small"]) == 0
     head, _, body = capsys.readouterr().out.partition("\n\n")
-    assert head == described("swav-small")
+    assert head == describe_recipe("swav-small")
     (tmp_path / "values.yaml").write_text(body)
     values = merge({"recipe": "clsa-small", "stronger": False}, read_yaml(tmp_path / "values.yaml"))
     again = RunOptions.parse({**values, "recipe": "swav-small"}, "test")

@@ -7,7 +7,7 @@ import torch.distributed as td
 
 from clsa.system import ranks
 from clsa.system.errors import ClsaError, Exit
-from clsa.system.ranks import Said, _lost_error
+from clsa.system.ranks import Report, _lost_error
 from clsa.system.signals import Asked, StopError, signal_of
 
 MET = RuntimeError("[gloo/transport] Connection closed by peer. And more")
@@ -15,8 +15,8 @@ MET = RuntimeError("[gloo/transport] Connection closed by peer. And more")
 
 def error_after(error: BaseException | None) -> ClsaError:
     """The error on rank 0 after rank 1 has ended with `error`, or without one."""
-    said = Said("it had finished", Exit.OK) if error is None else Said.of(error)
-    reports = {0: Said("at step 5"), 1: Said(*json.loads(json.dumps(said)))}
+    said = Report("it had finished", Exit.OK) if error is None else Report.of(error)
+    reports = {0: Report("at step 5"), 1: Report(*json.loads(json.dumps(said)))}
     return _lost_error(reports, 2, 0, 5, MET)
 
 
@@ -45,7 +45,7 @@ def test_a_signal_to_one_stops_all_and_all_know_which(error: BaseException) -> N
 
 
 def test_a_silent_rank_is_named_or_else_the_places_of_all_ranks() -> None:
-    here, there = Said("at step 5"), Said("at step 6")
+    here, there = Report("at step 5"), Report("at step 6")
     assert "lost rank 1 of 2 at step 5" in str(_lost_error({0: here}, 2, 0, 5, MET))
     diverged = str(_lost_error({0: here, 1: there}, 2, 0, 5, MET))
     assert "diverged at step 5" in diverged and "rank 1 at step 6" in diverged
@@ -87,7 +87,7 @@ class Answering:
     ],
 )
 def test_waiting_for_rank_0_ends_whatever_the_store_does(store: Any, told: str | None) -> None:
-    waiting = object.__new__(ranks.Peers)
+    waiting = object.__new__(ranks.ProcessGroup)
     waiting.store, waiting.timeout_s = store, 0.3
     begun = time.monotonic()
     if told is None:
@@ -99,7 +99,7 @@ def test_waiting_for_rank_0_ends_whatever_the_store_does(store: Any, told: str |
 
 
 def test_rank_0_is_waited_for_while_it_shows_signs_of_life() -> None:
-    waiting = object.__new__(ranks.Peers)
+    waiting = object.__new__(ranks.ProcessGroup)
     waiting.store, waiting.timeout_s = Answering(beats=80), 0.3  # pyright: ignore
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match="timed out"):

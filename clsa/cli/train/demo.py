@@ -1,8 +1,8 @@
 """`clsa demo`."""
 
 from clsa.cli.command import parse
-from clsa.cli.judge.evaluate import print_table
 from clsa.cli.train.next_steps import say_next
+from clsa.cli.use.evaluate import print_table
 from clsa.options.commands import DemoOptions, EvaluateOptions
 from clsa.recipes import overrides_of, resolve
 from clsa.system.errors import ClsaError

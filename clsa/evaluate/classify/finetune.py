@@ -10,8 +10,8 @@ from torch import nn
 from clsa.evaluate.classify.linear import fitting, normalised, set_rates, sgd
 from clsa.evaluate.features.extract import extract, frozen
 from clsa.evaluate.features.split import Split
+from clsa.evaluate.progress import watched
 from clsa.evaluate.results.heads import Head, new_layer
-from clsa.evaluate.results.progress import watched
 from clsa.evaluate.results.records import Found, accuracies_of, last_and_best
 from clsa.learning.models import group_norms
 from clsa.loading.loader import batches

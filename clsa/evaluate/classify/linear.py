@@ -8,8 +8,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from clsa.evaluate.features.extract import encode
+from clsa.evaluate.progress import watched
 from clsa.evaluate.results.heads import new_layer
-from clsa.evaluate.results.progress import watched
 from clsa.evaluate.results.records import Found, accuracies_of, last_and_best
 from clsa.loading.crops import Crops
 from clsa.loading.loader import batches

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from clsa.evaluate.classify.average_precision import Points, average_precision
 from clsa.evaluate.classify.linear import fitting, normalised, sgd
 from clsa.evaluate.features.extract import encode
+from clsa.evaluate.progress import watched
 from clsa.evaluate.results.heads import new_layer
-from clsa.evaluate.results.progress import watched
 from clsa.evaluate.results.records import Found, last_and_best, require_finite
 from clsa.loading.loader import batches
 from clsa.loading.order import Order

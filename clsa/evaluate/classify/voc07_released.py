@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from clsa.evaluate.classify.voc07 import THERE, Lists, Marked, loss_of, mean_ap, per_picture_ap
 from clsa.evaluate.features.extract import encode
+from clsa.evaluate.progress import watched
 from clsa.evaluate.results.heads import new_layer
-from clsa.evaluate.results.progress import watched
 from clsa.evaluate.results.records import Found, findings
 from clsa.loading.crops import Cut, Cuts, whole
 from clsa.loading.loader import eval_crops

@@ -18,7 +18,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from clsa.evaluate.detect.box_ap import Detections, coco_ap, pack_mask, packed, voc_ap
 from clsa.evaluate.detect.detector import Resize, build_detector
-from clsa.evaluate.results.progress import watched
+from clsa.evaluate.progress import watched
 from clsa.learning.models import autocast
 from clsa.options.detection_cards import DetectCard
 from clsa.options.run import DataOptions

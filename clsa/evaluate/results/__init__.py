@@ -3,7 +3,6 @@
 In come predictions and true labels. Out go accuracies, records of results.json, tables, and linear
 classifiers as files.
 
-    records.py   accuracies, records of results.json, their table
-    progress.py  how far a long protocol is
-    heads.py     linear classifiers that evaluation learned, as files
+    records.py  accuracies, records of results.json, their table
+    heads.py    linear classifiers that evaluation learned, as files
 """

@@ -1,9 +1,9 @@
-"""What is put around a learning method, and is itself one.
+"""Methods that wrap another method and add something to it.
 
 In comes a method. Out goes a method that does the same and something more. `Stronger` is always the
 outermost.
 
-    wrapper.py    all that a wrapper does not define is the inner method's
+    wrapper.py    base class: passes on to the inner method what a wrapper does not define
     clim.py       CLIM: mixtures with neighbours, several resolutions
     suncet.py     SuNCEt: a few labels
     continual.py  continual pretraining

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from clsa.learning.bank import own_rows
-from clsa.learning.losses import suncet
+from clsa.learning.pair_losses import suncet
 from clsa.loading.few_labels import Stratified
 from clsa.loading.order import Companions
 from clsa.methods.method import Batch, Comparison, Embed, Extent, Method, Output

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clsa.learning.losses import suncet
 from clsa.learning.optim import build_optimizer
+from clsa.learning.pair_losses import suncet
 from clsa.loading.few_labels import Stratified, describe_labels, num_held, with_few_labels
 from clsa.loading.order import Order
 from clsa.methods import METHODS, build_method

@@ -6,7 +6,7 @@ import tyro
 
 from clsa.cli.command import parse
 from clsa.options.config import Config, to_yaml
-from clsa.recipes import RECIPES, described, overrides_of
+from clsa.recipes import RECIPES, describe_recipe, overrides_of
 
 
 class _Options(Config):
@@ -19,8 +19,8 @@ def recipes(args: list[str]) -> None:
     name = parse(recipes, _Options, args).name
     if name:
         values = {key: value for key, value in overrides_of(name).items() if key != "recipe"}
-        print(described(name), end="\n\n")
+        print(describe_recipe(name), end="\n\n")
         print(to_yaml(values), end="")
         return
     for each in RECIPES:
-        print(described(each))
+        print(describe_recipe(each))

@@ -1,13 +1,13 @@
-"""Commands that judge, show and use a run.
+"""Commands that judge, look into and use a run.
 
 In comes a run folder. Out go tables, figures, features, predictions, or weights for another
 library.
 
     evaluate.py   clsa evaluate
-    protocols.py  clsa protocols
     predict.py    clsa predict
     diagnose.py   clsa diagnose
     embed.py      clsa embed
     preview.py    clsa preview
     export.py     clsa export
+    digest.py     clsa digest
 """
