@@ -77,3 +77,12 @@ def test_a_run_goes_on_as_its_own_code_went_on(
     status = json.loads(Path("run/status.json").read_text())
     assert (status["reason"], status["step"]) == ("finished", 20)
     assert features("run") == pytest.approx(written["end_features"], abs=1e-3)
+
+
+def test_a_configuration_starts_another_run(
+    written: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretrain", "--config", "run/config.yaml", "--out", "again", "--max-steps", "2"]
+    assert main(words) == 0, capsys.readouterr().err
+    before, now = (RunFolder(Path(name)).read_options() for name in ("run", "again"))
+    assert now.model_copy(update={"out": before.out, "max_steps": 12, "config": None}) == before
