@@ -21,7 +21,7 @@ from clsa.recipes import resolve
 from clsa.runs.checkpoint import run_digest
 from clsa.runs.saved_encoder import load_encoder
 from clsa.system.errors import ClsaError, Exit
-from clsa.training import start
+from clsa.training import setup
 from clsa.training.start import pretrain
 from tests.support.pictures import clipart_folder
 
@@ -63,7 +63,7 @@ def test_labels_held_out_for_evaluation_are_never_seen(
         seen.append(extent.labels)
         return build_method(given, extent)
 
-    monkeypatch.setattr(start, "build_method", watched)
+    monkeypatch.setattr(setup, "build_method", watched)
     pretrain(options(drawings, tmp_path / "run", max_steps=1, labels="100%"))
     source = open_source(str(drawings), "train", DataOptions())
     held = set(split(source, None, seed=0).queries.ids)
