@@ -20,9 +20,9 @@ class Supervised(Method):
     """One linear layer on the features: L = mean over labelled rows of -log softmax(W f + b)_y.
 
     Rows without a label do not count; pictures that the evaluation holds out have no label here
-    (`evaluate.features.split`). With `stronger`, the normalised rows of W are the bank that features
-    are compared with, like the prototypes in SwAV; in that divergence rows without a label count
-    too.
+    (`evaluate.features.split`). With `stronger`, the normalised rows of W are the bank that
+    features are compared with, like the prototypes in SwAV; in that divergence rows without a
+    label count too.
     """
 
     has_positives = False

@@ -214,13 +214,13 @@ def _lacks_rows(image: Image.Image, data: bytes) -> bool:
 
 def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode.startswith("I;16"):
-        return _gray(np.asarray(image), 65535)
+        return _gray(np.asarray(image), 65535.0)
     if image.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
         low, high = values.min(), values.max()
         if low < 0 or high > 65535:
             return _gray(values - low, high - low)
-        return _gray(values, next(top for top in (1, 255, 65535) if high <= top))
+        return _gray(values, next(top for top in (1.0, 255.0, 65535.0) if high <= top))
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return np.array(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))

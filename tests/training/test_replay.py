@@ -173,9 +173,9 @@ def test_a_file_that_is_no_bundle_is_refused(run: Path, capsys: pytest.CaptureFi
 def test_a_run_keeps_the_first_of_each_row_and_no_more_than_three(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_of = step.train_step
+    step_of = fit.train_step
     overflow(monkeypatch, range(2, 10, 2))
-    every_other = step.train_step
+    every_other = fit.train_step
     assert every_other is not step_of
     out = pretrain(options(pictures, tmp_path / "run"))
     kept = sorted(path.stem for path in (out / "bad").glob("*.ckpt"))
