@@ -65,6 +65,28 @@ def test_imports_run_downward_only() -> None:
     assert structure.upward(ORDER) == []
 
 
+@pytest.mark.parametrize("name", ORDER)
+def test_no_import_goes_round_the_rule(name: str) -> None:
+    """Nothing through the package itself but its version; no module by a name in a string."""
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            assert "clsa" not in {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module == "clsa":
+            assert {alias.name for alias in node.names} <= {"__version__", *WINGS, "recipes"}
+        if isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            assert function != "__import__"
+            assert "import_module" not in function or name == "system.extras"
+            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            assert not [text for text in texts if re.match(r"clsa\.\w", str(text))] or (
+                function in ("resolve", "logging.getLogger")
+            )
+
+
+def test_every_folder_is_a_package() -> None:
+    assert {path.parent for path in ROOT.rglob("*.py")} == set(FOLDERS)
+
+
 def test_the_losses_only_hand_on_names() -> None:
     import clsa
     from clsa import losses

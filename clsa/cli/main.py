@@ -39,13 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    if not args or args[0] in ("-h", "--help"):
-        print(overview())
-        return Exit.OK if args else Exit.USAGE
-    if args[0] == "--version":
-        print(__version__)
-        return Exit.OK
     try:
+        if not args or args[0] in ("-h", "--help", "--version"):
+            print(__version__ if args[:1] == ["--version"] else overview(), flush=True)
+            return Exit.OK if args else Exit.USAGE
         if args[0] not in COMMANDS:
             close = nearest(args[0], list(COMMANDS))
             hint = f"did you mean {close}?" if close else f"use one of {', '.join(COMMANDS)}"

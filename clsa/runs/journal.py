@@ -1,6 +1,5 @@
 """What a run reports while it runs: a progress bar, metrics.jsonl, TensorBoard."""
 
-import importlib.util
 import json
 import math
 import threading
@@ -25,9 +24,15 @@ def wants_board(tensorboard: Tensorboard) -> bool:
     Raises:
         ClsaError: 2 when it is asked for and not installed.
     """
-    if tensorboard == "on":
-        extras.require("tensorboard", "tensorboard", "TensorBoard files")
-    return tensorboard != "off" and importlib.util.find_spec("tensorboard") is not None
+    if tensorboard == "off":
+        return False
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:  # also when another folder has this name
+        if tensorboard == "on":
+            raise extras.missing("tensorboard", "tensorboard", "TensorBoard files") from error
+        return False
+    return True
 
 
 class _Message(ProgressColumn):

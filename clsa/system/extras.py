@@ -20,5 +20,10 @@ def require(module: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        why = f"{module.partition('.')[0]} is not installed"
-        raise ClsaError(f"no {purpose}", why, f'pip install "clsa[{extra}]"') from None
+        raise missing(module, extra, purpose) from None
+
+
+def missing(module: str, extra: str, purpose: str) -> ClsaError:
+    """The error that names the extra; arguments as in `require`."""
+    why = f"{module.partition('.')[0]} is not installed"
+    return ClsaError(f"no {purpose}", why, f'pip install "clsa[{extra}]"')

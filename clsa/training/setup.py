@@ -20,6 +20,7 @@ from clsa.pictures.quarantine import Quarantine
 from clsa.pictures.sources import Source
 from clsa.runs.data_change import Given
 from clsa.runs.folder import RunFolder
+from clsa.runs.journal import wants_board
 from clsa.runs.state import State
 from clsa.system import dist, signals
 from clsa.system.errors import ClsaError, Exit
@@ -61,6 +62,8 @@ def set_out(
     with launched(options.device, *limits) as (device, stop):
         folder = RunFolder(options.out, free)
         folder.check(options)
+        if dist.rank() == 0:
+            wants_board(options.tensorboard)  # refused now, not after the folder has changed
         source = open_source(options.data.data, "train", options.data)
         with folder.held(options):
             yield source, device, stop

@@ -86,3 +86,5 @@ def test_a_configuration_starts_another_run(
     assert main(words) == 0, capsys.readouterr().err
     before, now = (RunFolder(Path(name)).read_options() for name in ("run", "again"))
     assert now.model_copy(update={"out": before.out, "max_steps": 12, "config": None}) == before
+    other = [*words[:-2], "--recipe", "moco-v2-small"]  # it would file a CLSA run as MoCo v2
+    assert main(other) == 2 and "was resolved from clsa-small" in capsys.readouterr().err

@@ -98,11 +98,12 @@ def own_imports(name: str) -> set[str]:
 def upward(names: list[str]) -> list[tuple[str, str]]:
     """Imports of a module that does not come before the importing one in `names`."""
     place = {name: number for number, name in enumerate(names)}
+    assert len(place) == len(names), "a file is listed twice"
     return [
         (name, other)
         for name in names
         for other in sorted(own_imports(name))
-        if place[other] >= place[name]
+        if place.get(other, len(names)) >= place[name]  # unlisted: `losses`, `__main__`
     ]
 
 

@@ -17,6 +17,6 @@ def say_next(out: Path) -> None:
         print(f"  clsa evaluate {name}    did it learn? (needs labels)")
         print(f"  clsa diagnose {name}    what the network has learned, in figures")
         print(f"  clsa embed {name}       a vector for every picture")
-        if staged or board.exists():
+        if any(out.glob("stage-*/tensorboard")) if staged else board.exists():
             print(f"  tensorboard --logdir {shlex.quote(str(out if staged else board))}")
         print(f'  python -c "import clsa; encoder = clsa.load_encoder({str(out)!r})"')

@@ -10,12 +10,15 @@ from clsa.options.run import RunOptions
 from clsa.recipes import resolve
 from clsa.system.errors import ClsaError
 
+RESOLVED = {"recipe", "views", "model", "optim", "method"}
+"""A configuration with all of these, such as a run's config.yaml, sets every option."""
+
 
 def pretrain(args: list[str]) -> None:
     """Learn an encoder from pictures; the same command resumes the run."""
     path, recipe = value_of("--config", args), value_of("--recipe", args)
     values: dict[str, Any] = {} if path is None else read_yaml(Path(path))
-    resolved = set(RunOptions.model_fields) <= set(values)
+    resolved = set(values) >= RESOLVED
     if recipe and resolved and values["recipe"] != recipe:
         why = f"{path} was resolved from {values['recipe']} and sets every option"
         raise ClsaError(f"--recipe {recipe}", why, "give only one of --recipe and --config")
