@@ -60,10 +60,10 @@ def set_out(
     """
     limits = (options.wait_minutes, options.max_minutes)
     with launched(options.device, *limits) as (device, stop):
-        folder = RunFolder(options.out, free)
-        folder.check(options)
         if dist.rank() == 0:
             wants_board(options.tensorboard)  # refused now, not after the folder has changed
+        folder = RunFolder(options.out, free)
+        folder.check(options)
         source = open_source(options.data.data, "train", options.data)
         with folder.held(options):
             yield source, device, stop
