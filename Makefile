@@ -38,7 +38,7 @@ bench: $(VENV)/ready-to-bench
 		$(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed" >&2; exit 1; }
 
-# Checks that runs survive faults: one part (PART=A to D), half an hour to an hour; rewrites
+# Checks that runs survive faults: one part (PART=A to D), 7 to 67 minutes; rewrites
 # docs/reliability.md.
 PART ?= A
 fault: $(VENV)/ready-to-test

@@ -18,21 +18,21 @@ from clsa.runs.folder import RunFolder
 from clsa.system import extras, files
 
 
-def wants_board(tensorboard: Tensorboard) -> bool:
-    """Whether tensorboard/ is written: if the library is installed, or as the option says.
+def summary_writer(tensorboard: Tensorboard) -> Any:
+    """The class that writes tensorboard/; None if the option is off, or auto without the library.
 
     Raises:
-        ClsaError: 2 when it is asked for and not installed.
+        ClsaError: 2 when TensorBoard is asked for and not installed.
     """
     if tensorboard == "off":
-        return False
+        return None
     try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:  # also when another folder has this name
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    except ImportError as error:  # also when another folder has the library's name
         if tensorboard == "on":
             raise extras.missing("tensorboard", "tensorboard", "TensorBoard files") from error
-        return False
-    return True
+        return None
+    return SummaryWriter
 
 
 class _Message(ProgressColumn):
@@ -78,7 +78,7 @@ class Journal:
         )
         self.task = self.progress.add_task("", total=last_step, completed=first_step, epoch=1)
         self.folder, self.last_step, self.unwritten = folder, last_step, b""
-        self.has_board = speaks and wants_board(tensorboard)
+        self.writer = summary_writer(tensorboard) if speaks else None
         self.restart_clock()
 
     def __enter__(self) -> Self:
@@ -86,15 +86,11 @@ class Journal:
             start = int(self.progress.tasks[0].completed)
             with files.output_errors(self.folder.path):
                 self.file = open(self.folder.metrics, "ab", buffering=0)
-                self.board = self._open_board(start + 1) if self.has_board else None
+                place = str(self.folder.tensorboard)
+                self.board = self.writer(place, purge_step=start + 1) if self.writer else None
             self.excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         self.progress.start()
         return self
-
-    def _open_board(self, first_step: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, rank 0 only
-
-        return SummaryWriter(str(self.folder.tensorboard), purge_step=first_step)
 
     def __exit__(self, *_: Any) -> None:
         self.progress.stop()

@@ -46,8 +46,9 @@ def fit(parts: Parts, run: Run) -> str:
     model = parallel(method, options)
     embed = Projections(source, options.views, run.device, folder.embeddings)
     speaks, marks = dist.rank() == 0, method.landmarks
-    told = (marks, speaks, options.tensorboard)
-    with Journal(folder, state.step, last, run.steps_per_epoch, *told) as journal:
+    with Journal(
+        folder, state.step, last, run.steps_per_epoch, marks, speaks, options.tensorboard
+    ) as journal:
         probe = OnlineProbe(state, source, options, run.device, journal)
         health = Health(method, run.steps_per_epoch, run.warmup_steps, state.step, speaks)
         saver = Saver(state, options, journal)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -19,13 +19,14 @@ from clsa.pictures.opening import open_source, val_of
 from clsa.pictures.quarantine import Quarantine
 from clsa.pictures.sources import Source
 from clsa.runs.data_change import Given
-from clsa.runs.folder import RunFolder
-from clsa.runs.journal import wants_board
+from clsa.runs.folder import FREE, RunFolder
 from clsa.runs.state import State
-from clsa.system import dist, signals
+from clsa.system import dist, extras, signals
 from clsa.system.errors import ClsaError, Exit
 from clsa.system.launch import launched
 from clsa.system.signals import Stop
+
+Opened = TypeVar("Opened")
 
 
 class Parts(NamedTuple):
@@ -44,14 +45,17 @@ class Parts(NamedTuple):
 
 @contextmanager
 def set_out(
-    options: RunOptions, free: Collection[str]
-) -> Iterator[tuple[Source, torch.device, Stop]]:
+    options: RunOptions,
+    open_pictures: Callable[[RunOptions], Opened],
+    free: Collection[str] = frozenset(FREE),
+) -> Iterator[tuple[Opened, torch.device, Stop]]:
     """Get what a run needs from outside: its pictures, its device, and a way to stop it.
 
     The run's folder is held inside, so that no other run writes there. Nothing is written before
     options, folder and pictures have been checked: a mistake costs nothing.
 
     Args:
+        open_pictures: opens what the run learns from.
         free: names of options that may differ when a run is resumed.
 
     Raises:
@@ -60,13 +64,18 @@ def set_out(
     """
     limits = (options.wait_minutes, options.max_minutes)
     with launched(options.device, *limits) as (device, stop):
-        if dist.rank() == 0:
-            wants_board(options.tensorboard)  # refused now, not after the folder has changed
+        if options.tensorboard == "on":  # refused now, not after the folder has changed
+            extras.require("tensorboard", "tensorboard", "TensorBoard files")
         folder = RunFolder(options.out, free)
         folder.check(options)
-        source = open_source(options.data.data, "train", options.data)
+        opened = open_pictures(options)
         with folder.held(options):
-            yield source, device, stop
+            yield opened, device, stop
+
+
+def training_pictures(options: RunOptions) -> Source:
+    """The pictures that `options` name for training."""
+    return open_source(options.data.data, "train", options.data)
 
 
 def assemble(
@@ -111,7 +120,7 @@ def take_up(
         ClsaError: 2, 66 or 77 for a checkpoint that does not fit, 73 or 74 for a folder that
             cannot be written.
     """
-    state, folder = parts.state, RunFolder(options.out)
+    state, folder = parts.state, parts.state.folder
     notes = state.resume()
     signals.check()
     if not state.step:

@@ -28,11 +28,11 @@ from clsa.runs.folder import RunFolder
 from clsa.runs.state import State
 from clsa.system import dist, files, ranks
 from clsa.system.errors import ClsaError, Exit
-from clsa.system.launch import launched
 from clsa.system.signals import Stop
 from clsa.training import forgetting, start
 from clsa.training.exemplars import choose_exemplars
 from clsa.training.forgetting import Forgetting
+from clsa.training.setup import set_out
 from clsa.views import rng
 
 STAGE_BITS = 40  # above the seeds that people choose, so no stage has the same draws as another run
@@ -46,30 +46,34 @@ def pretrain(options: RunOptions) -> Path:
     """
     if not options.stages:
         return start.pretrain(options)
-    limits = (options.wait_minutes, options.max_minutes)
-    with launched(options.device, *limits) as (device, stop):
-        folder = RunFolder(options.out)
-        folder.check(options)
-        if METHODS[options.method.name].holds_pictures:
-            why = f"{options.method.name} keeps a row for each picture of one set"
-            raise ClsaError("stages", why, "choose another recipe, such as continual-small")
-        if options.accept_data_change:
-            why = "what a stage has learned cannot be separated from its earlier pictures"
-            raise ClsaError("--accept-data-change", why, "restore the pictures, or start a new run")
-        if options.continual.keep != "nothing":
-            require_faiss()
-        sources = stage_sources(options)
-        with folder.held(options):
-            run_stages(options, folder, sources, device, stop)
+    with set_out(options, open_stages) as (sources, device, stop):
+        run_stages(options, sources, device, stop)
     return options.out
 
 
+def open_stages(options: RunOptions) -> list[Source]:
+    """The pictures of each stage, once the options are known to suit a run in stages.
+
+    Raises:
+        ClsaError: as `stage_sources`; for a method or an option that stages do not allow.
+    """
+    if METHODS[options.method.name].holds_pictures:
+        why = f"{options.method.name} keeps a row for each picture of one set"
+        raise ClsaError("stages", why, "choose another recipe, such as continual-small")
+    if options.accept_data_change:
+        why = "what a stage has learned cannot be separated from its earlier pictures"
+        raise ClsaError("--accept-data-change", why, "restore the pictures, or start a new run")
+    if options.continual.keep != "nothing":
+        require_faiss()
+    return stage_sources(options)
+
+
 def run_stages(
-    options: RunOptions, folder: RunFolder, sources: list[Source], device: torch.device, stop: Stop
+    options: RunOptions, sources: list[Source], device: torch.device, stop: Stop
 ) -> None:
     """Train the stages that are not finished, one after the other, and evaluate each."""
     if dist.rank() == 0:
-        folder.claim(options)
+        RunFolder(options.out).claim(options)
     parts = labelled_parts(sources, options)
     for number in range(1, len(sources) + 1):
         stage = Stage(options, number, len(sources))

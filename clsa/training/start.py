@@ -18,7 +18,7 @@ from clsa.system import dist, ranks, signals
 from clsa.system.errors import RESUMABLE, ClsaError, Exit, code_of, memory_errors
 from clsa.system.signals import REQUEUE, Stop, StopError
 from clsa.training.fit import fit
-from clsa.training.setup import Parts, assemble, set_out, take_up
+from clsa.training.setup import Parts, assemble, set_out, take_up, training_pictures
 from clsa.training.step import Run
 
 
@@ -33,7 +33,7 @@ def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Pa
             runs out, 75 when a signal stopped a run that can be resumed, 76 when numbers stay bad.
         Asked: when a signal came before anything was written.
     """
-    with set_out(options, free) as (source, device, stop):
+    with set_out(options, training_pictures, free) as (source, device, stop):
         train(options, source, device, stop)
     return options.out
 
