@@ -24,7 +24,7 @@ from clsa.runs.checkpoint import run_digest
 from clsa.runs.digests import digest
 from clsa.runs.saved_encoder import load_encoder
 from clsa.system.errors import ClsaError, Exit
-from clsa.training import fit, step
+from clsa.training import fit, stages, step
 from clsa.training.start import pretrain
 from tests.support.pictures import clipart_folder
 
@@ -353,3 +353,13 @@ def test_compiling_reaches_every_encoder_and_no_evaluation(pictures: Path, tmp_p
         with frozen(network.encoder):
             assert network.encoder._compiled_call_impl is None
         assert network.encoder._compiled_call_impl is compiled
+
+
+@pytest.mark.parametrize("over", [{}, {"stages": ("classes:2",)}], ids=["plain", "in stages"])
+def test_tensorboard_that_is_missing_is_refused_before_anything_is_written(
+    over: dict[str, Any], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
+    with pytest.raises(ClsaError, match=r"clsa\[tensorboard\]"):
+        stages.pretrain(options(pictures, tmp_path / "run", tensorboard="on", **over))
+    assert not (tmp_path / "run").exists()
