@@ -16,7 +16,9 @@ from clsa.loading.loader import EVAL_CHUNK
 from clsa.options.commands import PredictOptions
 from clsa.options.run import DataOptions
 from clsa.pictures import opening
+from clsa.pictures.arrays import ARRAYS
 from clsa.pictures.listing import SUFFIXES
+from clsa.pictures.lists import LISTS
 from clsa.pictures.names import as_text
 from clsa.pictures.sources import Folder, Source
 from clsa.runs import saved_encoder
@@ -71,7 +73,7 @@ def pictures(images: tuple[str, ...]) -> Source:
     if not images:
         raise ClsaError("no pictures", "none were named", "give files or a folder", Exit.NO_INPUT)
     alone = Path(images[0])
-    listed = alone.suffix.lower() in (".txt", ".npz")
+    listed = alone.suffix.lower() in (*LISTS, *ARRAYS)
     if len(images) == 1 and (listed or not alone.is_file()):
         if alone.suffix.lower() in SUFFIXES:
             raise ClsaError(images[0], "no such file", "check the path", Exit.NO_INPUT)

@@ -28,8 +28,9 @@ class DataOptions(Config):
     """Which pictures are used, and how they are read."""
 
     data: str = ""
-    """Pictures: a folder, a folder written by `clsa pack`, a list file, an .npz, `clipart`, or
-    NAME[:PATH], where NAME is fashion-mnist, cifar10, cifar100 or stl10."""
+    """Pictures: a folder, a folder written by `clsa pack`, a list (.txt, .csv), an .npz or
+    .npy, `clipart`, or NAME[:PATH], where NAME is fashion-mnist, cifar10, cifar100 or
+    stl10."""
     val: str | None = None
     """Labelled pictures for evaluation, in the same forms (default: the data set's own test
     split)."""

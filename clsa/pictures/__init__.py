@@ -9,6 +9,8 @@ In comes what `--data` names: a folder, a list, an array, a packed or a publishe
     named_sets.py    clipart, fashion-mnist, cifar10, cifar100, stl10
     shards.py        packed sets: tar shards with an index
     listing.py       which image files lie below a folder; a cache of it for large ones
+    lists.py         list files and tables: paths with labels
+    arrays.py        pictures in .npz and .npy files
     opening.py       what `--data` names -> a source
     quarantine.py    pictures that could not be read, and when they are too many
     fingerprints.py  hashes of the pictures that a run began with; what has changed since

@@ -251,7 +251,9 @@ def test_wrong_npz(tmp_path: Path) -> None:
     images = np.zeros((3, 4, 4, 3), np.uint8)
     wrong = [
         {"pictures": images},
-        {"x": images.astype(np.float32)},
+        {"x": images.astype(np.float32) + 1.5},
+        {"x": images.astype(np.float32) - 0.5},
+        {"x": images.astype(np.int16)},
         {"x": images[0, 0]},
         {"x": np.zeros((3, 4, 4, 4), np.uint8)},
         {"x": np.array([images[0], None], dtype=object)},
