@@ -12,6 +12,7 @@ from clsa.evaluate.features.extract import centre_views, encode, frozen
 from clsa.learning.models import feature_dim
 from clsa.options.commands import EmbedOptions
 from clsa.pictures import opening
+from clsa.pictures.folders import tell
 from clsa.pictures.names import as_text
 from clsa.runs import digests, saved_encoder
 from clsa.runs.saved_encoder import data_of
@@ -41,6 +42,7 @@ def embed(options: EmbedOptions) -> Path:
     views, data = facts.views, data_of(options.data, facts)
     spec = data.val if options.split == "val" and data.val else data.data
     source = opening.open_source(spec, options.split, data)
+    tell(source, "pictures")
     names = np.array([*source.classes, None], dtype=object)  # the last one is for label -1
     width = feature_dim(encoder)
     vector = pa.list_(pa.float32(), width)

@@ -20,6 +20,7 @@ from clsa.options.cards import Card
 from clsa.options.commands import EvaluateOptions
 from clsa.options.detection_cards import DetectCard
 from clsa.pictures import opening
+from clsa.pictures.folders import tell
 from clsa.pictures.sources import Source
 from clsa.runs import saved_encoder
 from clsa.system.errors import ClsaError
@@ -101,6 +102,9 @@ class Exam:
     @cached_property
     def _everything(self) -> Split:
         val = opening.open_val(self.data, self._train.classes)
+        tell(self._train, "training pictures")
+        if val is not None:
+            tell(val, "val pictures")
         return split(self._train, val, self.options.seed)
 
     @cached_property

@@ -11,6 +11,7 @@ In comes what `--data` names: a folder, a list, an array, a packed or a publishe
     listing.py       which image files lie below a folder; a cache of it for large ones
     lists.py         list files and tables: paths with labels
     arrays.py        pictures in .npz and .npy files
+    folders.py       which folders are splits and classes; what was taken, in words
     opening.py       what `--data` names -> a source
     quarantine.py    pictures that could not be read, and when they are too many
     fingerprints.py  hashes of the pictures that a run began with; what has changed since

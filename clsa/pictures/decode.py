@@ -13,10 +13,23 @@ import simplejpeg
 from jaxtyping import Num, UInt8
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")
 MAX_PIXELS = 64_000_000
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+_SIGNATURES += (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+_OTHERS = {  # formats that are not read, by their first bytes
+    **{b"8BPS": "Photoshop", b"\0\0\1\0": "ICO", b"\0\0\2\0": "CUR", b"icns": "ICNS"},
+    **{b"DDS ": "DDS", b"\x76\x2f\x31\x01": "OpenEXR", b"#?RADIANCE": "Radiance"},
+    **{b"SIMPLE  =": "FITS", b"\x89HDF": "HDF5", b"qoif": "QOI", b"<svg": "SVG"},
+    **{b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"II+\0": "BigTIFF"},
+    **{b"P1\n": "PBM", b"P2\n": "PGM", b"P3\n": "PPM", b"P4\n": "PBM", b"P5\n": "PGM"},
+    **{b"P6\n": "PPM", b"\x1aE\xdf\xa3": "Matroska or WebM"},
+}
+_BRANDS = {  # of the ISO container that HEIC, AVIF and MP4 share
+    **{b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"},
+    **{b"isom": "MP4", b"iso2": "MP4", b"mp41": "MP4", b"mp42": "MP4", b"qt  ": "QuickTime"},
+}
 _ORIENTATION = 0x0112
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples per pixel, by colour type
 _ADAM7 = (  # the passes of an interlaced PNG: left, top, step across, step down
@@ -78,10 +91,10 @@ class Picture:
 def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
     """The first frame of an encoded picture, upright and in RGB.
 
-    Reads JPEG, PNG, WebP, BMP, TIFF and GIF, whatever the file is called. Applies EXIF orientation;
-    lays transparent parts over white; scales 16-bit gray instead of clipping it; scales 32-bit gray
-    from the smallest of the ranges 0..1, 0..255 and 0..65535 that contains it, or else from its own
-    range. Colour profiles are not applied. The result is writable.
+    Reads JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF and JPEG 2000, whatever the file is called. Applies
+    EXIF orientation; lays transparent parts over white; scales 16-bit gray instead of clipping it;
+    scales 32-bit gray from the smallest of the ranges 0..1, 0..255 and 0..65535 that contains it,
+    or else from its own range. Colour profiles are not applied. The result is writable.
 
     Raises:
         DecodeError: with a reason. A picture over 64 million pixels is too-large and is refused
@@ -180,11 +193,20 @@ def _reason(error: Exception, data: bytes) -> DecodeError:
     cut_webp = data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data)
     if cut_webp or "truncated" in detail.lower():
         return DecodeError("truncated", detail)
-    if not data.startswith(_SIGNATURES):
+    if other := _other_format(data):
+        return DecodeError("unsupported", f"{other} is not read")
+    if not data.startswith(_SIGNATURES) and data[4:12] not in (b"ftypavif", b"ftypavis"):
         return DecodeError("not-an-image")
     if isinstance(error, UnidentifiedImageError) and data.startswith((b"II*\0", b"MM\0*")):
         return DecodeError("unsupported", "this kind of TIFF is not supported")
     return DecodeError("broken", detail)
+
+
+def _other_format(data: bytes) -> str:
+    """The name of a known format that is not read; an empty string for any other bytes."""
+    if data[4:8] == b"ftyp":
+        return _BRANDS.get(data[8:12], "")
+    return next((name for head, name in _OTHERS.items() if data.startswith(head)), "")
 
 
 def _lacks_rows(image: Image.Image, data: bytes) -> bool:

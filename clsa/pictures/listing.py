@@ -9,9 +9,11 @@ is listed again.
 """
 
 import hashlib
+import json
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,14 +26,38 @@ from clsa.pictures.names import Names
 from clsa.system import files
 from clsa.system.errors import ClsaError, Exit
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".avif", ".jp2"),
+)
+SYSTEM_FOLDERS = frozenset(  # thumbnails, waste and remains that file systems and servers keep
+    b"@eadir #recycle #snapshot $recycle.bin __macosx lost+found".split()
+)
 MIN_CACHED = 20_000
 RACY_NS = 2_000_000_000  # two changes within one tick of a file system's clock look like one
 NUM_SAMPLED = 1000
 
 _SUFFIXES = tuple(suffix.encode() for suffix in SUFFIXES)
 _SEP = os.fsencode(os.sep)
-_FORMAT = b"clsa listing 1\n"
+_FORMAT = b"clsa listing 2\n"
+
+
+class LeftOut(NamedTuple):
+    """What a walk over a folder met and did not take as pictures, and the links that it followed.
+
+    Names are relative paths, for people to read.
+    """
+
+    endings: dict[str, int]
+    """Files by ending, in lower case; an empty string for files without one."""
+    hidden: int
+    """Files and folders whose names begin with a point."""
+    system: list[str]
+    """Folders that a file system or a server keeps for itself."""
+    followed: list[str]
+    """Links to folders, whose pictures are taken."""
+    passed: list[str]
+    """Links to folders that are listed anyway, or that contain the folder of the link."""
 
 
 class Listing(NamedTuple):
@@ -45,6 +71,7 @@ class Listing(NamedTuple):
     """All folders that were searched, as relative paths; first the top one, an empty string."""
     owners: Int64[np.ndarray, " N"]
     """For each file, the position of its folder in `folders`."""
+    left: LeftOut = LeftOut({}, 0, [], [], [])
 
 
 class _Walk(NamedTuple):
@@ -58,8 +85,9 @@ class _Walk(NamedTuple):
 def list_images(root: str) -> Listing:
     """The image files below `root`, from the cache if it is still valid.
 
-    Skips hidden names, links to folders (they may form loops or lead out of `root`) and everything
-    that is not a regular file.
+    A link to a folder is followed once: not if its target lies in `root`, holds it, or has been
+    reached by another link. Hidden names, system folders and everything that is not a regular file
+    are left out and counted.
 
     Raises:
         ClsaError: 66 if a folder cannot be read.
@@ -88,12 +116,13 @@ def _walk(root: bytes) -> _Walk:
     folders: list[bytes] = []
     times: list[tuple[int, int]] = []
     pending: list[tuple[int, Iterator[tuple[bytes, int | None]]]] = []
+    seen = _Seen(os.path.realpath(root))
 
     def enter(folder: bytes) -> None:
         path = os.path.join(root, folder)
         try:
             times.append(_times(path))  # before listing: changes during it must show
-            pending.append((len(folders), iter(_entries(path, folder and folder + _SEP))))
+            pending.append((len(folders), iter(_entries(path, folder and folder + _SEP, seen))))
             folders.append(folder)
         except OSError as error:
             why = error.strerror or str(error)
@@ -113,23 +142,73 @@ def _walk(root: bytes) -> _Walk:
         else:
             pending.pop()
     numbers = np.array(sizes, np.int64), [*map(os.fsdecode, folders)], np.array(owners, np.int64)
-    return _Walk(Listing(Names(b"\0".join(names)), *numbers), np.array(times, np.int64))
+    listing = Listing(Names(b"\0".join(names)), *numbers, seen.left_out())
+    return _Walk(listing, np.array(times, np.int64))
 
 
-def _entries(path: bytes, prefix: bytes) -> list[tuple[bytes, int | None]]:
+class _Seen:
+    """What a walk has met beside pictures, and where its links have led."""
+
+    def __init__(self, root: bytes):
+        self.roots = [root]
+        self.endings: Counter[bytes] = Counter()
+        self.hidden = 0
+        self.system: list[bytes] = []
+        self.followed: list[bytes] = []
+        self.passed: list[bytes] = []
+
+    def follows(self, path: bytes, name: bytes) -> bool:
+        """Whether to enter the linked folder `name`, which stands at `path`."""
+        target = os.path.realpath(path)
+        known = any(_holds_path(root, target) or _holds_path(target, root) for root in self.roots)
+        (self.passed if known else self.followed).append(name)
+        if not known:
+            self.roots.append(target)
+        return not known
+
+    def left_out(self) -> LeftOut:
+        """All of it, as text."""
+        lists = [[*map(os.fsdecode, some)] for some in (self.system, self.followed, self.passed)]
+        endings = {os.fsdecode(ending): count for ending, count in self.endings.most_common()}
+        return LeftOut(endings, self.hidden, *lists)
+
+
+def _holds_path(folder: bytes, path: bytes) -> bool:
+    return path == folder or path.startswith(folder.rstrip(_SEP) + _SEP)
+
+
+def _entries(path: bytes, prefix: bytes, seen: _Seen) -> list[tuple[bytes, int | None]]:
     """Image files (path, size) and folders (path, None) directly in a folder, in byte order."""
-    found = []
+    found, links = [], []
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
             if name.startswith(b"."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                found.append((prefix + name, None))
+                seen.hidden += 1
+            elif entry.is_dir(follow_symlinks=False):
+                if name.lower() in SYSTEM_FOLDERS:
+                    seen.system.append(prefix + name)
+                else:
+                    found.append((prefix + name, None))
             elif name.lower().endswith(_SUFFIXES) and (size := _size(entry)) is not None:
                 found.append((prefix + name, size))
+            elif _is_folder(entry):
+                links.append(name)
+            else:
+                seen.endings[os.path.splitext(name)[1].lower()] += 1
+    for name in sorted(links):
+        if name.lower() not in SYSTEM_FOLDERS and seen.follows(path + _SEP + name, prefix + name):
+            found.append((prefix + name, None))
     found.sort()
     return found
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """Whether a link leads to a folder."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _size(entry: os.DirEntry[bytes]) -> int | None:
@@ -167,12 +246,15 @@ def _cache_path(root: str) -> Path | None:
 
 
 def _packed(walk: _Walk) -> bytes:
-    """Format, SHA-256 of the rest; F, N, bytes of the F folders; times, sizes, owners; names."""
-    names, sizes, folders, owners = walk.listing
-    text = os.fsencode("\0".join(folders))
-    counts = np.array([len(folders), len(sizes), len(text)])
+    """Format, SHA-256 of the rest; F, N, two lengths; folders; what was left out; numbers; names.
+
+    The numbers are times, sizes and owners.
+    """
+    names, sizes, folders, owners, left = walk.listing
+    texts = [os.fsencode("\0".join(folders)), json.dumps(left).encode()]
+    counts = np.array([len(folders), len(sizes), *map(len, texts)])
     numbers = np.concatenate([counts, walk.times.ravel(), sizes, owners]).astype("<i8")
-    body = numbers.tobytes() + text + names.joined
+    body = numbers.tobytes() + b"".join(texts) + names.joined
     return _FORMAT + hashlib.sha256(body).digest() + body
 
 
@@ -186,23 +268,27 @@ def _load(path: Path) -> _Walk | None:
     except (OSError, ValueError, MemoryError):
         return None
     body = content[head:]
-    if content[:head] != _FORMAT + hashlib.sha256(body).digest() or len(body) < 3 * 8:
+    if content[:head] != _FORMAT + hashlib.sha256(body).digest() or len(body) < 4 * 8:
         return None
-    num_folders, count, text = np.frombuffer(body, "<i8", 3).tolist()
-    end = 8 * (3 + 2 * num_folders + 2 * count)
-    if num_folders < 1 or count < 1 or text < 0 or end + text > len(body):
+    num_folders, count, text, notes = np.frombuffer(body, "<i8", 4).tolist()
+    end = 8 * (4 + 2 * num_folders + 2 * count)
+    if num_folders < 1 or count < 1 or min(text, notes) < 0 or end + text + notes > len(body):
         return None
-    numbers = np.frombuffer(body[24:end], "<i8").astype(np.int64)
+    numbers = np.frombuffer(body[32:end], "<i8").astype(np.int64)
     times, sizes, owners = np.split(numbers, [2 * num_folders, 2 * num_folders + count])
     folders = os.fsdecode(bytes(body[end : end + text])).split("\0")
-    joined = bytes(body[end + text :])
+    joined = bytes(body[end + text + notes :])
     names = Names(joined)
     fits = len(folders) == num_folders and folders[0] == "" and len(names) == count
     known = owners.min() >= 0 and owners.max() < num_folders
     below = os.fsencode("\0".join(folders[1:]))
     if not (fits and known and _is_inside(joined) and (_is_inside(below) or num_folders == 1)):
         return None
-    return _Walk(Listing(names, sizes, folders, owners), times.reshape(num_folders, 2))
+    try:
+        left = LeftOut(*json.loads(bytes(body[end + text : end + text + notes])))
+    except (ValueError, TypeError):
+        return None
+    return _Walk(Listing(names, sizes, folders, owners, left), times.reshape(num_folders, 2))
 
 
 def _is_inside(joined: bytes) -> bool:
@@ -214,7 +300,7 @@ def _is_inside(joined: bytes) -> bool:
 
 def _holds(root: str, known: _Walk) -> bool:
     """Whether every folder and the sizes of the sampled files are unchanged."""
-    names, sizes, folders, _ = known.listing
+    names, sizes, folders, *_ = known.listing
     try:
         now = [_times(os.path.join(root, folder)) for folder in folders]
     except (OSError, ValueError):

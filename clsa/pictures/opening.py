@@ -8,7 +8,8 @@ import numpy as np
 from clsa.options.config import nearest
 from clsa.options.run import DataOptions
 from clsa.pictures.arrays import ARRAYS, has_splits, numbered, open_arrays
-from clsa.pictures.listing import SUFFIXES, list_images
+from clsa.pictures.folders import MAX_NAMED, half_of, halves, open_folder, told_splits
+from clsa.pictures.listing import SUFFIXES
 from clsa.pictures.lists import LISTS, class_order, read_list, read_text
 from clsa.pictures.named_sets import NAMED, Split
 from clsa.pictures.shards import open_shards
@@ -19,22 +20,25 @@ from clsa.system.errors import ClsaError, Exit
 def open_source(spec: str, split: Split, options: DataOptions) -> Source:
     """Open the pictures that `spec` names (see `DataOptions.data`), in an order that never changes.
 
-    `split` selects one half of sets that have two (named sets; folders with `train` and `val`); for
-    other sets it is ignored. `options.class_list` selects and orders the classes of both splits.
-    Then `options.num_images` shortens `train`.
+    `split` selects one half of sets that have two (named sets; folders with splits, see
+    `folders.halves`); for other sets it is ignored. `options.class_list` selects and
+    orders the classes of both splits. Then `options.num_images` shortens `train`.
 
     Raises:
         ClsaError: 66 if there is nothing to read, 65 if a file is damaged, 2 for a wrong value.
     """
     source = _open(spec, split)
+    taken = source.taken
     if options.class_list is not None:
         source = _selected(source, options.class_list, split)
     if split == "train" and options.num_images is not None:
         source = source.subset(np.arange(min(options.num_images, len(source))))
     if not len(source):
         of = f" of the classes in {options.class_list}" if options.class_list else ""
-        hint = f"add pictures ({' '.join(SUFFIXES)}; links to folders are not followed)"
-        raise ClsaError(spec, f"holds no pictures{of}", hint, Exit.NO_INPUT)
+        hint = f"add pictures ({' '.join(SUFFIXES)})"
+        why = f"holds no pictures{of}" + "".join(f"; {words}" for words in taken)
+        raise ClsaError(spec, why, hint, Exit.NO_INPUT)
+    source.taken = (*told_splits(spec, split), *taken)
     return source
 
 
@@ -49,13 +53,23 @@ def open_val(options: DataOptions, classes: list[str]) -> Source | None:
     if spec is None:
         return None
     source = open_source(spec, "val", options)
-    return source.with_classes(classes) if classes else source
+    alone = len(source.classes) < 2  # one class cannot be learned
+    if not (classes or alone):
+        return source
+    taken = source.taken
+    unknown = [name for name in source.classes if name not in classes] if classes else []
+    source = source.with_classes(classes)
+    if unknown:
+        told = f"not judged, {int((source.labels < 0).sum()):,} pictures of classes that training "
+        taken += (f"{told}pictures lack: {', '.join(unknown[:MAX_NAMED])}",)
+    source.taken = taken
+    return source
 
 
 def val_of(options: DataOptions) -> str | None:
     """The spec of the pictures to evaluate on; None if there is no separate set of them."""
     path = options.data
-    own = _name(path) in NAMED or _has_splits(path) or has_splits(Path(path))
+    own = _name(path) in NAMED or halves(path) is not None or has_splits(Path(path))
     return options.val or (options.data if own else None)
 
 
@@ -68,9 +82,9 @@ def _open(spec: str, split: Split) -> Source:
     if name in NAMED:
         return Pictures(*NAMED[name](path, split))
     if os.path.isdir(spec):
-        root = os.path.join(spec, split) if _has_splits(spec) else spec
+        root = half_of(spec, split)
         packed = open_shards(root)
-        return _folder(root) if packed is None else packed
+        return open_folder(root, split) if packed is None else packed
     suffix = Path(spec).suffix.lower()
     if os.path.exists(spec) and suffix in LISTS:
         return _list(Path(spec))
@@ -85,23 +99,6 @@ def _open(spec: str, split: Split) -> Source:
     close = nearest(name, list(NAMED))
     hint = f"did you mean {close}?" if close else f"give {forms}"
     raise ClsaError(spec, "no such folder, file or data set", hint, Exit.NO_INPUT)
-
-
-def _has_splits(spec: str) -> bool:
-    return all(os.path.isdir(os.path.join(spec, split)) for split in ("train", "val"))
-
-
-def _folder(root: str) -> Folder:
-    """Label = first-level subfolder, if at least two of them contain images; else all are -1.
-
-    Images directly in `root`, next to such subfolders, have label -1.
-    """
-    ids, sizes, folders, owners = list_images(root)
-    tops = [folder.partition(os.sep)[0] for folder in folders]
-    used = np.flatnonzero(np.bincount(owners, minlength=len(folders))).tolist()
-    classes = sorted({tops[folder] for folder in used} - {""}, key=os.fsencode)
-    labels, classes = numbered(tops, classes if len(classes) > 1 else [])
-    return Folder(root, ids, labels[owners], classes, sizes)
 
 
 def _list(path: Path) -> Folder:

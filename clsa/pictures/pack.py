@@ -20,6 +20,7 @@ from clsa.options.commands import PackOptions
 from clsa.options.run import DataOptions
 from clsa.pictures import shards
 from clsa.pictures.decode import DecodeError, open_picture
+from clsa.pictures.folders import tell
 from clsa.pictures.opening import open_source
 from clsa.pictures.quarantine import REASONS, Quarantine
 from clsa.pictures.shards import (
@@ -82,6 +83,7 @@ def pack(options: PackOptions) -> Packed:
     if isinstance(source, Shards):
         why = "packed already, and resizing twice loses detail"
         raise ClsaError(options.data, why, "give the original pictures")
+    tell(source, "pictures")
     job = _Job(source, options)
     with lock.only_writer(options.out):
         fresh = not job.is_done()

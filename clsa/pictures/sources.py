@@ -28,8 +28,11 @@ class Source(ABC):
         ids: path or name of each picture.
         labels: position of each picture's class in `classes`, -1 if unknown.
         classes: names of the classes.
+        taken: lines for the user about how the pictures were found (splits, links, files left
+            out); empty for a subset.
     """
 
+    taken: tuple[str, ...] = ()
     ids: Names
     labels: Int64[np.ndarray, " N"]
     classes: list[str]

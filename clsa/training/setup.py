@@ -14,6 +14,7 @@ from clsa.loading.order import Order
 from clsa.methods import build_method
 from clsa.methods.method import Extent
 from clsa.options.run import RunOptions
+from clsa.pictures.folders import tell
 from clsa.pictures.names import Names
 from clsa.pictures.opening import open_source, val_of
 from clsa.pictures.quarantine import Quarantine
@@ -147,7 +148,8 @@ def require_same_step(step: int, device: torch.device) -> None:
 
 
 def tell_start(options: RunOptions, parts: Parts) -> None:
-    """Print, before the first step, notes on options that the user may not have intended."""
+    """Print, before the first step, what was taken and what the user may not have intended."""
+    tell(parts.source, "pictures")
     if options.labels is not None:
         held = num_held(options.labels, parts.held)
         print(describe_labels(parts.shown, held), file=sys.stderr)

@@ -277,9 +277,12 @@ def test_reason_codes() -> None:
     assert reason(b"") == "empty"
     assert reason(b"this is a text file, named .jpg") == "not-an-image"
     assert reason(b"<html><body>404</body></html>") == "not-an-image"
-    for head in (b"%PDF-1.7\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg xmlns='http://x'/>"):
+    for head in (b"%PDF-1.7\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"):
         assert reason(head + bytes(200)) == "not-an-image"
-    assert reason(encoded(RGB, "PPM")) == "not-an-image"
+    for head in (b"<svg xmlns='http://x'/>", b"8BPS\0\1", b"\0\0\0\x18ftypheic", b"qoif"):
+        assert reason(head + bytes(200)) == "unsupported"
+    with pytest.raises(DecodeError, match=r"unsupported \(PPM is not read\)"):
+        decode(encoded(RGB, "PPM"))
     corrupt = bytearray(encoded(RGB, "PNG"))
     corrupt[len(corrupt) // 2] ^= 255
     assert reason(bytes(corrupt)) == "broken"

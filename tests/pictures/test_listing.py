@@ -40,7 +40,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def seen(root: Path) -> tuple[list[str], list[int], list[str], list[int]]:
-    names, sizes, folders, owners = list_images(str(root))
+    names, sizes, folders, owners, _ = list_images(str(root))
     return list(names), sizes.tolist(), folders, owners.tolist()
 
 
@@ -145,8 +145,8 @@ def test_a_change_during_the_listing_is_seen_by_the_next(
     time.sleep(0.02)
     entries = listing._entries
 
-    def disturbed(path: bytes, prefix: bytes) -> list[tuple[bytes, int | None]]:
-        found = entries(path, prefix)
+    def disturbed(path: bytes, prefix: bytes, met: Any) -> list[tuple[bytes, int | None]]:
+        found = entries(path, prefix, met)
         (root / "late.png").write_bytes(b"1")
         return found
 
@@ -212,7 +212,7 @@ def test_a_damaged_cache_is_replaced_by_a_new_listing(root: Path, cache: Path) -
     spoilt = [whole[:size] for size in (*range(0, len(whole), 7), len(whole) - 1)]
     for place in range(0, len(whole), 5):
         spoilt.append(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
-    spoilt += [whole + b"\0", b"junk", whole.replace(b"listing 1", b"listing 2")]
+    spoilt += [whole + b"\0", b"junk", whole.replace(b"listing 2", b"listing 3")]
     for content in spoilt:
         path.write_bytes(content)
         assert listing._load(path) is None
@@ -231,7 +231,7 @@ def test_a_forged_cache_is_refused(root: Path, cache: Path) -> None:
     path = kept(cache)
     good = listing._load(path)
     assert good is not None
-    names, sizes, folders, owners = good.listing
+    names, sizes, folders, owners, _ = good.listing
 
     def load(*changed: Any) -> object:
         path.write_bytes(listing._packed(good._replace(listing=Listing(*changed))))
@@ -248,7 +248,14 @@ def test_a_forged_cache_is_refused(root: Path, cache: Path) -> None:
         assert load(names, sizes, folders, np.full(len(sizes), owner)) is None
     assert load(names, sizes[:-1], folders, owners[:-1]) is None
     assert load(names, sizes, folders[:-1], owners) is None
-    for counts in ([0, 0, 0], [-1, 7, 5], [1, -1, 5], [1, 1, -8], [2**62, 1, 1], [1, 2**61, 0]):
+    for counts in (
+        [0] * 4,
+        [-1, 7, 5, 2],
+        [1, -1, 5, 2],
+        [1, 1, -8, 2],
+        [1, 1, 8, -2],
+        [2**62, 1, 1, 2],
+    ):
         path.write_bytes(signed(np.array(counts, "<i8").tobytes() + bytes(400)))
         assert listing._load(path) is None, counts
     path.write_bytes(signed(b"short"))

@@ -92,7 +92,9 @@ def test_order_does_not_depend_on_the_listing(
     assert expected.classes == ["Z", "a", "a-b", "a.b", "é"]
 
 
-def test_hidden_names_links_to_folders_and_special_files_are_skipped(tmp_path: Path) -> None:
+def test_hidden_names_and_special_files_are_skipped_and_links_are_followed_once(
+    tmp_path: Path,
+) -> None:
     tree(tmp_path / "in", ["a/1.png", "b/1.png", "a/.hidden.png", ".git/x.png", "b/notes.txt"])
     tree(tmp_path / "out", ["c/1.png"])
     root = tmp_path / "in"
@@ -105,7 +107,11 @@ def test_hidden_names_links_to_folders_and_special_files_are_skipped(tmp_path: P
     (root / "a" / "link.png").symlink_to(root / "b" / "1.png")
     (root / "empty-class").mkdir()
     source = open_source(str(root), "train", OPTIONS)
-    assert source.ids == ["a/1.png", "a/link.png", "b/1.png"] and source.classes == ["a", "b"]
+    assert source.ids == ["a/1.png", "a/link.png", "away/c/1.png", "b/1.png"]
+    assert source.classes == ["a", "away", "b"]
+    told = "; ".join(source.taken)
+    assert "links followed: away" in told and "anyway: loop" in told and ".txt 1" in told
+    assert "hidden files and folders: 2" in told
 
 
 def test_names_keep_their_bytes(tmp_path: Path) -> None:
