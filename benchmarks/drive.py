@@ -21,6 +21,7 @@ from clsa.options.run import RunOptions
 from clsa.pictures.opening import open_source
 from clsa.pictures.sources import Source
 from clsa.recipes import resolve
+from clsa.runs.computing import begin
 from clsa.runs.folder import RunFolder
 from clsa.runs.journal import Journal
 from clsa.runs.state import State
@@ -63,7 +64,7 @@ class Drive:
         self.method = build_method(options, extent).to(device)
         optimizer = build_optimizer(self.method, options.optim, self.method.fixed_rate)
         self.state = State(self.method, optimizer, "", RunFolder(options.out))
-        self.run = Run(options, device, steps, Stop())
+        self.run = Run(options, device, steps, Stop(), begin(options, device))
         self.model = parallel(self.method, options)
         self.specs = self.method.view_specs[chosen]
         self.batches = loader.batches(

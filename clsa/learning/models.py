@@ -212,17 +212,20 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
     Args:
         device: device of the tensors.
-        precision: "bf16", "fp32", or "auto": bf16 if the hardware computes in it (CUDA from
-            compute capability 8 on, CPUs with AVX512-BF16 or AMX); elsewhere it would be slower.
+        precision: "bf16", "fp32", or "auto": bf16 if `has_bf16`.
     """
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            native = _cpu_has_bf16()
-    else:
-        native = precision == "bf16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
+    fast = has_bf16(device) if precision == "auto" else precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; elsewhere it would be slower than float32.
+
+    CUDA does from compute capability 8 on, CPUs with AVX512-BF16 or AMX.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _cpu_has_bf16()
 
 
 @functools.cache

@@ -212,7 +212,11 @@ class RunOptions(Config):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast if the hardware supports it."""
+    """auto: bf16 autocast if the hardware supports it when the run begins."""
+    threads: Count | None = None
+    """Threads of each process, besides --data.workers (default: this process's share of the cores
+    when the run begins, as far as affinity, a container's quota and SLURM allow). A resumed run
+    keeps their number; another number, given then, changes the last bits."""
     compile: bool = False
     """Use torch.compile for the encoders and the colour jitter (for GPUs; the first steps take
     minutes)."""

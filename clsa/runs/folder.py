@@ -9,6 +9,7 @@ from typing import Any
 
 from clsa.options.config import flatten, read_yaml
 from clsa.options.run import RunOptions
+from clsa.runs.computing import Computing
 from clsa.system import dist, files, lock
 from clsa.system.errors import ClsaError
 
@@ -17,7 +18,7 @@ from clsa.system.errors import ClsaError
 FREE = {
     "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
     "wait_minutes", "save_minutes", "keep_every", "probe_every", "log_every", "device",
-    "accept_data_change", "stop_on_collapse", "tensorboard",
+    "accept_data_change", "stop_on_collapse", "tensorboard", "threads",
 }  # fmt: skip
 
 
@@ -112,14 +113,15 @@ class RunFolder:
         exists = self.checkpoints.is_dir()  # it may be on a disk of its own
         files.require_room(self.checkpoints if exists else self.path, num_bytes)
 
-    def claim(self, options: RunOptions, step: int = 0) -> str:
-        """Create the folder, write the resolved `config.yaml`, remove leftovers of killed starts.
+    def claim(self, options: RunOptions, computing: Computing, step: int = 0) -> str:
+        """Create the folder, write `config.yaml` and `computing.json`, remove old leftovers.
 
         A new number of epochs goes to `history.jsonl` before `config.yaml`. A start killed in
         between leaves a line about an extension that did not begin; in the other order the line
         would be lost.
 
         Args:
+            computing: how the run computes from here on.
             step: steps that the run has done.
 
         Returns:
@@ -134,6 +136,7 @@ class RunFolder:
             self.note(step, epochs=[before, options.epochs])
         once = options.model_copy(update={"accept_data_change": False})  # for this start only
         files.write_text(self.config, once.to_yaml())
+        computing.write(self.path)
         since = f"epochs {before} -> {options.epochs} at step {step}"
         text = f"{since}: rates follow the longer schedule from here on, not from the start"
         return text if before != options.epochs else ""

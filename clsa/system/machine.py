@@ -17,6 +17,11 @@ def num_cores() -> int:
     return len(allowed) or os.cpu_count() or 1
 
 
+def share_of_cores() -> int:
+    """Cores for this process, if the others that torchrun started here take as many each."""
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep up to 2 GB of freed memory for the next tensors of this process.
 

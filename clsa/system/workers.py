@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from clsa.system import dist, signals
 from clsa.system.errors import ClsaError, Exit, first_line
-from clsa.system.machine import num_cores
+from clsa.system.machine import share_of_cores
 
 MAX_WORKERS = 8
 TIMEOUT_S = 300
@@ -39,8 +39,7 @@ def num_workers(given: int | None) -> int:
     """Workers of this process: `given`, else its share of the cores minus one, from 1 to 8."""
     if given is not None:
         return given
-    share = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(max(share - 1, 1), MAX_WORKERS)
+    return min(max(share_of_cores() - 1, 1), MAX_WORKERS)
 
 
 class _Watched(Dataset):

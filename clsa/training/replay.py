@@ -12,7 +12,8 @@ from clsa.options.commands import ReplayOptions
 from clsa.options.config import read_value
 from clsa.options.run import RunOptions
 from clsa.pictures.opening import open_source
-from clsa.runs import checkpoint
+from clsa.runs import checkpoint, computing
+from clsa.runs.computing import Computing
 from clsa.system import dist
 from clsa.system.errors import ClsaError, Exit
 from clsa.system.signals import Stop
@@ -79,12 +80,14 @@ def replay(options: ReplayOptions) -> Replay:
     asked = before.model_copy(update=changes)
     device = dist.pick_device(asked.device)
     with dist.process_group(device):
+        how = replayed(asked, options.precision, device)
+        how.apply()
         parts = assemble(asked, open_source(asked.data.data, "train", asked.data), device)
         if saved["data_digest"] != parts.state.data_digest:
             why = "the pictures are not those of the run"
             raise ClsaError(asked.data.data, why, "give their path with --data")
         parts.state.take(saved)
-        run = Run(asked, device, parts.order.steps_per_epoch, Stop())
+        run = Run(asked, device, parts.order.steps_per_epoch, Stop(), how)
         worlds = (bad["world"], dist.world_size())
         kept = ("precision", "device", "compile")
         others = [name for name in kept if getattr(before, name) != getattr(asked, name)]
@@ -92,6 +95,13 @@ def replay(options: ReplayOptions) -> Replay:
         return Replay(
             saved["step"], bad["reason"], worlds, others, dist.rank(), **_computed(parts, run)
         )
+
+
+def replayed(asked: RunOptions, precision: str | None, device: torch.device) -> Computing:
+    """How the run in `asked.out` computes, in another precision if one is asked for."""
+    kept = computing.read(asked.out) or computing.as_before(asked, device)
+    other = computing.begin(asked, device).precision if precision else kept.precision
+    return kept.model_copy(update={"precision": other})
 
 
 def _computed(parts: Parts, run: Run) -> dict[str, Any]:

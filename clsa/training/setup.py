@@ -19,6 +19,7 @@ from clsa.pictures.names import Names
 from clsa.pictures.opening import open_source, val_of
 from clsa.pictures.quarantine import Quarantine
 from clsa.pictures.sources import Source
+from clsa.runs.computing import Computing, take
 from clsa.runs.data_change import Given
 from clsa.runs.folder import FREE, RunFolder
 from clsa.runs.state import State
@@ -28,6 +29,14 @@ from clsa.system.launch import launched
 from clsa.system.signals import Stop
 
 Opened = TypeVar("Opened")
+
+
+class Setting(NamedTuple):
+    """Where and how a run computes, and what stops it."""
+
+    device: torch.device
+    stop: Stop
+    computing: Computing
 
 
 class Parts(NamedTuple):
@@ -49,8 +58,8 @@ def set_out(
     options: RunOptions,
     open_pictures: Callable[[RunOptions], Opened],
     free: Collection[str] = frozenset(FREE),
-) -> Iterator[tuple[Opened, torch.device, Stop]]:
-    """Get what a run needs from outside: its pictures, its device, and a way to stop it.
+) -> Iterator[tuple[Opened, Setting]]:
+    """Get what a run needs from outside: its pictures, where and how it computes, what stops it.
 
     The run's folder is held inside, so that no other run writes there. Nothing is written before
     options, folder and pictures have been checked: a mistake costs nothing.
@@ -71,7 +80,11 @@ def set_out(
         folder.check(options)
         opened = open_pictures(options)
         with folder.held(options):
-            yield opened, device, stop
+            computing, note = take(options, device)
+            computing.apply()
+            if note and dist.rank() == 0:
+                print(f"note: {note}", file=sys.stderr)
+            yield opened, Setting(device, stop, computing)
 
 
 def training_pictures(options: RunOptions) -> Source:
@@ -113,7 +126,7 @@ def assemble(
 
 
 def take_up(
-    parts: Parts, options: RunOptions, device: torch.device, begin: Callable[[State], None]
+    parts: Parts, options: RunOptions, setting: Setting, begin: Callable[[State], None]
 ) -> None:
     """Load the newest checkpoint, if there is one, and prepare the folder for training.
 
@@ -126,12 +139,14 @@ def take_up(
     signals.check()
     if not state.step:
         begin(state)
-    require_same_step(state.step, device)  # every rank has checked before the first one writes
+    require_same_step(
+        state.step, setting.device
+    )  # every rank has checked before the first one writes
     if dist.rank() == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         folder.require_room(state.num_bytes())
-        longer = folder.claim(options, state.step)
+        longer = folder.claim(options, setting.computing, state.step)
         if longer:
             print(f"note: {longer}", file=sys.stderr)
         state.keep_pictures()

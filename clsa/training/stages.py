@@ -28,11 +28,10 @@ from clsa.runs.folder import RunFolder
 from clsa.runs.state import State
 from clsa.system import dist, files, ranks
 from clsa.system.errors import ClsaError, Exit
-from clsa.system.signals import Stop
 from clsa.training import forgetting, start
 from clsa.training.exemplars import choose_exemplars
 from clsa.training.forgetting import Forgetting
-from clsa.training.setup import set_out
+from clsa.training.setup import Setting, set_out
 from clsa.views import rng
 
 STAGE_BITS = 40  # above the seeds that people choose, so no stage has the same draws as another run
@@ -46,8 +45,8 @@ def pretrain(options: RunOptions) -> Path:
     """
     if not options.stages:
         return start.pretrain(options)
-    with set_out(options, open_stages) as (sources, device, stop):
-        run_stages(options, sources, device, stop)
+    with set_out(options, open_stages) as (sources, setting):
+        run_stages(options, sources, setting)
     return options.out
 
 
@@ -68,21 +67,19 @@ def open_stages(options: RunOptions) -> list[Source]:
     return stage_sources(options)
 
 
-def run_stages(
-    options: RunOptions, sources: list[Source], device: torch.device, stop: Stop
-) -> None:
+def run_stages(options: RunOptions, sources: list[Source], setting: Setting) -> None:
     """Train the stages that are not finished, one after the other, and evaluate each."""
     if dist.rank() == 0:
-        RunFolder(options.out).claim(options)
+        RunFolder(options.out).claim(options, setting.computing)
     parts = labelled_parts(sources, options)
     for number in range(1, len(sources) + 1):
         stage = Stage(options, number, len(sources))
-        finished = stage.run(sources, device, stop)
+        finished = stage.run(sources, setting)
         if not finished:
             break
         with ranks.first_alone():
             if dist.rank() == 0:
-                stage.judge(parts, device)
+                stage.judge(parts, setting.device)
     if dist.rank() == 0 and (options.out / "forgetting.json").exists():
         Console().print(forgetting.printed(read_forgetting(options.out)))
 
@@ -206,7 +203,7 @@ class Stage:
         chosen = self.exemplars_file.exists() or not self.keeps or self.number == self.count
         return self.is_trained() and chosen
 
-    def run(self, sources: list[Source], device: torch.device, stop: Stop) -> bool:
+    def run(self, sources: list[Source], setting: Setting) -> bool:
         """Train or resume the stage, and choose exemplars; returns whether training finished."""
         source, shown = sources[self.number - 1], sources
         if not opening.val_of(self.options.data):  # evaluation holds out some of each stage
@@ -225,11 +222,11 @@ class Stage:
         self._say(f"{name}: {len(source)} pictures{extra}")
         self.folder.check(self.options)
         pictures = joined([shown[self.number - 1], *kept])
-        state = start.train(self.options, pictures, device, stop, self.begin, num_exemplars)
-        _wait(device)  # for the status that rank 0 writes at the end
+        state = start.train(self.options, pictures, setting, self.begin, num_exemplars)
+        _wait(setting.device)  # for the status that rank 0 writes at the end
         done = self.is_trained()
         if done and self.keeps and self.number < self.count:
-            self._keep(state, source, device)
+            self._keep(state, source, setting.device)
         self._publish()
         return done
 

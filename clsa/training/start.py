@@ -5,8 +5,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
 from clsa.options.run import RunOptions
 from clsa.pictures.quarantine import Quarantine
 from clsa.pictures.sources import Source
@@ -16,9 +14,9 @@ from clsa.runs.saver import write_encoder
 from clsa.runs.state import State
 from clsa.system import dist, ranks, signals
 from clsa.system.errors import RESUMABLE, ClsaError, Exit, code_of, memory_errors
-from clsa.system.signals import REQUEUE, Stop, StopError
+from clsa.system.signals import REQUEUE, StopError
 from clsa.training.fit import fit
-from clsa.training.setup import Parts, assemble, set_out, take_up, training_pictures
+from clsa.training.setup import Parts, Setting, assemble, set_out, take_up, training_pictures
 from clsa.training.step import Run
 
 
@@ -33,16 +31,15 @@ def pretrain(options: RunOptions, free: Collection[str] = frozenset(FREE)) -> Pa
             runs out, 75 when a signal stopped a run that can be resumed, 76 when numbers stay bad.
         Asked: when a signal came before anything was written.
     """
-    with set_out(options, training_pictures, free) as (source, device, stop):
-        train(options, source, device, stop)
+    with set_out(options, training_pictures, free) as (source, setting):
+        train(options, source, setting)
     return options.out
 
 
 def train(
     options: RunOptions,
     source: Source,
-    device: torch.device,
-    stop: Stop,
+    setting: Setting,
     begin: Callable[[State], None] = lambda _: None,
     num_exemplars: int = 0,
 ) -> State:
@@ -58,9 +55,9 @@ def train(
     Raises:
         ClsaError: as `pretrain`.
     """
-    parts = assemble(options, source, device, num_exemplars)
-    take_up(parts, options, device, begin)
-    run = Run(options, device, parts.order.steps_per_epoch, stop)
+    parts = assemble(options, source, setting.device, num_exemplars)
+    take_up(parts, options, setting, begin)
+    run = Run(options, setting.device, parts.order.steps_per_epoch, setting.stop, setting.computing)
     with end_reported(parts.state, parts.quarantine):
         reason = fit(parts, run)
         finish(parts, run, reason)

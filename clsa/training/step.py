@@ -13,6 +13,7 @@ from clsa.learning.optim import clip_gradients, lr_at, peak_lr, set_lr, weight_d
 from clsa.loading.crops import Crops
 from clsa.methods.method import Batch, Method, Output, sum_of
 from clsa.options.run import RunOptions
+from clsa.runs.computing import Computing
 from clsa.runs.state import State
 from clsa.system import dist
 from clsa.system.machine import upload
@@ -31,6 +32,7 @@ class Run(NamedTuple):
     device: torch.device
     steps_per_epoch: int
     stop: Stop
+    computing: Computing
 
     @property
     def num_steps(self) -> int:
@@ -122,7 +124,7 @@ def gradients(
     Args:
         model: `method`, or the same inside DistributedDataParallel.
     """
-    with autocast(run.device, run.options.precision):
+    with autocast(run.device, run.computing.precision):
         output = model(batch)
         loss = sum_of(output.losses.values())
     loss.backward()

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from clsa.recipes import resolve
+from clsa.runs import computing
+from clsa.runs.computing import Computing
 from clsa.runs.folder import FREE, RunFolder
 from clsa.system.errors import ClsaError, Exit
 
@@ -15,7 +17,7 @@ def options(**over: object):
 def claimed(path: Path) -> RunFolder:
     folder = RunFolder(path)
     folder.check(options())
-    folder.claim(options())
+    folder.claim(options(), Computing(threads=1, precision="fp32"))
     return folder
 
 
@@ -31,7 +33,7 @@ def test_leftovers_of_a_start_killed_at_once_are_no_obstacle(tmp_path: Path) -> 
     (tmp_path / ".config.yaml.tmp-999999999").write_text("reci")
     RunFolder(tmp_path).check(options())
     claimed(tmp_path)
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".in-use"] == ["config.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {".in-use", "config.yaml", computing.NAME}
 
 
 def test_foreign_folders_are_refused_and_untouched(tmp_path: Path) -> None:

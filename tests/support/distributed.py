@@ -12,6 +12,7 @@ from clsa.methods import build_method
 from clsa.methods.method import Extent
 from clsa.pictures.opening import open_source
 from clsa.recipes import resolve
+from clsa.runs.computing import begin
 from clsa.runs.folder import RunFolder
 from clsa.runs.state import State
 from clsa.system import dist
@@ -40,7 +41,7 @@ def main(pictures: str, out: str, recipe: str, steps: int) -> None:
         method = build_method(options, extent).eval()
         optimizer = build_optimizer(method, options.optim, method.fixed_rate)
         state = State(method, optimizer, "", RunFolder(Path(out)))
-        run = Run(options, device, order.steps_per_epoch, Stop())
+        run = Run(options, device, order.steps_per_epoch, Stop(), begin(options, device))
         model = parallel(method, options)
         seen: list[list[torch.Tensor]] = []
         hook = optimizer.register_step_pre_hook(

@@ -34,6 +34,7 @@ from clsa.pictures.opening import open_source
 from clsa.pictures.sources import Pictures
 from clsa.recipes import resolve
 from clsa.runs.checkpoint import load_newest
+from clsa.runs.computing import begin
 from clsa.runs.folder import RunFolder
 from clsa.runs.state import State
 from clsa.system.machine import upload
@@ -327,7 +328,7 @@ def test_the_host_reads_once_a_step(tmp_path: Path, recipe: str, name: str) -> N
     source, order = Pictures(images, np.full(32, -1), []), Order(32, 8, 0)
     method = build_method(chosen, Extent(32, 0, 4, 8)).to(GPU)
     state = State(method, build_optimizer(method, chosen.optim), "", RunFolder(tmp_path / "run"))
-    run = Run(chosen, GPU, order.steps_per_epoch, Stop())
+    run = Run(chosen, GPU, order.steps_per_epoch, Stop(), begin(chosen, GPU))
     stream = loader.batches(source, method.view_specs, order, 0, 6, GPU, DataOptions(data="noise"))
     for _ in range(3):  # the first steps make states, handles and plans
         train_step(method, state, next(stream), run)

@@ -31,6 +31,7 @@ from clsa.options.run import DataOptions
 from clsa.pictures.opening import open_source
 from clsa.pictures.sources import Pictures, Source
 from clsa.recipes import resolve
+from clsa.runs.computing import begin
 from clsa.runs.folder import RunFolder
 from clsa.runs.state import State
 from clsa.system import dist
@@ -126,7 +127,7 @@ class Trainer:
         self.method = build_method(self.options, Extent(100 * batch, 0, 100, 2000))
         optimizer = build_optimizer(self.method, self.options.optim)
         self.state = State(self.method, optimizer, "", RunFolder(out))
-        self.run = Run(self.options, CPU, 100, Stop())
+        self.run = Run(self.options, CPU, 100, Stop(), begin(self.options, CPU))
         self.model = parallel(self.method, self.options)
         self.share = batch // dist.world_size()
 

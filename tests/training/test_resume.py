@@ -24,6 +24,7 @@ from clsa.pictures.opening import open_source
 from clsa.pictures.sources import Pictures, joined
 from clsa.recipes import resolve
 from clsa.runs import checkpoint, digests
+from clsa.runs.computing import Computing
 from clsa.runs.data_change import Given
 from clsa.runs.folder import FREE, RunFolder
 from clsa.runs.state import State
@@ -308,7 +309,7 @@ def with_other(options: Any, key: str) -> Any:
 def test_each_option_is_free_or_a_change_is_refused_by_name(key: str, tmp_path: Path) -> None:
     run = leaves()[key].model_copy(update={"out": tmp_path / "run"})
     folder = RunFolder(run.out)
-    folder.claim(run)
+    folder.claim(run, Computing(threads=1, precision="fp32"))
     folder.encoder.write_bytes(b"something to lose")
     folder.check(run)
     changed = with_other(run, key)
@@ -329,7 +330,7 @@ def test_only_known_options_are_free() -> None:
 def test_a_config_of_another_version_names_what_is_unknown(tmp_path: Path) -> None:
     run = resolve({"recipe": "clsa-small", "out": str(tmp_path / "run")})
     folder = RunFolder(run.out)
-    folder.claim(run)
+    folder.claim(run, Computing(threads=1, precision="fp32"))
     text = folder.config.read_text()
     folder.config.write_text(text + "ema_decay: 0.9\n")
     with pytest.raises(ClsaError, match=r"config\.yaml: ema_decay - no such setting"):
@@ -420,7 +421,7 @@ def test_what_cannot_be_extended(tmp_path: Path) -> None:
         extend(ExtendOptions(run=tmp_path, epochs=2))
     assert caught.value.code == Exit.NO_INPUT
     staged = resolve({"recipe": "continual-small", "stages": ["classes:2"]})
-    RunFolder(tmp_path / "run").claim(staged)
+    RunFolder(tmp_path / "run").claim(staged, Computing(threads=1, precision="fp32"))
     with pytest.raises(ClsaError, match="a run in stages cannot be extended"):
         extend(ExtendOptions(run=tmp_path / "run", epochs=2000))
 
