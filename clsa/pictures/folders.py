@@ -4,7 +4,6 @@ import os
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -153,4 +152,6 @@ def _few(names: list[str]) -> str:
 def half_of(spec: str, split: Split) -> str:
     """The folder that holds `split` of the folder `spec`; `spec` itself if it has no splits."""
     found = halves(spec)
-    return spec if found is None else str(Path(spec, found[0 if split == "train" else 1]))
+    if found is None:
+        return spec
+    return os.path.join(spec, found.train if split == "train" else found.val)

@@ -169,7 +169,8 @@ class _Seen:
     def left_out(self) -> LeftOut:
         """All of it, as text."""
         lists = [[*map(os.fsdecode, some)] for some in (self.system, self.followed, self.passed)]
-        endings = {os.fsdecode(ending): count for ending, count in self.endings.most_common()}
+        order = sorted(self.endings.items(), key=lambda pair: (-pair[1], pair[0]))
+        endings = {os.fsdecode(ending): count for ending, count in order}
         return LeftOut(endings, self.hidden, *lists)
 
 

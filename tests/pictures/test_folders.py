@@ -115,7 +115,7 @@ def test_what_was_taken_is_told_in_lines(
     tell(train_of(tmp_path), "pictures")
     assert capsys.readouterr().err.splitlines() == [
         "pictures: 4 pictures (png 2, jpg 2), 2 classes: cat 2, dog 1; 1 without a class",
-        "pictures: left out, no pictures by their endings: .heic 2, .mp4 1, no ending 1",
+        "pictures: left out, no pictures by their endings: .heic 2, no ending 1, .mp4 1",
         "pictures: left out, hidden files and folders: 1",
         "pictures: HEIC pictures are not read: convert them to JPEG, for example",
     ]
