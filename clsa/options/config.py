@@ -33,6 +33,7 @@ class Config(pydantic.BaseModel):
     @pydantic.field_validator("*", mode="before")
     @classmethod
     def _keep_kinds(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        value = plain(value)
         kinds = _numbers_in(cls.model_fields[str(info.field_name)].annotation)
         accepted = kinds | ({int} if float in kinds else set())
         for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -77,6 +78,19 @@ class Config(pydantic.BaseModel):
     def to_yaml(self) -> str:
         """The options as YAML that `read_yaml` can read."""
         return to_yaml(self.model_dump(mode="json"))
+
+
+def plain(value: Any) -> Any:
+    """`value` without the types of NumPy and torch: numbers, lists of them, the name of a device.
+
+    Neither library is imported for it. Other values stay as they are.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    kind = type(value)
+    if kind.__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value) if (kind.__module__, kind.__name__) == ("torch", "device") else value
 
 
 def _numbers_in(annotation: Any) -> set[type]:
