@@ -2,6 +2,8 @@
 
 In come views, queries and keys. Out go features, projections, losses and optimiser steps.
 
+    memory_format.py    channels_last where torch computes soundly in it, else the plain format
+    precision.py        where bf16 is wrong on a CPU: layers in float32, a test of the machine
     models.py           encoders (timm), projector, momentum copy, batch norm in groups
     norm_statistics.py  a copy of batch norm's running statistics, to undo a bad step
     bank.py             key queue, memory rows, prototypes, learned negatives

@@ -16,6 +16,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from clsa.learning.memory_format import lay_out, suited_layout
 from clsa.options.config import nearest
 from clsa.options.run import ModelOptions
 from clsa.system import dist
@@ -151,7 +152,8 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
 
     ResNets start with ones in the last norm of each block, as torchvision's and MoCo's do; timm's
     default is zeros (`zero_init_last`). Dropout and stochastic depth are switched off: they would
-    draw from a global generator, and no method here needs them.
+    draw from a global generator, and no method here needs them. Memory format:
+    `suited_layout`.
 
     Raises:
         ClsaError: for an unknown encoder, or a small stem on an encoder that is not a ResNet.
@@ -166,7 +168,10 @@ def build_encoder(options: ModelOptions, seed: int) -> nn.Module:
             module.p = 0.0
         elif isinstance(module, DropPath):
             module.drop_prob = 0.0
-    return encoder.to(memory_format=torch.channels_last)
+        if hasattr(module, "drop_rate"):  # ghostnet calls F.dropout with it
+            vars(module)["drop_rate"] = 0.0
+    lay_out(encoder, suited_layout(encoder))
+    return encoder
 
 
 def _create(name: str, zero_init_last: bool) -> nn.Module:
