@@ -62,7 +62,7 @@ def batches(
             why = f"not divisible among {world} processes"
             raise ClsaError(f"{what} {count}", why, f"use a multiple of {world}")
     plan = Plan(source, specs, order, companions, dist.rank(), world)
-    quarantine = quarantine or Quarantine(source)
+    quarantine = quarantine or Quarantine(source, limit=options.max_unreadable)
     images = _resident_images(source, options, device, quarantine)
     if images is not None:
         return _resident(plan, images, range(first_step, last_step), quarantine)

@@ -20,6 +20,17 @@ NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 
 
+def _limit(value: Any) -> Any:
+    text = str(value) if type(value) is int else value
+    if isinstance(text, str) and not re.fullmatch(r"[0-9]+|[0-9]+(\.[0-9]+)?\s?%", text):
+        raise ValueError(f"expected a number such as 40 or a share such as 1%, got {value!r}")
+    return text
+
+
+Limit = Annotated[str, pydantic.BeforeValidator(_limit)]
+"""A number of things, or their share in per cent: 40, 1%."""
+
+
 class Config(pydantic.BaseModel):
     """Base class of all options: refuses unknown names, NaN, and text or booleans as numbers.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tyro
 
-from clsa.options.config import Config, Count, Fraction, NotNegative, Positive, Share
+from clsa.options.config import Config, Count, Fraction, Limit, NotNegative, Positive, Share
 from clsa.options.methods import KINDS, MethodOptions, MoCoOptions
 from clsa.options.wrappers import (
     ContinualOptions,
@@ -38,6 +38,9 @@ class DataOptions(Config):
     """Text file with one class folder per line: use only these (ImageNet subsets)."""
     num_images: Count | None = None
     """Use only the first N pictures."""
+    max_unreadable: Limit | None = None
+    """End the run when more pictures than this cannot be read: a number, or a share such as 1%
+    (default: 0.1 %, but at least 10)."""
     resident_limit: Positive = 1.0
     """Keep the whole set on the device, as uint8, if its pictures all have one size and take at
     most this many GiB."""

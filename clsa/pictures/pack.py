@@ -75,9 +75,9 @@ def pack(options: PackOptions) -> Packed:
 
     Raises:
         ClsaError: 2 if `out` holds something else, another process packs into it, or `data` is
-            already packed; 65 if more than max(10, 0.1 %) of the pictures are unreadable, or a
-            finished pack is damaged; 66 if there is nothing to read; 73 or 74 if the disk refuses
-            or a worker fails.
+            already packed; 65 if more pictures than the limit are unreadable (after all were
+            tried), or a finished pack is damaged; 66 if there is nothing to read; 73 or 74 if the
+            disk refuses or a worker fails.
     """
     source = open_source(options.data, options.split, DataOptions())
     if isinstance(source, Shards):
@@ -266,9 +266,10 @@ class _Job:
             for path in self.out.glob(".*.tmp-*"):  # left by a start that was killed
                 path.unlink(missing_ok=True)
         files.write_text(self.manifest, json.dumps(self._asked()) + "\n")
-        quarantine = Quarantine(self.source)
+        quarantine = Quarantine(self.source, limit=self.options.max_unreadable)
         try:
             parts = self._write_shards(quarantine)
+            quarantine.require_few()  # only now, so that all of them are named
         finally:
             named = quarantine.by_id().items()
             lines = [json.dumps({"path": name, "reason": reason}) for name, reason in named]
@@ -284,7 +285,7 @@ class _Job:
         for part in parts:
             lost = part.end - len(part.places) + np.flatnonzero(part.places[:, LENGTH] == 0)
             reasons = [REASONS[code] for code in part.reasons]
-            quarantine.add(dict(zip(lost.tolist(), reasons, strict=True)))
+            quarantine.reasons |= dict(zip(lost.tolist(), reasons, strict=True))
         first, total = parts[-1].end if parts else 0, len(self.source)
         if parts:
             self.console.print(f"Continuing after {len(parts)} shards ({first}/{total} pictures).")
@@ -304,7 +305,7 @@ class _Job:
                 if isinstance(item, _Encoded):
                     yield item
                 else:
-                    quarantine.add(dict([item]))
+                    quarantine.reasons |= dict([item])
 
         pictures = readable() if first < total else iter(())
         with progress:

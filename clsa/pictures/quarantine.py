@@ -1,5 +1,6 @@
 """Notes which pictures could not be read and why, and stops a run that has too many of them."""
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -14,6 +15,13 @@ REASONS = (
     *("empty", "not-an-image", "truncated", "too-large"),
     *("unsupported", "broken", "unreadable"),
 )
+
+
+def _budget(limit: str | None, count: int) -> int:
+    """How many of `count` pictures may be unreadable."""
+    if limit is None:
+        return max(10, count // 1000)
+    return math.floor(count * float(limit[:-1]) / 100) if limit.endswith("%") else int(limit)
 
 
 def _reason(source: Source, i: int) -> str:
@@ -31,6 +39,8 @@ class Quarantine:
     Args:
         known: paths or names that an earlier start of the run could not read. They are tried
             again, so that repaired pictures no longer count.
+        limit: how many may be unreadable: a number, or a share such as 1%; if not given, 0.1 %,
+            but at least 10.
 
     Attributes:
         reasons: reason for each unreadable picture, by its number in the source.
@@ -39,10 +49,10 @@ class Quarantine:
         ClsaError: 65 if the known ones alone are too many.
     """
 
-    def __init__(self, source: Source, known: Collection[str] = ()):
+    def __init__(self, source: Source, known: Collection[str] = (), limit: str | None = None):
         self.source = source
         self.reasons: dict[int, str] = {}
-        self.budget = max(10, len(source) // 1000)
+        self.budget = _budget(limit, len(source))
         if known:
             tried = {i: _reason(source, i) for i, name in enumerate(source.ids) if name in known}
             self.add({i: reason for i, reason in tried.items() if reason})
@@ -51,9 +61,13 @@ class Quarantine:
         """Note unreadable pictures.
 
         Raises:
-            ClsaError: 65 if more than max(10, 0.1 %) of the pictures are unreadable, or all.
+            ClsaError: 65 if more pictures than the limit are unreadable, or all.
         """
         self.reasons |= reasons
+        self.require_few()
+
+    def require_few(self) -> None:
+        """Raise what `add` raises if too many pictures are noted."""
         if len(self.reasons) > self.budget or len(self.reasons) == len(self.source):
             raise self.error()
 
@@ -84,4 +98,5 @@ class Quarantine:
         first = sorted(self.reasons)[:10]
         named = ", ".join(f"{self.source.ids[i]} ({self.reasons[i]})" for i in first)
         what = f"{len(self.reasons)} unreadable pictures among {len(self.source)}"
-        return ClsaError(what, f"first: {named}", "repair or remove them", Exit.BAD_DATA)
+        hint = "repair or remove them, or raise --max-unreadable"
+        return ClsaError(what, f"first: {named}", hint, Exit.BAD_DATA)

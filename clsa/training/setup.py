@@ -113,7 +113,7 @@ def assemble(
     if options.labels is not None:
         shown = with_few_labels(shown, options.labels, options.seed, held)
     order = Order(len(source), options.batch_size, options.seed)
-    quarantine = Quarantine(source, folder.read_quarantine())
+    quarantine = Quarantine(source, folder.read_quarantine(), options.data.max_unreadable)
     steps = order.steps_per_epoch
     last = steps * options.epochs
     extent = Extent(len(source), len(source.classes), steps, last, shown.labels, num_exemplars)

@@ -307,6 +307,29 @@ def test_too_many_unreadable_pictures_end_the_pack(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "quarantine.jsonl").read_text() == ""
 
 
+def test_every_broken_picture_is_named_at_once_and_a_higher_limit_finishes(tmp_path: Path) -> None:
+    """12 of 40 are cut; a limit of 29 % of 40 is 11 (11.6 rounded down), one of 30 % is 12."""
+    root = jpeg_folder(tmp_path / "in", [(20, 20)] * 40)
+    broken = [f"{i:02d}.jpg" for i in (*range(0, 33, 3), 39)]
+    for name in broken:
+        (root / name).write_bytes((root / name).read_bytes()[:-40])
+    out = tmp_path / "out"
+    for limit in (None, "29%", 11):
+        text, code = refusal(lambda limit=limit: packed(root, out, max_unreadable=limit))
+        assert code == Exit.BAD_DATA and "12 unreadable pictures among 40" in text
+        assert "--max-unreadable" in text and not (out / "index.npz").exists()
+        lines = (out / "quarantine.jsonl").read_text().splitlines()
+        assert [json.loads(line)["path"] for line in lines] == broken
+    result = packed(root, out, max_unreadable="30%")
+    assert (result.pictures, result.left_out) == (28, 12)
+
+
+@pytest.mark.parametrize("limit", ["-1", "some", "1 percent", "%"])
+def test_a_limit_is_a_number_or_a_share(limit: str) -> None:
+    with pytest.raises(ValueError, match="40 or a share such as 1%"):
+        DataOptions(max_unreadable=limit)
+
+
 # ---- interruptions
 
 
