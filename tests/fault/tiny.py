@@ -1,7 +1,6 @@
 """A run that takes seconds, its expected result, and processes ("attempts") that run it."""
 
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -19,9 +18,7 @@ import numpy as np
 import torch
 import torch.utils.tensorboard  # before attempts are forked
 from PIL import Image
-from torch import nn
 
-from clsa.learning import models
 from clsa.options.config import merge
 from clsa.options.run import RunOptions
 from clsa.recipes import resolve
@@ -30,6 +27,7 @@ from clsa.runs.state import State
 from clsa.system import lock
 from clsa.system.errors import ClsaError, Exit
 from clsa.training import stages
+from tests.support.small_encoder import shrink_encoder
 
 EPOCH, STEPS = 6, 120
 SAVE_EVERY_FEW_STEPS = 0.0006  # minutes
@@ -88,20 +86,6 @@ def options(pictures: Path, out: Path, **over: Any) -> RunOptions:
         "method": {"queue_size": 256},
     }
     return resolve(merge(tiny, over))
-
-
-def shrink_encoder(channels: tuple[int, ...] = (3, 8, 16)) -> None:
-    """In an attempt: use an encoder whose step takes milliseconds, whatever the options say."""
-
-    def create(*_: Any) -> nn.Module:
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(channels):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
-        encoder = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        encoder.num_features = encoder.head_hidden_size = channels[-1]  # pyright: ignore
-        return encoder
-
-    models._create = create
 
 
 class _Shuffled:

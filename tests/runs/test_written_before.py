@@ -23,7 +23,7 @@ from clsa.pictures.opening import open_source
 from clsa.runs.checkpoint import run_digest
 from clsa.runs.folder import RunFolder
 from clsa.runs.saved_encoder import load_encoder
-from tests.fault.tiny import shrink_encoder
+from tests.support.small_encoder import shrink_encoder
 
 ARCHIVE = Path(__file__).parents[1] / "support" / "written-before-wings.tar.xz"
 IMAGE = torch.linspace(-2, 2, 3 * 16 * 16).view(1, 3, 16, 16)

@@ -33,13 +33,14 @@ from clsa.system.errors import ClsaError, Exit
 from clsa.training.extend import extend
 from clsa.training.stages import pretrain
 from tests.fault import changes, resumes, tiny
+from tests.support.small_encoder import shrink_encoder
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a step of a run take milliseconds."""
     monkeypatch.setattr(models, "_create", models._create)
-    tiny.shrink_encoder()
+    shrink_encoder()
 
 
 def run_of(pictures: Path, out: Path, **over: Any) -> RunOptions:
