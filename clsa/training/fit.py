@@ -71,7 +71,7 @@ def fit(parts: Parts, run: Run) -> str:
                 if reason or not rest:
                     quarantine.share(run.device)
                 if not stats.bad and (reason or not rest or state.step % options.log_every == 0):
-                    journal.log(state.step, {**stats.numbers(), **health.numbers})
+                    journal.log(state.step, {**stats.numbers(), **health.take_numbers()})
                 if reason or not rest or saver.is_due():
                     # Clocks differ: when a save is due by time, the ranks do not all get here.
                     with ranks.first_alone(together=bool(reason or not rest)):

@@ -106,7 +106,7 @@ class Health:
         watches: whether this process watches; on other processes nothing happens.
 
     Attributes:
-        numbers: measured at the last look, for the log.
+        numbers: measured at the last look; empty once `take_numbers` has given them to the log.
     """
 
     def __init__(
@@ -157,6 +157,11 @@ class Health:
         if is_look:
             self.spreads, self.seen = [], []
         return begun
+
+    def take_numbers(self) -> dict[str, float]:
+        """What was measured at a look that the log has not seen yet; empty if there was none."""
+        taken, self.numbers = self.numbers, {}
+        return taken
 
     def _gathered(self) -> Float[Tensor, "numbers"]:
         """All numbers kept since the last look, in one tensor on the device."""

@@ -1,5 +1,6 @@
 """All that comes before the first step: build the parts of a run, load its newest checkpoint."""
 
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -163,8 +164,11 @@ def require_same_step(step: int, device: torch.device) -> None:
 
 
 def tell_start(options: RunOptions, parts: Parts) -> None:
-    """Print, before the first step, what was taken and what the user may not have intended."""
+    """Print, before the first step, what was taken, where it goes on, and what may not be meant."""
     tell(parts.source, "pictures")
+    where = describe_resumed(options, parts.state.step, parts.order.steps_per_epoch)
+    if where:
+        print(where, file=sys.stderr)
     if options.labels is not None:
         held = num_held(options.labels, parts.held)
         print(describe_labels(parts.shown, held), file=sys.stderr)
@@ -175,3 +179,22 @@ def tell_start(options: RunOptions, parts: Parts) -> None:
             "try a smaller --method.queue-size",
             file=sys.stderr,
         )
+
+
+def describe_resumed(options: RunOptions, step: int, steps_per_epoch: int) -> str:
+    """Where a run goes on, or that nothing is left to do; empty for a new run.
+
+    Args:
+        step: steps that the run has done.
+    """
+    last = options.epochs * steps_per_epoch
+    if step >= last:
+        how = f"clsa extend {shlex.quote(str(options.out))} --epochs N"
+        more = "" if options.stages else f"; to train for longer: {how}"
+        return (
+            f"nothing was to be done: all {last:,} steps ({options.epochs} epochs) are done{more}"
+        )
+    if options.max_steps and step >= options.max_steps:
+        return f"nothing was to be done: --max-steps {options.max_steps:,} is reached"
+    epoch = step // steps_per_epoch + 1
+    return f"resumed at step {step:,} of {last:,} (epoch {epoch})" if step else ""

@@ -72,8 +72,10 @@ def run_stages(options: RunOptions, sources: list[Source], setting: Setting) -> 
     if dist.rank() == 0:
         RunFolder(options.out).claim(options, setting.computing)
     parts = labelled_parts(sources, options)
-    for number in range(1, len(sources) + 1):
-        stage = Stage(options, number, len(sources))
+    stages = [Stage(options, number + 1, len(sources)) for number in range(len(sources))]
+    if dist.rank() == 0 and all(stage.is_finished() for stage in stages):
+        print("nothing was to be done: all stages are finished", file=sys.stderr)
+    for stage in stages:
         finished = stage.run(sources, setting)
         if not finished:
             break

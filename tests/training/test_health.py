@@ -221,6 +221,7 @@ def test_every_method_can_be_watched(recipe: str, stronger: bool) -> None:
     method(batch_of(method))
     health.after(1.0, 1.0, is_bad=False)
     assert 0 < health.numbers["spread"] < 1.5 and health.numbers["rankme"] >= 1
+    assert health.take_numbers()["rankme"] >= 1 and health.take_numbers() == {}  # logged once
 
 
 def test_a_key_network_without_lag_is_reported() -> None:

@@ -214,7 +214,9 @@ def test_the_same_command_leaves_a_finished_run_as_it_is(
     encoder.unlink()  # as if killed before it was written
     stages.pretrain(options(drawings, whole))
     assert run_digest(whole / "stage-3") == before and encoder.read_bytes() == bytes_before
-    assert capsys.readouterr().err.count("already done") == 3
+    told = capsys.readouterr().err
+    assert told.count("already done") == 3
+    assert "nothing was to be done: all stages are finished\n" in told
 
 
 def test_baselines_keep_less(drawings: Path, tmp_path: Path) -> None:

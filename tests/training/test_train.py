@@ -25,6 +25,7 @@ from clsa.runs.digests import digest
 from clsa.runs.saved_encoder import load_encoder
 from clsa.system.errors import ClsaError, Exit
 from clsa.training import fit, stages, step
+from clsa.training.setup import describe_resumed
 from clsa.training.start import pretrain
 from tests.support.pictures import clipart_folder
 
@@ -80,6 +81,35 @@ def test_resume_is_bitwise_after_three_stops_in_one_epoch_with_other_worker_coun
     ]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert losses == {line["step"]: line["loss"] for line in whole_lines}
+
+
+def test_a_start_says_where_it_goes_on_or_that_nothing_is_left(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    def told(**over: Any) -> str:
+        capsys.readouterr()
+        pretrain(options(pictures, out, **over))
+        return capsys.readouterr().err
+
+    assert "resumed" not in (new := told(max_steps=6)) and "nothing" not in new
+    assert "nothing was to be done: --max-steps 6 is reached\n" in told(max_steps=6)
+    assert "resumed at step 6 of 10 (epoch 2)\n" in told()
+    done = f"all 10 steps (2 epochs) are done; to train for longer: clsa extend {out} --epochs N"
+    assert f"nothing was to be done: {done}\n" in told()
+    long = options(pictures, out, epochs=640)
+    assert describe_resumed(long, 31, 5) == "resumed at step 31 of 3,200 (epoch 7)"
+
+
+def test_what_a_look_has_found_stands_in_one_line_of_the_metrics(
+    pictures: Path, tmp_path: Path
+) -> None:
+    out = pretrain(options(pictures, tmp_path / "run", epochs=9, log_every=3))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    # looks at steps 20 and 40; lines at every third step and at the end of an epoch of five
+    assert [line["step"] for line in lines if "rankme" in line] == [20, 40]
+    assert [line["step"] for line in lines if "spread" in line] == [20, 40]
 
 
 def test_another_seed_another_digest_and_the_same_seed_the_same(
