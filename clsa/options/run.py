@@ -100,7 +100,9 @@ class ViewOptions(Config):
     """Crops and pixel operations."""
 
     size: Annotated[int, pydantic.Field(ge=8)] = 224
-    """Side in pixels of the first view (MoCo's key) and of pictures at evaluation."""
+    """Side in pixels of the first view (MoCo's key) and of pictures at evaluation. The other views
+    move with it: each keeps its share of this side (rounded to a multiple of 4), unless its own
+    size is given."""
     scale: tuple[Share, Share] = (0.2, 1.0)
     """Smallest and largest share of the picture's area that a crop of `size` covers. Smaller crops
     cover proportionally less (times side / size), as in the official code."""

@@ -43,6 +43,8 @@ def overrides_of(name: str) -> Overrides:
 def resolve(values: Overrides, source: str = "options") -> RunOptions:
     """Options from `values`; what they leave out comes from the recipe they name, then defaults.
 
+    Another `views.size` moves all views of the recipe (`resized`), but not those in `values`.
+
     Args:
         values: options by name, groups nested; `recipe` names the recipe.
         source: where the values come from, for error messages.
@@ -59,7 +61,38 @@ def resolve(values: Overrides, source: str = "options") -> RunOptions:
         why = f"{name} is a recipe for {overrides['method']['name']}"
         hint = f"choose another --recipe, perhaps {close}" if close else "choose another --recipe"
         raise ClsaError(f"{source}: method.name {method}", why, hint)
+    size = values.get("views", {}).get("size") if isinstance(values.get("views"), dict) else None
+    if type(size) is int and size > 0:
+        overrides = resized(RunOptions.parse(overrides, source), overrides, size)
     return RunOptions.parse(merge(overrides, values), source)
+
+
+def resized(options: RunOptions, overrides: Overrides, size: int) -> Overrides:
+    """`overrides` with every view in the same relation to `size` as in `options` to `views.size`.
+
+    A view of the full size gets the new one; others are rounded to multiples of 4, at least 8.
+
+    Args:
+        options: what `overrides` resolve to.
+    """
+    before = options.views.size
+
+    def moved(sides: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            size if side == before else max(8, 4 * round(side * size / before / 4))
+            for side in sides
+        )
+
+    if size == before:
+        return overrides
+    views = options.views
+    sizes = {
+        "weak": {"sizes": moved(views.weak.sizes)},
+        "local": {"sizes": moved(views.local.sizes)},
+    }
+    strong, resolutions = moved(options.strong.sizes), moved(options.mixture.resolutions)
+    own = {"strong": {"sizes": strong}, "mixture": {"resolutions": resolutions}}
+    return merge(overrides, {"views": sizes, **own})
 
 
 def describe_recipe(name: str) -> str:

@@ -335,3 +335,42 @@ def test_a_runs_config_yaml_is_a_config_file(parsed: Any, tmp_path: Path) -> Non
 
 def test_no_command_line_at_all_is_the_default_recipe(parsed: Any) -> None:
     assert parsed() == resolve({}) == resolve({"recipe": "clsa-small"})
+
+
+def test_one_size_moves_all_views_that_were_not_set_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sides(options: RunOptions) -> tuple[Any, ...]:
+        weak, local = options.views.weak.sizes, options.views.local.sizes
+        return options.views.size, weak, local, options.strong.sizes, options.mixture.resolutions
+
+    def sized(recipe: str, size: int, **over: Any) -> tuple[Any, ...]:
+        return sides(resolve({"recipe": recipe, "views": {"size": size, **over}}))
+
+    assert sized("clsa-small", 96) == (96, (96,), (), (96,), ())
+    # 96 of 224 is 27.4 of 64; 16 of 32 is 48 of 96; 160 of 224 is 68.6 of 96
+    assert sized("clsa-multi", 64) == (64, (64, 56, 44, 36, 28), (), (64, 56, 44, 36, 28), ())
+    assert sized("swav-small", 96)[2] == (48, 48)
+    assert sized("clim-multi-res", 96)[4] == (68,)
+    assert sized("swav-small", 16)[2] == (8, 8) and sized("swav-small", 8)[2] == (8, 8)
+    assert sized("clsa-small", 96, weak={"sizes": [40]}) == (96, (40,), (), (96,), ())
+    for name in RECIPES:  # its own size changes nothing
+        own = resolve({"recipe": name})
+        assert resolve({"recipe": name, "views": {"size": own.views.size}}) == own
+
+    seen: list[RunOptions] = []
+    monkeypatch.setattr("clsa.training.stages.pretrain", lambda options: seen.append(options))
+    monkeypatch.setattr("clsa.cli.train.pretrain.say_next", lambda _: None)
+
+    def typed(*args: str) -> tuple[Any, ...]:
+        main(["pretrain", "--data", "clipart", *args])
+        return sides(seen[-1])
+
+    small = ("--recipe", "clsa-small")
+    assert typed(*small, "--views.size", "96") == (96, (96,), (), (96,), ())
+    apart = typed(*small, "--views.size=96", "--views.weak.sizes", "40")
+    assert apart == (96, (40,), (), (96,), ())
+    (tmp_path / "config.yaml").write_text(resolve({"recipe": "swav-small"}).to_yaml())
+    config = ("--config", str(tmp_path / "config.yaml"))
+    assert typed(*config, "--views.size", "96")[:3] == (96, (96,), (48, 48))
+    assert typed(*config)[:3] == (32, (32,), (16, 16))

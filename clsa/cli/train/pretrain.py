@@ -7,7 +7,7 @@ from clsa.cli.command import parse, value_of
 from clsa.cli.train.next_steps import say_next
 from clsa.options.config import merge, read_yaml
 from clsa.options.run import RunOptions
-from clsa.recipes import resolve
+from clsa.recipes import resized, resolve
 from clsa.system.errors import ClsaError
 
 RESOLVED = {"recipe", "views", "model", "optim", "method"}
@@ -25,6 +25,11 @@ def pretrain(args: list[str]) -> None:
     values = merge(values, {"recipe": recipe} if recipe else {})
     method = value_of("--method.name", args)
     values = merge(values, {"method": {"name": method}} if method else {})
+    size = value_of("--views.size", args) or ""
+    if size.isdecimal() and int(size) >= 8:  # it moves the other views: known before the rest
+        if resolved:  # a run's config.yaml: its views keep their relation, as a recipe's do
+            values = resized(resolve(values, path or "options"), values, int(size))
+        values = merge(values, {"views": {"size": int(size)}})
     options = parse(pretrain, RunOptions, args, resolve(values, path or "options"))
     from clsa.training.stages import pretrain as run
 
