@@ -23,7 +23,8 @@ class BYOL(Method):
     in train mode and without gradient. Predictor and momentum together prevent the constant
     solution. With `stronger`, queries are compared with the batch's keys of the other view and a
     queue of past keys. The authors of CLSA described it so when asked, but left the choice of bank
-    open. Deviations: the momentum copy moves after the step; the last linear layers have a bias.
+    open. The momentum copy moves after the step, as in the code (byol_experiment.py, `_update_fn`).
+    Deviation: the last linear layers have a bias.
     """
 
     def __init__(self, options: RunOptions, extent: Extent):

@@ -86,6 +86,9 @@ class SuNCEtOptions(Config):
     """Number of classes drawn for each step (all classes, if there are fewer)."""
     per_class: Count = 2
     """Labelled pictures per class; a class with fewer gives each of them in turn."""
+    views: Annotated[int, pydantic.Field(ge=1, le=2)] = 2
+    """Weak views of each labelled picture (SuNCEt's code: 1). Two need the memory of twice the
+    pictures, but let a class with a single picture have a positive."""
     temperature: Positive = 0.1
     """Temperature of the similarities."""
     weight: NotNegative = 1.0

@@ -21,8 +21,14 @@ AROUND: dict[str, Recipe] = {
             {
                 "epochs": 100,
                 "batch_size": 2816,
-                "suncet": {"classes": 640, "per_class": 4},
-                "model": {"projector_layers": 3, "projector_dim": 2048, "projector_norm": "hidden"},
+                # 2 pictures a class on each of 64 GPUs, one view: suncet imgnt_train.yaml:2,4,5,16
+                "suncet": {"classes": 20, "per_class": 128, "views": 1},
+                "model": {
+                    "zero_init_last": False,
+                    "projector_layers": 3,
+                    "projector_dim": 2048,
+                    "projector_norm": "hidden",
+                },
                 # 4.8 and 0.048 at the batch of 2,816
                 "optim": {"lr": 4.8 * 256 / 2816, "final_lr": 0.048 * 256 / 2816},
             },
@@ -63,7 +69,7 @@ AROUND: dict[str, Recipe] = {
         "Continual pretraining: MoCo v2 on ten parts of the classes, one after another.",
         "CCSSL, code; the settings of its terms are the defaults of --continual",
         "55.5 on 100 classes of ImageNet after 10 parts (fine-tuning 52.6, replay 54.3)",
-        merge(IMAGENET["moco-v2"].values, {**_TEN, "optim": {"schedule": "cosine"}}),
+        merge(IMAGENET["moco-v2"].values, {**_TEN, "optim": {"schedule": "cosine-epoch"}}),
     ),
     "continual-cifar": Recipe(
         "Continual pretraining at 32 pixels, ten parts of the classes.",

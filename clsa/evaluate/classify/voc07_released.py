@@ -78,7 +78,7 @@ def voc07_released(
             optimizer.zero_grad()
         moved.eval()
         ((values, _),) = judged([(moved, layer)], seen_in_val, selecting, card)
-        if values[card.headline] > highest:
+        if values[card.headline] >= highest:  # the later of equals, as the released code
             highest = values[card.headline]
             best = epoch + 1, (copy.deepcopy(moved), copy.deepcopy(layer))
     crops = (squares(lists.test.source, card.size, crop_at(*place)) for place in PLACES)
@@ -87,8 +87,11 @@ def voc07_released(
 
 
 def rate_at(epoch: int, card: ReleasedCard) -> float:
-    """Learning rate lr (1 + cos(pi epoch / period)) / 2, which falls and rises again."""
-    return card.lr * (1 + math.cos(math.pi * epoch / card.cosine_period)) / 2
+    """Learning rate lr (1 + cos(pi (epoch + 1) / period)) / 2, which falls and rises again.
+
+    The scheduler of the released code steps before the epoch (CLSA, VOC_CLF/train.py:42).
+    """
+    return card.lr * (1 + math.cos(math.pi * (epoch + 1) / card.cosine_period)) / 2
 
 
 def squares(

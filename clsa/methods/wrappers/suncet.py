@@ -20,11 +20,11 @@ class SuNCEt(Wrapper):
     """A method on the unlabelled batch, and SuNCEt's loss on labelled pictures appended to it.
 
     L = L_base + weight L_sun. Each step shows `classes` classes with `per_class` labelled pictures
-    each (`Stratified`), in two weak views of the base, or in one if the base has only one. With two
-    views, a class with a single picture has the picture's other view as its positive. The labelled
-    rows go through the network separately (own batch statistics), after those of the base. The
-    labelled rows of all processes are compared: all processes show the same classes. After `epochs`
-    epochs the base continues alone.
+    each (`Stratified`), in `views` weak views of the base, or in one if the base has only one. With
+    two views, a class with a single picture has the picture's other view as its positive. The
+    labelled rows go through the network separately (own batch statistics), after those of the
+    base. The labelled rows of all processes are compared: all processes show the same classes.
+    After `epochs` epochs the base continues alone.
 
     With `Stronger` the labelled rows take part in its divergence: as queries and, by their other
     view, as rows of the bank. With methods of one view or without positives they do not.
@@ -44,15 +44,15 @@ class SuNCEt(Wrapper):
         )
         names = [spec.name for spec in base.view_specs]
         weak = [i for i, name in enumerate(names) if name.startswith(("key", "weak"))]
-        self.places = weak[:2]
-        if len(weak) < 2 and self.options.per_class < 2:
+        self.places = weak[: self.options.views]
+        if len(self.places) < 2 and self.options.per_class < 2:
             why = "with one view, a positive must be another picture of the same class"
             raise ClsaError("suncet.per_class 1", why, "set it to 2")
         least = 2 * max(dist.world_size(), options.model.norm_groups)
         if self.sampler.count < least:
             why = f"batch norm needs {least} labelled pictures a step, not {self.sampler.count}"
             raise ClsaError("suncet", why, "raise suncet.classes or suncet.per_class")
-        self.joins = options.stronger and len(weak) > 1 and base.has_positives
+        self.joins = options.stronger and len(self.places) > 1 and base.has_positives
 
     def before_epoch(self, epoch: int, embed: Embed) -> dict[str, float]:
         """As the base; after `epochs` epochs the labels are no longer used."""

@@ -142,7 +142,7 @@ def saved(folder: Path) -> Path:
 
 
 def test_the_released_rate_goes_down_and_up_and_ends_high() -> None:
-    rates = [rate_at(epoch, RELEASED) for epoch in (0, 6, 12, 24, 100)]
+    rates = [rate_at(epoch, RELEASED) for epoch in (-1, 5, 11, 23, 99)]
     assert rates == pytest.approx([0.05, 0.025, 0.0, 0.05, 0.0375])
 
 
