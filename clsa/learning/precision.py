@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def float32_layers(encoder: nn.Module, sizes: Iterable[int]) -> tuple[str, ...]:
 
     Args:
         encoder: it sees a black picture of each size, in evaluation mode.
-        sizes: sides of the views in pixels.
+        sizes: sides of the views in pixels. One that the encoder does not take is passed over.
     """
     found: set[str] = set()
     convolutions = {
@@ -68,7 +69,8 @@ def float32_layers(encoder: nn.Module, sizes: Iterable[int]) -> tuple[str, ...]:
     try:
         device = next(encoder.parameters()).device
         for size in sorted(set(sizes)):
-            encoder(torch.zeros(1, 3, size, size, device=device))
+            with suppress(RuntimeError, AssertionError, ValueError):
+                encoder(torch.zeros(1, 3, size, size, device=device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,7 +4,7 @@ In come options, the state of a training run, and what happens in it. Out go che
 survive a kill, the encoder, metrics and a progress bar; opening the
 folder again restores all of it.
 
-    computing.py      threads and precision: decided when a run begins, and kept
+    computing.py      threads, precision, formats: decided when a run begins, and kept
     folder.py         the files of a run folder, and whether it is free or holds this run
     digests.py        one sha256 over nested tensors and numbers
     saved_encoder.py  the file of a trained encoder

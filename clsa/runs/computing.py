@@ -9,18 +9,21 @@ A new setting is a field of `Computing` whose default is how runs computed befor
 there (so an old record goes on too), a word in `begin`, and a reader of `run.computing`.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
 import torch
+from torch import nn
 
-from clsa.learning.models import has_bf16
+from clsa.learning.memory_format import Layout, lay_out, layout_of
+from clsa.learning.models import Network, build_encoder, has_bf16
+from clsa.learning.precision import compute_in_float32, float32_layers
 from clsa.options.run import RunOptions
 from clsa.system import dist, files
 from clsa.system.errors import ClsaError, Exit
 from clsa.system.machine import share_of_cores
+from clsa.views.specs import view_sizes
 
 NAME = "computing.json"
 _MOST_BYTES = 1 << 16
@@ -35,10 +38,34 @@ class Computing(pydantic.BaseModel):
     """Threads of each process, besides its workers."""
     precision: Literal["bf16", "fp32"]
     """Type in which matrix products and convolutions run."""
+    memory_format: Layout = "channels_last"
+    """Order of the numbers of encoders and their pictures."""
+    float32_layers: tuple[str, ...] = ()
+    """Layers of the encoder that bf16 gets wrong on a CPU: they are computed in float32."""
 
     def apply(self) -> None:
         """Set what holds for the whole process."""
         torch.set_num_threads(self.threads)
+
+    def apply_to(self, method: nn.Module) -> None:
+        """Set what holds for the networks of a method."""
+        for network in method.modules():
+            if isinstance(network, Network):
+                lay_out(network.encoder, self.memory_format)
+                if self.precision == "bf16":
+                    compute_in_float32(network.encoder, self.float32_layers)
+
+    def notes(self) -> list[str]:
+        """What it does otherwise than with most encoders, a sentence each."""
+        told = []
+        if self.float32_layers:
+            names = ", ".join(self.float32_layers)
+            told.append(f"computed in float32, because bf16 loses gradients there: {names}")
+        if self.memory_format == "contiguous":
+            told.append(
+                "the encoder runs in the plain memory format: channels_last is unsafe for it"
+            )
+        return told
 
     def describe(self, other: "Computing") -> str:
         """The settings in which `other` differs, in words; empty if it does not."""
@@ -58,10 +85,19 @@ def as_before(options: RunOptions, device: torch.device) -> Computing:
 
 
 def begin(options: RunOptions, device: torch.device) -> Computing:
-    """How a run computes that begins now: no more threads than this process has cores."""
+    """How a run computes that begins now on this machine.
+
+    No more threads than this process has cores; on CPUs, what `suited_layout` and
+    `float32_layers` find in the encoder.
+    """
     before = as_before(options, device)
-    threads = min(before.threads, share_of_cores())
-    return before.model_copy(update={"threads": threads})
+    changed: dict[str, object] = {"threads": min(before.threads, share_of_cores())}
+    if device.type == "cpu":
+        encoder = build_encoder(options.model, options.seed)
+        changed["memory_format"] = layout_of(encoder)
+        if before.precision == "bf16":
+            changed["float32_layers"] = float32_layers(encoder, view_sizes(options))
+    return before.model_copy(update=changed)
 
 
 def read(folder: Path) -> Computing | None:
@@ -71,7 +107,7 @@ def read(folder: Path) -> Computing | None:
         ClsaError: 66 when the record cannot be read.
     """
     try:
-        return Computing.model_validate(json.loads((folder / NAME).read_text("utf-8")))
+        return Computing.model_validate_json((folder / NAME).read_text("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

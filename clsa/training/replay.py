@@ -82,7 +82,7 @@ def replay(options: ReplayOptions) -> Replay:
     with dist.process_group(device):
         how = replayed(asked, options.precision, device)
         how.apply()
-        parts = assemble(asked, open_source(asked.data.data, "train", asked.data), device)
+        parts = assemble(asked, open_source(asked.data.data, "train", asked.data), device, how)
         if saved["data_digest"] != parts.state.data_digest:
             why = "the pictures are not those of the run"
             raise ClsaError(asked.data.data, why, "give their path with --data")

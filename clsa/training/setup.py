@@ -94,7 +94,11 @@ def training_pictures(options: RunOptions) -> Source:
 
 
 def assemble(
-    options: RunOptions, source: Source, device: torch.device, num_exemplars: int = 0
+    options: RunOptions,
+    source: Source,
+    device: torch.device,
+    computing: Computing,
+    num_exemplars: int = 0,
 ) -> Parts:
     """Build everything that a run needs, at step 0.
 
@@ -102,6 +106,7 @@ def assemble(
     start could not read.
 
     Args:
+        computing: how the networks compute.
         num_exemplars: how many pictures at the end of `source` come from earlier stages.
 
     Raises:
@@ -119,6 +124,7 @@ def assemble(
     last = steps * options.epochs
     extent = Extent(len(source), len(source.classes), steps, last, shown.labels, num_exemplars)
     method = build_method(options, extent).to(device)
+    computing.apply_to(method)
     optimizer = build_optimizer(method, options.optim, method.fixed_rate)
     learned = source if options.labels is None else shown
     given = Given(learned, steps, options.accept_data_change)
@@ -152,7 +158,7 @@ def take_up(
             print(f"note: {longer}", file=sys.stderr)
         state.keep_pictures()
         folder.cut_metrics(state.step)
-        tell_start(options, parts)
+        tell_start(options, parts, setting.computing)
 
 
 def require_same_step(step: int, device: torch.device) -> None:
@@ -163,12 +169,14 @@ def require_same_step(step: int, device: torch.device) -> None:
         raise ClsaError("cannot resume", why, "give all machines the same --out", Exit.NO_INPUT)
 
 
-def tell_start(options: RunOptions, parts: Parts) -> None:
+def tell_start(options: RunOptions, parts: Parts, computing: Computing) -> None:
     """Print, before the first step, what was taken, where it goes on, and what may not be meant."""
     tell(parts.source, "pictures")
     where = describe_resumed(options, parts.state.step, parts.order.steps_per_epoch)
     if where:
         print(where, file=sys.stderr)
+    for note in computing.notes():
+        print(f"note: {note} (docs/encoders.md)", file=sys.stderr)
     if options.labels is not None:
         held = num_held(options.labels, parts.held)
         print(describe_labels(parts.shown, held), file=sys.stderr)

@@ -55,7 +55,7 @@ def train(
     Raises:
         ClsaError: as `pretrain`.
     """
-    parts = assemble(options, source, setting.device, num_exemplars)
+    parts = assemble(options, source, setting.device, setting.computing, num_exemplars)
     take_up(parts, options, setting, begin)
     run = Run(options, setting.device, parts.order.steps_per_epoch, setting.stop, setting.computing)
     with end_reported(parts.state, parts.quarantine):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from clsa.options.run import Operations, StrongOptions, ViewOptions, WeakViews
+from clsa.options.run import Operations, RunOptions, StrongOptions, ViewOptions, WeakViews
 from clsa.system.errors import ClsaError
 
 EVAL_SCALE = (0.2, 1.0)
@@ -80,6 +80,15 @@ def weak_specs(
         _spec(options, f"local{i}", size, local.scale, len(sizes) + i)
         for i, size in enumerate(local.sizes)
     ]
+
+
+def view_sizes(options: RunOptions) -> set[int]:
+    """Sides in pixels of all pictures that the encoder of a run may be shown."""
+    views, patch = options.views, getattr(options.method, "patch_size", None)  # PIRL's jigsaw
+    sizes = {views.size, *views.weak.sizes, *views.local.sizes}
+    sizes.update(options.strong.sizes if options.stronger else ())
+    sizes.update(options.mixture.resolutions if options.clim else ())
+    return sizes | ({patch} if patch else set())
 
 
 def at_sizes(specs: list[ViewSpec], sizes: Sequence[int]) -> list[ViewSpec]:

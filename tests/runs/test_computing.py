@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from clsa.options.run import RunOptions
+from clsa.learning.memory_format import layout_of
+from clsa.learning.models import Network, momentum_copy
+from clsa.learning.precision import InFloat32
+from clsa.options.run import ModelOptions, RunOptions
 from clsa.runs import computing
 from clsa.runs.computing import Computing
 from clsa.runs.folder import RunFolder
@@ -88,3 +92,53 @@ def test_the_record_is_plain_json(tmp_path: Path) -> None:
     Computing(threads=3, precision="bf16").write(tmp_path)
     kept = json.loads((tmp_path / computing.NAME).read_text())
     assert (kept["threads"], kept["precision"]) == (3, "bf16")
+
+
+def begun(out: Path, encoder: str, **over: object) -> Computing:
+    return computing.begin(options(out, model={"encoder": encoder}, **over), CPU)
+
+
+SMALL_VIEWS = {"size": 32, "weak": {"sizes": [32]}, "local": {"sizes": [16]}}
+
+
+def test_layers_that_bf16_gets_wrong_are_found_when_a_run_begins(tmp_path: Path) -> None:
+    found = begun(tmp_path, "resnet18", precision="bf16", views=SMALL_VIEWS)
+    assert found.float32_layers == ("layer4.0.conv1",)
+    assert begun(tmp_path, "resnet18", precision="bf16").float32_layers == ()
+    assert begun(tmp_path, "resnet18", precision="fp32", views=SMALL_VIEWS).float32_layers == ()
+    strong = {"stronger": True, "strong": {"sizes": [16]}}
+    found = begun(tmp_path, "resnet18", precision="bf16", views={"size": 32}, **strong)
+    assert found.float32_layers == ("layer4.0.conv1",)
+    found.write(tmp_path)
+    assert computing.read(tmp_path) == found
+    assert found.notes() == [
+        "computed in float32, because bf16 loses gradients there: layer4.0.conv1"
+    ]
+
+
+def test_a_run_begun_before_keeps_its_memory_format_and_layers(tmp_path: Path) -> None:
+    given = options(tmp_path / "run", model={"encoder": "mobileone_s0"}, threads=1)
+    assert computing.begin(given, CPU).memory_format == "contiguous"
+    RunFolder(given.out).claim(given, Computing(threads=1, precision="fp32"))
+    (given.out / "checkpoints").mkdir()
+    (given.out / "checkpoints" / "step-00000001.json").write_text("{}")
+    old = json.loads((given.out / computing.NAME).read_text())
+    kept = {name: old[name] for name in ("threads", "precision")}
+    (given.out / computing.NAME).write_text(json.dumps(kept))
+    found, note = computing.take(given, CPU)
+    assert (found.memory_format, found.float32_layers) == ("channels_last", ())
+    assert note.endswith("would not: memory_format channels_last -> contiguous")
+
+
+def test_all_networks_of_a_method_compute_so() -> None:
+    how = Computing(
+        threads=1, precision="bf16", memory_format="contiguous", float32_layers=("layer4.0.conv1",)
+    )
+    network = Network(ModelOptions(encoder="resnet18"), 0)
+    both = nn.ModuleList([network, momentum_copy(network)])
+    how.apply_to(both)
+    for each in both:
+        assert isinstance(each, Network)
+        assert isinstance(each.encoder.get_submodule("layer4.0.conv1"), InFloat32)
+        assert layout_of(each.encoder) == "contiguous"
+    assert len(how.notes()) == 2
