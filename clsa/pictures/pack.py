@@ -40,7 +40,7 @@ from clsa.system.machine import num_cores
 PREFETCH = 8
 MAX_JPEG_SIDE = 65_500
 _SUFFIXES = (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG"), ("webp", b"RIFF"), ("bmp", b"BM"))
-_SUFFIXES += (("gif", b"GIF8"), ("tif", b""))  # any other picture that decodes is a TIFF
+_SUFFIXES += (("gif", b"GIF8"), ("jp2", b"\0\0\0\x0cjP  "), ("jp2", b"\xff\x4f\xff\x51"))
 
 
 class Packed(NamedTuple):
@@ -122,8 +122,7 @@ def _encode(source: Source, row: int, size: int, quality: int) -> _Encoded:
         pixels = picture.pixels()  # decode now: this is what finds a truncated file
         if data is None:
             return _Encoded(row, _png(pixels), "png", height, width)
-        suffix = next(name for name, head in _SUFFIXES if data.startswith(head))
-        return _Encoded(row, data, suffix, height, width)
+        return _Encoded(row, data, _ending(data), height, width)
     reduction = next(r for r in (8, 4, 2, 1) if r == 1 or short >= 2 * r * size)
     sides = (round(width * size / short), round(height * size / short))
     image = Image.fromarray(picture.pixels(reduction)).resize(sides, Image.Resampling.LANCZOS)
@@ -132,6 +131,13 @@ def _encode(source: Source, row: int, size: int, quality: int) -> _Encoded:
         return _Encoded(row, _png(pixels), "png", height, width)
     data = simplejpeg.encode_jpeg(pixels, quality, "RGB", "420")
     return _Encoded(row, data, "jpg", height, width)
+
+
+def _ending(data: bytes) -> str:
+    """The ending of a picture that decodes, by its first bytes."""
+    if data[4:8] == b"ftyp":
+        return "avif"
+    return next((name for name, head in _SUFFIXES if data.startswith(head)), "tif")
 
 
 def _png(pixels: UInt8[np.ndarray, "H W 3"]) -> bytes:

@@ -19,6 +19,7 @@ FREE = {
     "recipe", "config", "out", "data.data", "data.val", "data.workers", "max_steps", "max_minutes",
     "wait_minutes", "save_minutes", "keep_every", "probe_every", "log_every", "device",
     "accept_data_change", "stop_on_collapse", "tensorboard", "threads",
+    "data.max_unreadable",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from clsa.options.commands import PackOptions
 from clsa.options.run import DataOptions, StrongOptions, ViewOptions, WeakViews
 from clsa.pictures import pack as packing
 from clsa.pictures.decode import DecodeError, decode
+from clsa.pictures.named_sets import Split
 from clsa.pictures.opening import open_source
 from clsa.pictures.pack import Packed, pack
 from clsa.system import lock
@@ -231,7 +232,8 @@ def test_splits_are_packed_one_by_one(tmp_path: Path) -> None:
             jpeg_folder(root / split / name, [(50, 60)] * count)
     for split in ("train", "val"):
         packed(root, tmp_path / "packed" / split, split=split)
-    for split, count in (("train", 6), ("val", 4)):
+    counts: dict[Split, int] = {"train": 6, "val": 4}
+    for split, count in counts.items():
         source = open_source(str(tmp_path / "packed"), split, OPTIONS)
         assert len(source) == count and source.classes == ["ant", "bee"]
 
@@ -506,3 +508,12 @@ def test_a_packed_set_is_not_packed_again(many: Path, tmp_path: Path) -> None:
     packed(many, tmp_path / "once")
     text, code = refusal(lambda: packed(tmp_path / "once", tmp_path / "twice"))
     assert code == Exit.USAGE and "packed already" in text and not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [("AVIF", "avif"), ("JPEG2000", "jp2"), ("TIFF", "tif"), ("PNG", "png"), ("WEBP", "webp")],
+)
+def test_members_end_as_the_format_of_their_bytes(kind: str, ending: str) -> None:
+    data = encoded(photograph(0, 16, 16), kind)
+    assert packing._ending(data) == ending and decode(data).shape == (16, 16, 3)

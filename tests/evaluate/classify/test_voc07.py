@@ -268,7 +268,7 @@ def test_every_field_of_the_cards_moves_the_number(lists: Lists, devkit: Path) -
     with frozen(encoder):
         before = voc07_released(encoder, parts, released, seed=0)[0]
         for over in (
-            {"epochs": 1}, {"batch_size": 5}, {"momentum": 0.1}, {"lr": 2.0}, {"size": 32},
+            {"epochs": 1}, {"batch_size": 5}, {"momentum": 0.1}, {"lr": 2.0}, {"size": 48},
             {"cosine_period": 1}, {"moving_statistics": False},
         ):  # fmt: skip
             card = released.model_copy(update=over)
