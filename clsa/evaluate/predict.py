@@ -39,9 +39,9 @@ def predict(options: PredictOptions) -> str:
         ClsaError: if there is no head (`clsa evaluate` learns them) or no picture, or if the head
             belongs to another encoder.
     """
-    encoder, _ = saved_encoder.load_encoder_facts(options.run)
+    encoder, made = saved_encoder.load_encoder_facts(options.run)
     head, facts = load_head(options.run, options.head, encoder)
-    source = pictures(options.images)
+    source = pictures(options.images).scale_from(made.data.value_range)
     device = dist.pick_device(options.device)
     encoder, layer = (head.encoder or encoder).to(device), head.layer.to(device)
     top = min(options.top, len(facts.classes))

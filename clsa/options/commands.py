@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 import tyro
 
-from clsa.options.config import Config, Count, Limit, Positive
+from clsa.options.config import Config, Count, Limit, Positive, Range
 from clsa.options.protocols import Name
 from clsa.options.run import DataOptions, Seed
 
@@ -160,6 +160,9 @@ class PackOptions(Config):
     """Quality of those JPEGs."""
     shard_mb: Positive = 256.0
     """Start a new shard after this many megabytes."""
+    value_range: Range | None = None
+    """Values that become black and white, for gray pictures of 16 or 32 bits, such as 0 4095.
+    Kept in the set, so that whoever reads it uses the same."""
     max_unreadable: Limit | None = None
     """Refuse to finish when more pictures than this cannot be read: a number, or a share such as
     1% (default: 0.1 %, but at least 10). All of them are named in OUT/quarantine.jsonl."""

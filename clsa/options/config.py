@@ -20,6 +20,16 @@ NotNegative = Annotated[float, pydantic.Field(ge=0)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 
 
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] >= pair[1]:
+        raise ValueError(f"the lower value comes first, got {pair[0]:g} {pair[1]:g}")
+    return pair
+
+
+Range = Annotated[tuple[float, float], pydantic.AfterValidator(_rising)]
+"""A lower and an upper value."""
+
+
 def _limit(value: Any) -> Any:
     text = str(value) if type(value) is int else value
     if isinstance(text, str) and not re.fullmatch(r"[0-9]+|[0-9]+(\.[0-9]+)?\s?%", text):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tyro
 
-from clsa.options.config import Config, Count, Fraction, Limit, NotNegative, Positive, Share
+from clsa.options.config import Config, Count, Fraction, Limit, NotNegative, Positive, Range, Share
 from clsa.options.methods import KINDS, MethodOptions, MoCoOptions
 from clsa.options.wrappers import (
     ContinualOptions,
@@ -38,6 +38,10 @@ class DataOptions(Config):
     """Text file with one class folder per line: use only these (ImageNet subsets)."""
     num_images: Count | None = None
     """Use only the first N pictures."""
+    value_range: Range | None = None
+    """Values that become black and white, for gray pictures of 16 or 32 bits, such as 0 4095 for
+    12-bit scans: one scale for all of them (default: 16 bits from 0 65535, 32 bits each from its
+    own range). Others stay as they are."""
     max_unreadable: Limit | None = None
     """End the run when more pictures than this cannot be read: a number, or a share such as 1%
     (default: 0.1 %, but at least 10)."""

@@ -1,5 +1,6 @@
 """Decodes the bytes of one picture to uint8 RGB: formats, limits, and reason codes of failures."""
 
+import contextlib
 import functools
 import io
 import struct
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Num, UInt8
+from jaxtyping import Bool, Num, UInt8
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")
@@ -31,6 +32,9 @@ _BRANDS = {  # of the ISO container that HEIC, AVIF and MP4 share
     **{b"isom": "MP4", b"iso2": "MP4", b"mp41": "MP4", b"mp42": "MP4", b"qt  ": "QuickTime"},
 }
 _ORIENTATION = 0x0112
+_NO_DATA = (-9999.0, -99999.0, -32768.0)  # what maps write where nothing was measured
+_NO_DATA_FROM = 1e30  # and any value of this size: the ends of float32 are in use, too
+_GDAL_NO_DATA = 42113  # TIFF tag: the file's own name for such values
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples per pixel, by colour type
 _ADAM7 = (  # the passes of an interlaced PNG: left, top, step across, step down
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
@@ -88,22 +92,29 @@ class Picture:
         return Picture(height, width, pixels.nbytes, lambda _: pixels)
 
 
-def decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+ValueRange = tuple[float, float]
+"""The values that become black and white, for gray pictures of more than 8 bits."""
+
+
+def decode(data: bytes, value_range: ValueRange | None = None) -> UInt8[np.ndarray, "H W 3"]:
     """The first frame of an encoded picture, upright and in RGB.
 
     Reads JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF and JPEG 2000, whatever the file is called. Applies
-    EXIF orientation; lays transparent parts over white; scales 16-bit gray instead of clipping it;
-    scales 32-bit gray from the smallest of the ranges 0..1, 0..255 and 0..65535 that contains it,
-    or else from its own range. Colour profiles are not applied. The result is writable.
+    EXIF orientation; lays transparent parts over white. Gray of 16 or 32 bits is scaled from
+    `value_range` if given. If not, 16 bits are scaled from 0..65535, and 32 bits from the smallest
+    of the ranges 0..1, 0..255 and 0..65535 that contains the picture, or else from its own range.
+    No-data values of 32-bit pictures (not finite, -9999, -99999, -32768, over 1e30 in size, or as
+    the TIFF names it) do not count in that range and become black. Pillow reads colour of 16 bits
+    as 8 bits. Colour profiles are not applied. The result is writable.
 
     Raises:
         DecodeError: with a reason. A picture over 64 million pixels is too-large and is refused
             before decoding.
     """
-    return open_picture(data).pixels()
+    return open_picture(data, value_range).pixels()
 
 
-def open_picture(data: bytes) -> Picture:
+def open_picture(data: bytes, value_range: ValueRange | None = None) -> Picture:
     """The first half of `decode`: gives the size of a JPEG before it is decoded.
 
     libjpeg-turbo, through simplejpeg, decodes JPEGs in gray, RGB or YCbCr. Pillow decodes other
@@ -116,7 +127,7 @@ def open_picture(data: bytes) -> Picture:
         raise DecodeError("empty")
     size = _jpeg_size(data)
     if size is None:
-        return Picture.of(_decode(data))
+        return Picture.of(_decode(data, value_range))
     _require_limit(*size)
     orientation = _jpeg_orientation(data)
     height, width = size[::-1] if orientation in (5, 6, 7, 8) else size
@@ -167,14 +178,14 @@ def _jpeg(
     return np.ascontiguousarray(_upright(pixels, orientation))
 
 
-def _decode(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
+def _decode(data: bytes, value_range: ValueRange | None = None) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _require_limit(image.height, image.width)
             image.load()
             if image.format == "PNG" and _lacks_rows(image, data):
                 raise DecodeError("truncated", "rows are missing")
-            return np.ascontiguousarray(_upright(_rgb(image), _orientation(image)))
+            return np.ascontiguousarray(_upright(_rgb(image, value_range), _orientation(image)))
     except DecodeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -234,15 +245,13 @@ def _lacks_rows(image: Image.Image, data: bytes) -> bool:
     return inflated < expected
 
 
-def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+def _rgb(image: Image.Image, value_range: ValueRange | None) -> UInt8[np.ndarray, "H W 3"]:
     if image.mode.startswith("I;16"):
-        return _gray(np.asarray(image), 65535.0)
+        return _gray(np.asarray(image), value_range or (0.0, 65535.0))
     if image.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-        low, high = values.min(), values.max()
-        if low < 0 or high > 65535:
-            return _gray(values - low, high - low)
-        return _gray(values, next(top for top in (1.0, 255.0, 65535.0) if high <= top))
+        values = np.asarray(image, dtype=np.float64)
+        known = _known(image, values)
+        return _gray(np.where(known, values, -np.inf), value_range or _own_range(values[known]))
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return np.array(ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
@@ -254,8 +263,26 @@ def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     return np.array(image.convert("RGB"))
 
 
-def _gray(values: Num[np.ndarray, "H W"], top: float) -> UInt8[np.ndarray, "H W 3"]:
-    scaled = np.rint(values * (255.0 / top)).astype(np.uint8)
+def _known(image: Image.Image, values: Num[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """Which pixels hold a measured value."""
+    none = list(_NO_DATA)
+    with contextlib.suppress(AttributeError, ValueError):  # no TIFF, no such tag, no number
+        none.append(float(str(image.tag_v2.get(_GDAL_NO_DATA, "")).strip(" \0")))  # pyright: ignore[reportAttributeAccessIssue]
+    return (np.abs(values) < _NO_DATA_FROM) & ~np.isin(values, none)
+
+
+def _own_range(values: Num[np.ndarray, " n"]) -> ValueRange:
+    """The range that a 32-bit picture is scaled from if none is given."""
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
+    if low < 0 or high > 65535:
+        return low, high
+    return 0.0, next(top for top in (1.0, 255.0, 65535.0) if high <= top)
+
+
+def _gray(values: Num[np.ndarray, "H W"], value_range: ValueRange) -> UInt8[np.ndarray, "H W 3"]:
+    low, high = value_range
+    clipped = np.clip(values.astype(np.float64), low, high) - low
+    scaled = np.rint(clipped * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
     return np.repeat(scaled[..., None], 3, axis=2)
 
 

@@ -28,6 +28,8 @@ def open_source(spec: str, split: Split, options: DataOptions) -> Source:
         ClsaError: 66 if there is nothing to read, 65 if a file is damaged, 2 for a wrong value.
     """
     source = _open(spec, split)
+    if options.value_range is not None:
+        source.scale_from(options.value_range)
     taken = source.taken
     if options.class_list is not None:
         source = _selected(source, options.class_list, split)

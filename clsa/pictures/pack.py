@@ -79,7 +79,7 @@ def pack(options: PackOptions) -> Packed:
             tried), or a finished pack is damaged; 66 if there is nothing to read; 73 or 74 if the
             disk refuses or a worker fails.
     """
-    source = open_source(options.data, options.split, DataOptions())
+    source = open_source(options.data, options.split, DataOptions(value_range=options.value_range))
     if isinstance(source, Shards):
         why = "packed already, and resizing twice loses detail"
         raise ClsaError(options.data, why, "give the original pictures")
@@ -115,7 +115,7 @@ class _Encoded(NamedTuple):
 def _encode(source: Source, row: int, size: int, quality: int) -> _Encoded:
     """Picture number `row`, ready to be packed; raises DecodeError if it cannot be read."""
     data = source.encoded(row)
-    picture = source.open(row) if data is None else open_picture(data)
+    picture = source.open(row) if data is None else open_picture(data, source.value_range)
     height, width = picture.height, picture.width
     short = min(height, width)
     if short <= size:
@@ -215,6 +215,7 @@ class _Job:
         self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         names = ("size", "quality", "shard_mb")
         self.settings = {name: getattr(options, name) for name in names}
+        self.settings["value_range"] = options.value_range and list(options.value_range)
         self.settings["pictures"] = source.digest()
 
     def is_done(self) -> bool:

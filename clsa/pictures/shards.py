@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from numpy.lib.npyio import NpzFile
 
-from clsa.pictures.decode import MAX_PIXELS, DecodeError, Picture, open_picture
+from clsa.pictures.decode import MAX_PIXELS, DecodeError, Picture, ValueRange, open_picture
 from clsa.pictures.names import Names
 from clsa.pictures.sources import MAX_FILE_BYTES, Source
 from clsa.system.errors import ClsaError, Exit, first_line
@@ -139,7 +139,7 @@ def open_shards(root: str) -> "Shards | None":
             raise ClsaError(root, "packing has not finished", step, Exit.BAD_DATA)
         return None
     try:
-        shards = Shards(root, *_checked(*found))
+        shards = Shards(root, *_checked(*found)).scale_from(_value_range(found[0]))
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         why, step = f"damaged ({first_line(error)})", "pack the pictures again"
         raise ClsaError(str(path), why, step, Exit.BAD_DATA) from None
@@ -176,6 +176,12 @@ def _checked(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[Any, 
     if np.any((labels < -1) | (labels >= len(classes))):
         raise ValueError("a label without a class")
     return shards, places, names, labels, classes
+
+
+def _value_range(meta: dict[str, Any]) -> ValueRange | None:
+    """The range that was given when the set was packed; small pictures keep their own values."""
+    given = meta.get("value_range")
+    return (float(given[0]), float(given[1])) if given else None
 
 
 def _require_shard(path: str, size: int) -> None:
@@ -240,7 +246,7 @@ class Shards(Source):
 
     def open(self, i: int) -> Picture:
         height, width = self.places[i, HEIGHT:].tolist()
-        packed = open_picture(self.encoded(i))
+        packed = open_picture(self.encoded(i), self.value_range)
         scale = min(height, width) / min(packed.height, packed.width)
         return Picture(height, width, packed.held, functools.partial(_reduced, packed, scale))
 
@@ -269,4 +275,5 @@ class Shards(Source):
 
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
         places, ids, labels = self.places[rows], self.ids.take(rows), self.labels[rows]
-        return type(self)(self.root, self.shards, places, ids, labels, self.classes)
+        source = type(self)(self.root, self.shards, places, ids, labels, self.classes)
+        return source.scale_from(self.value_range)

@@ -15,7 +15,7 @@ from typing import Final, Self, final
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from clsa.pictures.decode import DecodeError, Picture, open_picture
+from clsa.pictures.decode import DecodeError, Picture, ValueRange, open_picture
 from clsa.pictures.names import Names
 
 MAX_FILE_BYTES = 1 << 30
@@ -30,9 +30,11 @@ class Source(ABC):
         classes: names of the classes.
         taken: lines for the user about how the pictures were found (splits, links, files left
             out); empty for a subset.
+        value_range: values that become black and white, for gray of more than 8 bits (`decode`).
     """
 
     taken: tuple[str, ...] = ()
+    value_range: ValueRange | None = None
     ids: Names
     labels: Int64[np.ndarray, " N"]
     classes: list[str]
@@ -70,6 +72,11 @@ class Source(ABC):
     @abstractmethod
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
         """A source with only these pictures, in this order; classes stay as they are."""
+
+    def scale_from(self, value_range: ValueRange | None) -> Self:
+        """Scale gray pictures of more than 8 bits from `value_range`, from now on."""
+        self.value_range = value_range
+        return self
 
     def with_classes(self, classes: list[str]) -> Self:
         """The same pictures, labels renumbered by name; a class not in `classes` becomes -1."""
@@ -109,7 +116,7 @@ class Folder(Source):
         self._sizes = sizes
 
     def open(self, i: int) -> Picture:
-        return open_picture(self.encoded(i))
+        return open_picture(self.encoded(i), self.value_range)
 
     def encoded(self, i: int) -> bytes:
         try:
@@ -145,7 +152,8 @@ class Folder(Source):
     def subset(self, rows: Int64[np.ndarray, " M"]) -> Self:
         sizes = None if self._sizes is None else self._sizes[rows]
         ids = self.ids.take(rows)
-        return type(self)(self.root, ids, self.labels[rows], self.classes, sizes)
+        source = type(self)(self.root, ids, self.labels[rows], self.classes, sizes)
+        return source.scale_from(self.value_range)
 
 
 @final
@@ -167,6 +175,12 @@ class Joined(Source):
         self.ids = names.take(rows)
         self.labels = np.concatenate([part.labels for part in parts])[rows]
         self.classes = parts[0].classes
+        self.value_range = parts[0].value_range
+
+    def scale_from(self, value_range: ValueRange | None) -> Self:
+        for part in self.parts:
+            part.scale_from(value_range)
+        return super().scale_from(value_range)
 
     def open(self, i: int) -> Picture:
         return self.parts[self._owner[i]].open(int(self._place[i]))

@@ -365,8 +365,8 @@ IMAGENET: dict[str, Recipe] = {
     "dino": Recipe(
         "DINO on a ViT-S/16: follow the momentum network's sharpened assignments.",
         "DINO, code",
-        "76.0 at 300 epochs (20-NN 73.3), 2.6 days on 16 V100; its linear layer "
-        "sees the class tokens of the last four blocks, ours that of the last",
+        "76.0 at 300 epochs (20-NN 73.3), 2.6 days on 16 V100, without the last layer's fixed "
+        "length; its linear layer sees the class tokens of the last four blocks, ours of one",
         DINO,
     ),
     "dino-resnet": Recipe(

@@ -86,9 +86,11 @@ def data_of(given: DataOptions, facts: EncoderFacts) -> DataOptions:
     """The pictures named on the command line, or else those that the run learned from.
 
     In the second case other options on the command line (`val`, `workers`, ...) override the run's.
+    Both are scaled as the run's were (`value_range`), unless another range is given.
     """
     if given.data:
-        return given
+        scale = given.value_range or facts.data.value_range
+        return given.model_copy(update={"value_range": scale})
     values = merge(
         facts.data.model_dump(mode="json"), given.model_dump(mode="json", exclude_defaults=True)
     )

@@ -9,6 +9,7 @@ devices, collectives over the processes, and errors that a user can fix.
     lock.py         one writer a folder
     signals.py      reacts to signals: save and stop
     slurm.py        asks SLURM to queue a job again
+    quota.py        cores that a container or SLURM leaves to this process
     machine.py      cores, memory allocator, copying arrays to the device
     ranks.py        waiting for the other processes of a run, and naming one that is lost
     dist.py         torch.distributed as plain functions; the identity with one process

@@ -1,6 +1,7 @@
 """The machine that a process runs on: its cores, its memory allocator, copies to its device."""
 
 import ctypes
+import math
 import os
 from collections.abc import Sequence
 
@@ -8,13 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clsa.system import quota
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use, by affinity, a container's quota and SLURM's share.
+
+    A quota of 1.5 cores counts as 2: one thread could not use it.
+    """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    return len(allowed) or os.cpu_count() or 1
+    there = len(allowed) or os.cpu_count() or 1
+    given = min(there, quota.cgroup_cores(), quota.slurm_cores())
+    return max(1, math.floor(given + 0.5))
 
 
 def share_of_cores() -> int:

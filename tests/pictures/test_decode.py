@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from clsa.pictures.decode import DecodeError, decode, open_picture
 from clsa.pictures.named_sets import CLIPART
@@ -183,6 +184,53 @@ def test_32_bit_gray_may_be_negative() -> None:
     ramp = np.tile(np.linspace(-5000, 5000, 300).astype(np.int32), (4, 1))
     got = decode(encoded(Image.fromarray(ramp), "TIFF"))
     assert got[0, 0, 0] == 0 and got[0, -1, 0] == 255 and len(np.unique(got)) >= 250
+
+
+@pytest.mark.parametrize("none", [-9999.0, -3.4028235e38, float("nan"), float("inf")])
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_no_data_values_are_black_and_leave_the_others_their_scale(none: float, top: float) -> None:
+    values = np.array([[none, 0, 0.2 * top, 0.6 * top, top]], np.float32)
+    got = decode(encoded(Image.fromarray(values), "TIFF"))
+    assert got[0, :, 0].tolist() == [0, 0, 51, 153, 255]
+
+
+def test_a_tiff_may_name_its_own_no_data_value() -> None:
+    file = io.BytesIO()
+    values = np.array([[-77, 0, 51, 102, 255]], np.float32)
+    named = ImageFileDirectory_v2()
+    named[42113] = "-77"
+    Image.fromarray(values).save(file, "TIFF", tiffinfo=named)
+    assert decode(file.getvalue())[0, :, 0].tolist() == [0, 0, 51, 102, 255]
+
+
+def test_a_picture_of_no_data_alone_is_black() -> None:
+    assert not decode(encoded(Image.fromarray(np.full((3, 4), -9999, np.float32)), "TIFF")).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32), ("TIFF", np.float32)],
+)
+def test_a_given_range_scales_every_kind_of_gray(kind: str, dtype: type) -> None:
+    """12 bits: 819 of 4095 is a fifth, 51 of 255; what is outside becomes black or white."""
+    ramp = np.array([[0, 819, 1638, 4095, 6000]], dtype)
+    got = decode(encoded(Image.fromarray(ramp), kind), (0.0, 4095.0))
+    assert got[0, :, 0].tolist() == [0, 51, 102, 255, 255]
+    assert decode(encoded(Image.fromarray(ramp), kind), (819.0, 4914.0))[0, :, 0].tolist() == [
+        *(0, 0, 51, 204, 255)
+    ]
+
+
+def test_a_given_range_keeps_the_ratio_of_two_pictures() -> None:
+    for top, white in ((1.0, 100), (1.02, 102)):  # 255 / 2.55 = 100
+        data = encoded(Image.fromarray(np.array([[0, top]], np.float32)), "TIFF")
+        assert decode(data, (0.0, 2.55))[0, :, 0].tolist() == [0, white]
+
+
+def test_pictures_of_8_bits_do_not_know_a_range() -> None:
+    for kind in ("JPEG", "PNG"):
+        data = encoded(Image.fromarray(RGB), kind)
+        assert np.array_equal(decode(data, (0.0, 9.0)), decode(data))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])

@@ -127,8 +127,8 @@ def test_large_photographs_are_decoded_reduced_yet_at_twice_the_size(tmp_path: P
     asked: list[int] = []
     opened = packing.open_picture
 
-    def noting(data: bytes) -> Any:
-        picture = opened(data)
+    def noting(*given: Any) -> Any:
+        picture = opened(*given)
         decoder = picture.decode
         object.__setattr__(picture, "decode", lambda r: asked.append(r) or decoder(r))
         return picture
@@ -330,6 +330,27 @@ def test_every_broken_picture_is_named_at_once_and_a_higher_limit_finishes(tmp_p
 def test_a_limit_is_a_number_or_a_share(limit: str) -> None:
     with pytest.raises(ValueError, match="40 or a share such as 1%"):
         DataOptions(max_unreadable=limit)
+
+
+@pytest.mark.parametrize("side", [20, 200])  # the bytes are kept; a JPEG is made
+def test_a_value_range_is_the_same_before_and_after_packing(tmp_path: Path, side: int) -> None:
+    (tmp_path / "in").mkdir()
+    flat = np.full((side, side), 819, np.uint16)
+    (tmp_path / "in" / "a.png").write_bytes(encoded(Image.fromarray(flat), "PNG"))
+    packed(tmp_path / "in", tmp_path / "out", value_range=(0, 4095), size=64)
+    scaled = OPTIONS.model_copy(update={"value_range": (0.0, 4095.0)})
+    for source in (
+        open_source(str(tmp_path / "in"), "train", scaled),
+        open_source(str(tmp_path / "out"), "train", OPTIONS).subset(np.arange(1)),
+    ):
+        assert np.abs(source.read(0).astype(int) - 51).max() <= 1  # 255 * 819 / 4095
+    text, _ = refusal(lambda: packed(tmp_path / "in", tmp_path / "out", size=64))
+    assert "value_range: [0.0, 4095.0] -> None" in text
+
+
+def test_a_range_rises() -> None:
+    with pytest.raises(ValueError, match="the lower value comes first"):
+        DataOptions(value_range=(5, 5))
 
 
 # ---- interruptions
