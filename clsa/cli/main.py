@@ -23,6 +23,7 @@ from clsa.cli.use.export import export
 from clsa.cli.use.predict import predict
 from clsa.cli.use.preview import preview
 from clsa.options.config import nearest
+from clsa.system import slurm
 from clsa.system.errors import ClsaError, Exit, memory_errors
 
 COMMANDS: dict[str, Command] = {
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
     try:
         if not args or args[0] in ("-h", "--help", "--version"):
             print(__version__ if args[:1] == ["--version"] else overview(), flush=True)
@@ -47,13 +50,15 @@ def main(argv: list[str] | None = None) -> int:
             close = nearest(args[0], list(COMMANDS))
             hint = f"did you mean {close}?" if close else f"use one of {', '.join(COMMANDS)}"
             raise ClsaError(f"command {args[0]}", "no such command", hint)
+        slurm.require_one_task(args[0])
         with memory_errors():
             COMMANDS[args[0]](args[1:])
         sys.stdout.flush()
     except ClsaError as error:
         if debug:
             traceback.print_exc()
-        complain(str(error))
+        if slurm.is_first_task() or error.code != Exit.USAGE:
+            complain(str(error))
         return error.code
     except KeyboardInterrupt as error:
         why = f"stopped by {error}" if str(error) else "interrupted"
@@ -72,7 +77,8 @@ def overview() -> str:
         [
             "clsa: learn to see from pictures without labels.",
             "",
-            "usage: clsa COMMAND [options]      clsa COMMAND --help lists the options",
+            "usage: clsa COMMAND [options]      clsa help COMMAND lists the options",
+            "       clsa --version              clsa COMMAND --debug: errors with a traceback",
             "",
             *lines,
             "",

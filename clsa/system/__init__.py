@@ -8,7 +8,7 @@ devices, collectives over the processes, and errors that a user can fix.
     files.py        atomic writes, folders, free disk space; the files that come with the package
     lock.py         one writer a folder
     signals.py      reacts to signals: save and stop
-    slurm.py        asks SLURM to queue a job again
+    slurm.py        SLURM: one task, and queueing a job again
     quota.py        cores that a container or SLURM leaves to this process
     machine.py      cores, memory allocator, copying arrays to the device
     ranks.py        waiting for the other processes of a run, and naming one that is lost

@@ -140,7 +140,11 @@ def test_overview_names_every_command(command: Command) -> None:
     for args, code in (((), 2), (("--help",), 0), (("-h",), 0)):
         got, out, err = command(*args)
         assert got == code and err == "" and all(f"\n  {name} " in out for name in COMMANDS)
+        assert "clsa --version" in out and "--debug" in out and "clsa help COMMAND" in out
     assert command("--version") == (0, f"{clsa.__version__}\n", "")
+    assert command("help") == command("--help") and command("help", "pack") == command(
+        "pack", "--help"
+    )
 
 
 KINDS: dict[str, type[Config]] = {

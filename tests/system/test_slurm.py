@@ -3,9 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from clsa.cli.main import main
 from clsa.system import slurm
+from clsa.system.errors import Exit
 from clsa.system.launch import stoppable
 from clsa.system.signals import Asked, StopError
+from tests.support.refusals import refusal
 
 NAMES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 
@@ -73,3 +76,45 @@ def test_only_usr1_within_a_job_queues_it_again(
     assert "SLURM" not in message("SIGTERM") and calls(scontrol) == []
     assert message("SIGUSR1").endswith("; SLURM job 7 is queued again and will resume the run")
     assert calls(scontrol) == ["2:requeue 7"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "line"),
+    [
+        ("1", "4", "srun --ntasks-per-node=1 torchrun --nproc-per-node=4 -m clsa pretrain"),
+        ("2", "8", "--rdzv-endpoint=HOST:29500 --nproc-per-node=4 -m clsa pretrain"),
+    ],
+)
+def test_tasks_of_srun_are_refused_with_the_line_to_use(
+    nodes: str, tasks: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", nodes)
+    text, code = refusal(lambda: slurm.require_one_task("pretrain"))
+    assert f"srun started {tasks} tasks" in text and line in text and code == Exit.USAGE
+    monkeypatch.setenv("RANK", "0")  # torchrun has started this process
+    slurm.require_one_task("pretrain")
+
+
+def test_one_task_and_batch_scripts_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    slurm.require_one_task("pretrain")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    slurm.require_one_task("pretrain")
+
+
+def test_a_usage_error_is_printed_by_one_task(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    printed = []
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_PROCID", task)
+        code = main(["pretrain", "--data", "clipart", "--out", str(tmp_path / "run")])
+        assert code == Exit.USAGE and not (tmp_path / "run").exists()
+        printed.append(capsys.readouterr().err.count("error: "))
+    assert printed == [1, 0]

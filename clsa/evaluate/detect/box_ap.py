@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 
 from clsa.evaluate.classify.average_precision import Points, average_precision
 from clsa.pictures.annotations import Thing
@@ -177,11 +177,19 @@ def coco_ap(
                 run.summarize()
                 stats = run.stats[:6]
             elif truths:  # pycocotools refuses an empty list
-                stats = np.zeros(6)
+                stats = _none_found([each["area"] for each in truths if not each["iscrowd"]])
             for name, value in zip(COCO_NAMES, stats, strict=True):
                 prefix = "" if kind == "bbox" else "mask-"
                 values[prefix + name] = 100 * float(value) if value >= 0 else float("nan")
     return values
+
+
+def _none_found(areas: list[float]) -> Float64[np.ndarray, "6"]:
+    """pycocotools' six values when nothing was detected: 0, or -1 where nothing is to be found."""
+    every, small, large = (0.0, np.inf), 32.0**2, 96.0**2
+    ranges = [every, every, every, (0.0, small), (small, large), (large, np.inf)]
+    found = [any(low <= area <= high for area in areas) for low, high in ranges]
+    return np.where(found, 0.0, -1.0)
 
 
 def pack_mask(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:

@@ -177,6 +177,19 @@ def test_coco_of_perfect_and_of_no_detections() -> None:
     assert np.isnan(coco_ap([detections()] * 2, [[], []], 2, [(9, 9)] * 2)["AP"])
 
 
+@pytest.mark.parametrize("difficult", [False, True])
+def test_sizes_with_nothing_to_find_are_no_numbers_when_nothing_is_detected(
+    difficult: bool,
+) -> None:
+    """As pycocotools judges one detection that finds nothing."""
+    things = [[Thing((0.0, 0.0, 20.0, 20.0), 0), Thing((0.0, 0.0, 98.0, 99.0), 1, difficult)]]
+    missed = [detections((50, 50, 51, 51, 0.5, 0))]
+    ours, theirs = (coco_ap(found, things, 2, [(100, 100)]) for found in ([detections()], missed))
+    np.testing.assert_equal(ours, theirs)
+    assert ours["AP"] == ours["AP_S"] == 0 and np.isnan(ours["AP_M"])
+    assert np.isnan(ours["AP_L"]) == difficult
+
+
 def test_voc_equals_a_slow_copy_of_its_rule_on_many_detections() -> None:
     found, things, _ = random_case(4)
     for label in range(3):
