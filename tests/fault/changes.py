@@ -181,7 +181,7 @@ def drift(sources: Path, root: Path) -> tuple[Tally, Tally, Tally]:
     others = {
         "out": root / "elsewhere", "data.data": str(moved), "data.val": str(moved),
         "config": root / "any.yaml", "device": "auto", "max_minutes": 5.0, "data.workers": 1,
-        "max_steps": EPOCH + 1, "recipe": "moco-v2-small",
+        "max_steps": EPOCH + 1, "recipe": "moco-v2-small", "data.max_unreadable": "5%",
     }  # fmt: skip
     for key, value in flatten(run).items():
         place = root / "copy"

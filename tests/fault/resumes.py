@@ -181,8 +181,7 @@ def environments(pictures: Path, root: Path) -> Tally:
 
     def go_on(stop: int, threads: int) -> list[str]:
         def body() -> int:
-            torch.set_num_threads(threads)
-            return tiny.pretrain(options(pictures, out, max_steps=stop))
+            return tiny.pretrain(options(pictures, out, max_steps=stop, threads=threads))
 
         code, said = tiny.attempt(body, root / "log")
         lines = [line for line in said.splitlines() if line.startswith(NOTE)]
